@@ -1,0 +1,109 @@
+"""The compiled core: populations, cohorts, client programs, execution plans, simulation.
+
+Knows no paper, no data set and no neural-network library.
+"""
+
+from fedjax_core import checks, samplers, shuffle
+from fedjax_core.aggregation import Aggregator, client_weights, mapped, weighted_mean, weighted_sum
+from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
+from fedjax_core.clients import (
+    ClientProgram,
+    ClientResults,
+    LocalTraining,
+    Plan,
+    client_rows,
+    for_each_client,
+    gather,
+    local_training,
+    num_scalars,
+    round_metrics,
+    scatter,
+)
+from fedjax_core.evaluation import (
+    Spread,
+    evaluate,
+    evaluate_clients,
+    evaluate_examples,
+    evaluate_personal,
+    spread,
+)
+from fedjax_core.gradients import (
+    ClientOptimizer,
+    Length,
+    batch_loss,
+    descend,
+    full_gradient_program,
+    move,
+    optimizer_at,
+    value_and_grad,
+)
+from fedjax_core.population import Cohort, Population
+from fedjax_core.samplers import Sampler
+from fedjax_core.simulation import continue_rounds, simulate
+from fedjax_core.types import (
+    Algorithm,
+    Array,
+    Examples,
+    Key,
+    LossFn,
+    Metrics,
+    Params,
+    PyTree,
+    Scalar,
+    global_client_params,
+)
+
+__all__ = [
+    "Aggregator",
+    "Algorithm",
+    "Array",
+    "Batch",
+    "ClientOptimizer",
+    "ClientProgram",
+    "ClientResults",
+    "Cohort",
+    "Examples",
+    "Key",
+    "Length",
+    "LocalOptions",
+    "LocalTraining",
+    "LocalWork",
+    "LossFn",
+    "Metrics",
+    "Params",
+    "Plan",
+    "Population",
+    "PyTree",
+    "Sampler",
+    "Scalar",
+    "Spread",
+    "batch_loss",
+    "checks",
+    "client_rows",
+    "client_weights",
+    "continue_rounds",
+    "descend",
+    "evaluate",
+    "evaluate_clients",
+    "evaluate_examples",
+    "evaluate_personal",
+    "for_each_client",
+    "full_gradient_program",
+    "gather",
+    "global_client_params",
+    "local_training",
+    "local_work",
+    "mapped",
+    "move",
+    "num_scalars",
+    "optimizer_at",
+    "round_metrics",
+    "samplers",
+    "scatter",
+    "shuffle",
+    "simulate",
+    "spread",
+    "value_and_grad",
+    "weighted_mean",
+    "weighted_sum",
+]

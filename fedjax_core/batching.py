@@ -1,0 +1,153 @@
+"""How much a client trains and which examples each of its steps sees."""
+
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core import checks, shuffle
+from fedjax_core.types import Array, Examples, Key
+
+Order = Literal["shuffled", "replacement", "sequential"]
+
+
+class Batch(NamedTuple):
+    """What one client step sees. B is the batch size.
+
+    Attributes:
+      examples: leaves [B, ...].
+      mask: bool[B]; False marks padding, which holds a copy of a real example and must not count.
+      key: a key of this client and step, for dropout and the like.
+      step: int32[], the client's step in this round, from 0.
+    """
+
+    examples: Examples
+    mask: Array
+    key: Key
+    step: Array
+
+
+class LocalWork(NamedTuple):
+    """A client's local work in one round; build it with `local_work`.
+
+    Attributes:
+      batch_size: examples per step, B.
+      num_epochs: passes over the client's examples (int or int32[num_clients]), or None.
+      num_steps: number of steps (int or int32[num_clients]), or None.
+      order: "shuffled" (epochs without replacement), "replacement" or "sequential".
+    """
+
+    batch_size: int
+    num_epochs: int | Array | None
+    num_steps: int | Array | None
+    order: Order
+
+    def steps(self, ids: Array, sizes: Array) -> Array:
+        """int32[C], number of local steps of each client; 0 for a client without examples."""
+        per_epoch = -(-sizes // self.batch_size)
+        if self.num_steps is not None:
+            count = _per_client(self.num_steps, ids)
+        else:
+            count = _per_client(self.num_epochs, ids) * per_epoch
+        return jnp.where(sizes > 0, jnp.maximum(count, 1), 0).astype(jnp.int32)
+
+
+class LocalOptions(TypedDict, total=False):
+    """Keyword arguments that every method takes besides its own; see `local_work` and `for_each_client`.
+
+    Attributes:
+      batch_size: examples per local step; 20 unless given. At least the largest client's size means full batches.
+      num_epochs: local epochs; 1 unless given. One number, or an int array [num_clients].
+      num_steps: local steps instead of epochs. One number, or an int array [num_clients].
+      order: "shuffled" (each epoch sees every example once, in an order of its own), "replacement" (independent
+        draws) or "sequential" (in stored order).
+      weights: weights of the clients in averages: "uniform" (default), "examples" (number of examples), or an
+        array float[num_clients].
+      plan: execution plan; None picks the backend's default.
+    """
+
+    batch_size: int
+    num_epochs: int | Array
+    num_steps: int | Array | None
+    order: Order
+    weights: Any
+    plan: Any
+
+
+def local_work(
+    batch_size: int = 20,
+    num_epochs: int | Array | None = None,
+    num_steps: int | Array | None = None,
+    order: Order = "shuffled",
+) -> LocalWork:
+    """Describes local work: epochs (the default is 1) or a number of steps, in batches of `batch_size`.
+
+    With steps and order "shuffled", batches come from as many reshuffled epochs as it takes. The last batch of an
+    epoch is smaller when the batch size does not divide the client's number of examples.
+
+    Raises:
+      ValueError: if a count is below 1, or both epochs and steps are given.
+    """
+    checks.positive_int("batch_size", batch_size, "each local step needs at least one example")
+    checks.one_of("order", order, ("shuffled", "replacement", "sequential"))
+    if num_epochs is not None and num_steps is not None:
+        raise ValueError(
+            f"num_epochs={num_epochs!r} and num_steps={num_steps!r} are both given: local work is counted in one or "
+            "the other, leave one out"
+        )
+    if num_epochs is None and num_steps is None:
+        num_epochs = 1
+    _check_count("num_epochs", num_epochs)
+    _check_count("num_steps", num_steps)
+    return LocalWork(batch_size, num_epochs, num_steps, order)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None or not checks.is_concrete(value):
+        return
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.integer) or array.ndim > 1 or array.size == 0 or array.min() < 1:
+        shown = value if array.ndim == 0 else f"values down to {array.min() if array.size else 'nothing'}"
+        raise ValueError(
+            f"{name} must be an integer of at least 1 (or an array of them), got {shown!r}: to leave a "
+            "client out, leave it out of the cohort"
+        )
+
+
+def _per_client(value: Any, ids: Array) -> Array:
+    value = jnp.asarray(value, jnp.int32)
+    return value[jnp.maximum(ids, 0)] if value.ndim == 1 else value
+
+
+def draw_batch(
+    work: LocalWork, examples: Examples, start: Array, size: Array, seed: Array, key: Key, step: Array
+) -> Batch:
+    """The batch of step `step` of the client whose examples are rows start..start+size-1.
+
+    Args:
+      work: the local work.
+      examples: leaves [total, ...].
+      start: int32[], the client's first row.
+      size: int32[], the client's number of examples.
+      seed: uint32[2], seed of the client's shuffles in this round.
+      key: the client's key of this round.
+      step: int32[], from 0.
+    """
+    lane = jnp.arange(work.batch_size, dtype=jnp.int32)
+    step_key = jax.random.fold_in(key, step)
+    if work.order == "replacement":
+        draw_key, step_key = jax.random.split(step_key)
+        index = jax.random.randint(draw_key, lane.shape, 0, jnp.maximum(size, 1))
+        mask = jnp.ones(lane.shape, bool)
+    else:
+        per_epoch = jnp.maximum(-(-size // work.batch_size), 1)
+        epoch, position = step // per_epoch, (step % per_epoch) * work.batch_size + lane
+        mask = position < size
+        index = jnp.minimum(position, jnp.maximum(size - 1, 0))
+        if work.order == "shuffled":
+            epoch_seed = seed ^ (epoch.astype(jnp.uint32) * jnp.asarray([0x9E3779B9, 0xC2B2AE35], jnp.uint32))
+            index = shuffle.permute(epoch_seed, index, size)
+    rows = start + index
+    batch = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), examples)
+    return Batch(batch, mask, step_key, step)

@@ -1,0 +1,210 @@
+"""Who takes part: pure functions `(key, round) -> ids`, ids int32[C] with -1 for an empty slot.
+
+`key` is the same in every round of a run and `round` counts from 0, so a cohort can be recomputed for any round,
+in any order, and a process with memory (Markov) needs no state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core import checks, shuffle
+from fedjax_core.types import Array, Key
+
+Sampler = Callable[[Key, Array], Array]
+
+
+def uniform(num_clients: int, cohort_size: int) -> Sampler:
+    """`cohort_size` different clients, every cohort equally likely; the work does not grow with num_clients."""
+    _check_sizes(num_clients, cohort_size)
+
+    def sample(key: Key, round: Array) -> Array:
+        seed = shuffle.seed(jax.random.fold_in(key, round))
+        return shuffle.permute(seed, jnp.arange(cohort_size, dtype=jnp.int32), jnp.int32(num_clients))
+
+    return sample
+
+
+def full(num_clients: int) -> Sampler:
+    """Every client in every round."""
+    checks.positive_int("num_clients", num_clients, "a population has at least one client")
+    return lambda key, round: jnp.arange(num_clients, dtype=jnp.int32)
+
+
+def weighted(weights: Any, cohort_size: int) -> Sampler:
+    """`cohort_size` different clients, drawn one by one with probability proportional to weights [num_clients]."""
+    weights = _concrete("weights", weights)
+    _check_sizes(weights.shape[0], cohort_size)
+    if (weights < 0).any() or not np.isfinite(weights).all():
+        raise ValueError(
+            f"weights must be finite and at least 0, got {weights.min()}: pass for example the clients' sizes"
+        )
+    if (weights > 0).sum() < cohort_size:
+        raise ValueError(
+            f"cohort_size={cohort_size} but only {(weights > 0).sum()} clients have a positive weight: "
+            "lower cohort_size"
+        )
+    log_weights = np.log(np.where(weights > 0, weights, 1)) + np.where(weights > 0, 0.0, -np.inf)
+
+    def sample(key: Key, round: Array) -> Array:
+        noise = jax.random.gumbel(jax.random.fold_in(key, round), weights.shape)
+        return jax.lax.top_k(jnp.asarray(log_weights) + noise, cohort_size)[1].astype(jnp.int32)
+
+    return sample
+
+
+def bernoulli(probabilities: Any, num_clients: int | None = None) -> Sampler:
+    """Every client on its own: client i takes part with its probability, independently of all else.
+
+    Args:
+      probabilities: float[num_clients], or one number for `num_clients` clients.
+      num_clients: needed with one number.
+
+    Returns:
+      A sampler with num_clients slots, the absent ones empty.
+    """
+    rates = _rates("probabilities", probabilities, num_clients)
+
+    def sample(key: Key, round: Array) -> Array:
+        draw = jax.random.uniform(jax.random.fold_in(key, round), rates.shape)
+        return _present(draw < jnp.asarray(rates, draw.dtype))
+
+    return sample
+
+
+def cyclic(num_clients: int, cohort_size: int) -> Sampler:
+    """Clients in turn: a random order fixed by the key, cut into cohorts; the last may wrap to the front."""
+    _check_sizes(num_clients, cohort_size)
+
+    def sample(key: Key, round: Array) -> Array:
+        # Only the round within the cycle matters, which also keeps the product below from overflowing.
+        cycle = num_clients // np.gcd(num_clients, cohort_size)
+        position = ((round % cycle) * cohort_size + jnp.arange(cohort_size, dtype=jnp.int32)) % num_clients
+        return shuffle.permute(shuffle.seed(key), position, jnp.int32(num_clients))
+
+    return sample
+
+
+def periodic(probabilities: Any, period: int, num_clients: int | None = None) -> Sampler:
+    """Client i takes part in the first round(p_i period) rounds of each period, from a random phase of its own.
+
+    The cyclic pattern of Wang and Ji (FedAU, 2024). Arguments as for `bernoulli`; num_clients slots.
+    """
+    rates = _rates("probabilities", probabilities, num_clients)
+    checks.positive_int("period", period, "a period is a number of rounds")
+    active = np.round(rates * period).astype(np.int32)
+
+    def sample(key: Key, round: Array) -> Array:
+        phase = jax.random.randint(key, rates.shape, 0, period)
+        return _present((round % period + phase) % period < active)
+
+    return sample
+
+
+def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Sampler:
+    """Each client is a two-state Markov chain, on (takes part) or off, started from its stationary distribution.
+
+    Args:
+      turn_on: probability of going from off to on in a round; float[num_clients] or one number.
+      turn_off: probability of going from on to off, likewise. The long-run share of rounds spent on is
+        turn_on / (turn_on + turn_off).
+      num_clients: needed if both are numbers.
+
+    Returns:
+      A sampler with num_clients slots. The state of round t is found without simulating rounds 0..t-1: each
+      round's draw is a map of the two states to themselves, and the state after the latest constant map does not
+      depend on the past, so the search goes back only until every client has met one.
+    """
+    if num_clients is None:
+        lengths = {np.shape(v)[0] for v in (turn_on, turn_off) if np.ndim(v) == 1}
+        num_clients = lengths.pop() if len(lengths) == 1 else None
+    on, off = _rates("turn_on", turn_on, num_clients), _rates("turn_off", turn_off, num_clients)
+    if (on + off <= 0).any():
+        raise ValueError(
+            f"turn_on and turn_off are both 0 for client {int(np.argmax(on + off <= 0))}: it would never change, so it "
+            "has no long-run share; make one of them positive"
+        )
+
+    def sample(key: Key, round: Array) -> Array:
+        rate_on, rate_off = jnp.asarray(on, jnp.float32), jnp.asarray(off, jnp.float32)
+
+        def search(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            t, known, value, flips = state
+            draw = jax.random.uniform(jax.random.fold_in(key, t), on.shape, jnp.float32)
+            from_off, from_on = draw < rate_on, draw < 1 - rate_off
+            constant, swap = from_off == from_on, from_off & ~from_on
+            value = jnp.where(~known & constant, from_off ^ flips, value)
+            flips = jnp.where(~known & swap, ~flips, flips)
+            return t - 1, known | constant, value, flips
+
+        none = jnp.zeros(on.shape, bool)
+        start = (jnp.asarray(round, jnp.int32), none, none, none)
+        _, known, value, flips = jax.lax.while_loop(lambda s: (s[0] > 0) & ~jnp.all(s[1]), search, start)
+        first = jax.random.uniform(jax.random.fold_in(key, 0), on.shape, jnp.float32) < rate_on / (rate_on + rate_off)
+        return _present(jnp.where(known, value, first ^ flips))
+
+    return sample
+
+
+def schedule(cohorts: Any) -> Sampler:
+    """A recorded schedule: row t of `cohorts` (int[rounds, C], -1 for an empty slot) in round t, nobody afterwards."""
+    array = np.asarray(cohorts)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
+        raise ValueError(
+            f"cohorts must be an integer array [rounds, slots], got {array.dtype}{list(array.shape)}: pad "
+            "short cohorts with -1"
+        )
+    for t, row in enumerate(array):
+        present, counts = np.unique(row[row >= 0], return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"cohorts has client {present[counts > 1][0]} twice in round {t}: each client may appear once a round"
+            )
+    rows = array.astype(np.int32)
+
+    def sample(key: Key, round: Array) -> Array:
+        row = jnp.asarray(rows)[jnp.minimum(round, len(rows) - 1)]
+        return jnp.where(round < len(rows), row, -1)
+
+    return sample
+
+
+def _present(mask: Array) -> Array:
+    return jnp.where(mask, jnp.arange(mask.shape[0], dtype=jnp.int32), -1)
+
+
+def _concrete(name: str, values: Any) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(
+            f"{name} must be a 1-d array with one entry per client, got shape {list(array.shape)}: "
+            "pass float[num_clients]"
+        )
+    return array
+
+
+def _rates(name: str, values: Any, num_clients: int | None) -> np.ndarray:
+    if np.ndim(values) == 0:
+        if num_clients is None:
+            raise ValueError(f"{name}={values!r} is one number, so num_clients must say for how many clients")
+        values = np.full(num_clients, values)
+    rates = _concrete(name, values)
+    if num_clients is not None and rates.shape[0] != num_clients:
+        raise ValueError(f"{name} has {rates.shape[0]} entries but num_clients={num_clients}: pass one per client")
+    if not ((rates >= 0) & (rates <= 1)).all():
+        bad = rates[~((rates >= 0) & (rates <= 1))][0]
+        raise ValueError(f"{name} must lie in [0, 1], got {bad}: they are probabilities per round")
+    return rates
+
+
+def _check_sizes(num_clients: int, cohort_size: int) -> None:
+    checks.positive_int("num_clients", num_clients, "a population has at least one client")
+    checks.positive_int("cohort_size", cohort_size, "a cohort has at least one slot")
+    if cohort_size > num_clients:
+        raise ValueError(
+            f"cohort_size={cohort_size} is larger than the population of {num_clients} clients: lower "
+            f"cohort_size to at most {num_clients}"
+        )

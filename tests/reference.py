@@ -1,0 +1,92 @@
+"""The slow, obvious way to run a cohort: a Python loop over clients, batches without padding, uploads kept in a list.
+
+`for_each_client` here has the signature of the real one, so a test can put it in the real one's place and run any
+method on it. It shares with the real one only what defines the result: which example the shuffle puts where, and
+how a client's keys are derived.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core import Batch, clients, num_scalars, shuffle, weighted_mean
+
+
+def for_each_client(
+    program, shared, client_inputs, cohort, key, *, work, weights="uniform", aggregator=None, plan=None
+):
+    aggregator = aggregator or weighted_mean()
+    ids, starts, sizes = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
+    examples = jax.tree.map(np.asarray, cohort.examples)
+    weight = client_weights(weights, ids, sizes, jax.tree.leaves(examples)[0].shape[0], int(cohort.num_clients))
+    summands, outputs, losses, steps = [], {}, np.zeros(len(ids)), np.zeros(len(ids), np.int32)
+    for slot, (i, start, size) in enumerate(zip(ids, starts, sizes, strict=True)):
+        if i < 0 or size == 0:
+            continue
+        seed_key, init_key, step_key = jax.random.split(jax.random.fold_in(key, int(i)), 3)
+        own = jax.tree.map(lambda leaf, slot=slot: leaf[slot], client_inputs)
+        carry = program.init(shared, own, init_key)
+        loss_sum, count = 0.0, 0
+        for step, rows in enumerate(batches(work, int(i), int(size), shuffle.seed(seed_key))):
+            batch = Batch(
+                jax.tree.map(lambda leaf, rows=rows, start=start: jnp.asarray(leaf[start + rows]), examples),
+                jnp.ones(len(rows), bool),
+                jax.random.fold_in(step_key, step),
+                jnp.int32(step),
+            )
+            carry, loss = program.step(shared, carry, batch)
+            loss_sum, count = loss_sum + float(loss) * len(rows), count + len(rows)
+            steps[slot] = step + 1
+        upload, output = program.final(shared, carry)
+        summands.append(aggregator.lift(upload, jnp.asarray(weight[slot])))
+        outputs[slot] = output
+        losses[slot] = loss_sum / count
+    if not summands:  # nobody took part: shapes only
+        return None
+    total = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *summands)
+    blank = jax.tree.map(jnp.zeros_like, next(iter(outputs.values())))
+    rows = [outputs.get(slot, blank) for slot in range(len(ids))]
+    return clients.ClientResults(
+        aggregate=aggregator.finish(total),
+        outputs=jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows),
+        weights=jnp.asarray(weight),
+        loss=jnp.asarray(losses),
+        steps=jnp.asarray(steps),
+        executed_steps=jnp.int32(steps.sum()),
+        uploaded=jnp.int32(num_scalars(upload)),
+        downloaded=jnp.int32(num_scalars(shared)),
+    )
+
+
+@jax.jit
+def _permute(seed, size):
+    """The shuffle of up to 64 examples, compiled once (each is checked to be a permutation by the caller)."""
+    return shuffle.permute(seed, jnp.minimum(jnp.arange(64), size - 1), size)
+
+
+def client_weights(weights, ids, sizes, total, num_clients):
+    present = (ids >= 0) & (sizes > 0)
+    if isinstance(weights, str):
+        raw = np.ones(len(ids)) if weights == "uniform" else sizes * num_clients / total
+    else:
+        raw = np.asarray(weights)[np.maximum(ids, 0)] / np.mean(weights)
+    return np.where(present, raw, 0.0)
+
+
+def batches(work, client, size, seed):
+    """The rows of each batch, as numpy arrays of their true length (no padding)."""
+    per_epoch = -(-size // work.batch_size)
+    count = work.num_epochs if work.num_steps is None else work.num_steps
+    count = int(np.asarray(count) if np.ndim(count) == 0 else np.asarray(count)[client])
+    num_steps = count * per_epoch if work.num_steps is None else count
+    for step in range(num_steps):
+        epoch, position = divmod(step, per_epoch)
+        if work.order == "sequential":
+            order = np.arange(size)
+        else:
+            assert work.order == "shuffled"
+            odd = np.array([0x9E3779B9, 0xC2B2AE35], np.uint64)
+            epoch_seed = np.asarray(seed) ^ ((epoch * odd) & 0xFFFFFFFF).astype(np.uint32)
+            order = np.asarray(_permute(epoch_seed, size))[:size]
+            assert sorted(order) == list(range(size))
+        yield order[position * work.batch_size : (position + 1) * work.batch_size]
