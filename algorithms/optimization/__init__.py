@@ -1,0 +1,1 @@
+"""Federated optimization: one file per method. Import the factories from `algorithms`."""

@@ -1,0 +1,124 @@
+"""FedNova."""
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_core import (
+    Algorithm,
+    Array,
+    Batch,
+    ClientOptimizer,
+    ClientProgram,
+    Cohort,
+    Key,
+    Length,
+    LocalOptions,
+    LossFn,
+    Metrics,
+    Params,
+    Scalar,
+    checks,
+    descend,
+    global_client_params,
+    local_training,
+    move,
+    optimizer_at,
+    round_metrics,
+    value_and_grad,
+)
+
+
+class FedNovaState(NamedTuple):
+    """Global model x, server momentum buffer and the number of rounds done."""
+
+    params: Params
+    velocity: Params
+    round: Array
+
+
+class FedNovaMetrics(NamedTuple):
+    """Effective length of the round's local work: sum_S p_i T_i."""
+
+    effective_length: Array
+
+
+def fednova(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    mu: Scalar = 0.0,
+    server_lr: Scalar = 1.0,
+    server_momentum: Scalar = 0.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """FedNova: normalizes displacements by the amount of local work, so that busy clients do not count double.
+
+    Client, from y = x:  y <- y - lr (g_i(y) + mu (y - x)), K_i times (or with momentum);
+                         A_i = lr ||a_i||_1, where the displacement is -lr sum_k a_i,k g_i,k;
+                         T_i = the same without the proximal term (lr K_i for plain SGD).
+    Server:              x <- x + server_lr (sum_S p_i T_i) sum_S p_i (y_i - x) / A_i,  sum_S p_i = 1.
+
+    Down: x (1P). Up: (y_i - x) / A_i and T_i (1P + 1).
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer that is linear in the gradients (SGD, with momentum or not), started anew in
+        every round, or a function of the round giving one.
+      mu: proximal weight of the local solver.
+      server_lr: step size of the server.
+      server_momentum: momentum on the server (v <- server_momentum v + update, x <- x + server_lr v), in [0, 1).
+      **local: batch_size, num_epochs or num_steps (arrays give clients different work), order, weights, plan; see
+        `LocalOptions`.
+
+    Differences: A_i and T_i are found by running the same optimizer on one scalar whose gradient is 1 (+ mu z), which
+    gives the paper's closed forms for plain, momentum and proximal SGD and holds for learning rates that change. The
+    paper leaves the effective number of steps to the server; T_i in it, not A_i, is the choice of the authors' code.
+
+    Paper: Wang, Liu, Liang, Joshi, Poor, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+    Optimization", 2020, equations 4 and 5.
+    """
+    checks.scalar("mu", mu, low=0)
+    checks.scalar("server_lr", server_lr, low=0)
+    checks.scalar("server_momentum", server_momentum, low=0, high=1, high_open=True)
+    clients = local_training(**local)
+    gradient = value_and_grad(loss_fn)
+
+    def init(params: Params) -> FedNovaState:
+        return FedNovaState(params, optax.tree.zeros_like(params), jnp.int32(0))
+
+    def round(state: FedNovaState, cohort: Cohort, key: Key) -> tuple[FedNovaState, Metrics]:
+        optimizer = optimizer_at(client_optimizer, state.round)
+
+        def client_init(x: Params, client_input: Any, key: Key) -> Any:
+            return x, optimizer.init(x), Length.start(optimizer), Length.start(optimizer)
+
+        def client_step(x: Params, carry: Any, batch: Batch) -> Any:
+            y, opt_state, length, plain_length = carry
+            loss, g = gradient(y, batch)
+            g = jax.tree.map(lambda g, y, x: g + mu * (y - x), g, y, x)
+            y, opt_state = descend(optimizer, y, opt_state, g)
+            return (y, opt_state, length.extend(optimizer, mu), plain_length.extend(optimizer)), loss
+
+        def client_final(x: Params, carry: Any) -> Any:
+            y, _, length, plain_length = carry
+            return (length.normalize(optax.tree.sub(y, x)), -plain_length.z), ()
+
+        program = ClientProgram(client_init, client_step, client_final)
+        results = clients.run(program, state.params, (), cohort, key)
+        normalized, effective_length = results.aggregate
+        velocity = jax.tree.map(
+            lambda v, d: server_momentum * v + effective_length.astype(d.dtype) * d, state.velocity, normalized
+        )
+        velocity = optax.tree.where(cohort.num_participants > 0, velocity, state.velocity)
+        step = jnp.where(cohort.num_participants > 0, server_lr, 0.0)
+        params = move(state.params, step, velocity)
+        metrics = round_metrics(results, cohort, state.params, params, FedNovaMetrics(effective_length))
+        return FedNovaState(params, velocity, state.round + 1), metrics
+
+    def client_params(state: FedNovaState, ids: Array) -> Params:
+        return global_client_params(state.params, ids)
+
+    return Algorithm(init, round, lambda state: state.params, client_params)

@@ -1,0 +1,135 @@
+"""FedSAM, FedASAM and MoFedSAM."""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from algorithms.optimization.fedavg import Gradient, averaging
+from algorithms.optimization.fedcm import client_momentum
+from fedjax_core import (
+    Algorithm,
+    Array,
+    Batch,
+    ClientOptimizer,
+    LocalOptions,
+    LossFn,
+    Params,
+    Scalar,
+    checks,
+    value_and_grad,
+)
+
+
+def fedsam(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    rho: Scalar = 0.1,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """FedSAM: local steps along the gradient at the worst point nearby, which seeks flat minima.
+
+    Client, from y = x:  g = g_i(y);  e = rho g / ||g||;  y <- y - lr g_i(y + e), both on one batch, K times.
+    Server:              x <- x + server_lr sum_S w_i (y_i - x).
+
+    Down: x (1P). Up: y_i - x (1P). Two gradients per step.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      rho: radius of the perturbation; the norm is over all parameters together.
+      server_lr: 1 replaces the model by the average.
+      **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
+
+    Paper: Qu, Li, Duan, Liu, Tang, Lu, "Generalized Federated Learning via Sharpness Aware Minimization", 2022,
+    algorithm 1; Caldarola, Caputo, Ciccone, "Improving Generalization in Federated Learning by Seeking Flat
+    Minima", 2022.
+    """
+    return averaging(_sam_gradient(loss_fn, rho), client_optimizer, server_lr=server_lr, **local)
+
+
+def fedasam(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    rho: Scalar = 0.5,
+    eta: Scalar = 0.2,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """FedASAM: FedSAM whose perturbation scales with the size of each weight.
+
+    Client, from y = x:  g = g_i(y);  T = |y| + eta for weights, 1 for biases;  e = rho T^2 g / ||T g||;
+                         y <- y - lr g_i(y + e), both on one batch, K times.
+    Server:              x <- x + server_lr sum_S w_i (y_i - x).
+
+    Down: x (1P). Up: y_i - x (1P). Two gradients per step.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      rho: radius of the perturbation.
+      eta: keeps the perturbation of small weights alive.
+      server_lr: 1 replaces the model by the average.
+      **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
+
+    Differences: a bias is taken to be any array with fewer than two axes, since parameters carry no other mark.
+
+    Paper: Caldarola, Caputo, Ciccone, "Improving Generalization in Federated Learning by Seeking Flat Minima", 2022,
+    section 4.
+    """
+    checks.scalar("eta", eta, low=0)
+    return averaging(_sam_gradient(loss_fn, rho, eta), client_optimizer, server_lr=server_lr, **local)
+
+
+def mofedsam(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    rho: Scalar = 0.1,
+    alpha: Scalar = 0.1,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """MoFedSAM: FedSAM with the previous global direction in every local step, as in FedCM.
+
+    Client, from y = x:  g = g_i(y);  e = rho g / ||g||;  y <- y - lr (alpha g_i(y + e) + (1 - alpha) D), K times.
+    Server:              D <- mean_S (x - y_i) / (lr K);  x <- x - server_lr (lr K) D.
+
+    Down: x, D (2P). Up: (x - y_i) / (lr K_i) and lr K_i (1P + 1). Two gradients per step.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, linear in the gradients (SGD), started anew in every round, or a function of
+        the round giving one.
+      rho: radius of the perturbation.
+      alpha: weight of the fresh gradient, in (0, 1]; 1 is FedSAM.
+      server_lr: 1 replaces the model by the average.
+      **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
+
+    Paper: Qu, Li, Duan, Liu, Tang, Lu, "Generalized Federated Learning via Sharpness Aware Minimization", 2022,
+    algorithm 2.
+    """
+    return client_momentum(_sam_gradient(loss_fn, rho), client_optimizer, alpha=alpha, server_lr=server_lr, **local)
+
+
+def _sam_gradient(loss_fn: LossFn, rho: Scalar, eta: Scalar | None = None) -> Gradient:
+    """The gradient at the perturbed point; adaptive if `eta` is given."""
+    checks.scalar("rho", rho, low=0)
+    gradient = value_and_grad(loss_fn)
+
+    def scale(leaf: Array) -> Array:
+        return jnp.ones_like(leaf) if eta is None or leaf.ndim < 2 else jnp.abs(leaf) + eta
+
+    def perturbed(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
+        loss, g = gradient(y, batch)
+        scales = jax.tree.map(scale, y)
+        norm = optax.tree.norm(optax.tree.mul(scales, g))
+        radius = rho / jnp.where(norm > 0, norm, 1)
+        at = jax.tree.map(lambda y, t, g: y + radius.astype(g.dtype) * t**2 * g, y, scales, g)
+        return loss, gradient(at, batch)[1]
+
+    return perturbed

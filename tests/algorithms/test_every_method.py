@@ -1,0 +1,269 @@
+"""What every method must do. A new factory in `algorithms.__all__` is tested here by being there."""
+
+import inspect
+from functools import cache
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import algorithms
+from fedjax_core import Plan, clients, continue_rounds, samplers, simulate
+from tests import reference
+from tests.problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    softmax_loss,
+    softmax_params,
+    softmax_population,
+)
+
+NUM_CLIENTS = 7
+SIZES = (1, 9, 4, 0, 13, 6, 2)  # from one example up, one client empty, batch size dividing hardly any
+BATCH = 4
+KEY = jax.random.key(11)
+
+# One worker gets all tests of a method, so that they share its compiled functions.
+METHODS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in algorithms.__all__]
+every_method = pytest.mark.parametrize("name", METHODS)
+SAMPLER = samplers.uniform(NUM_CLIENTS, 4)
+
+
+def make(name, *, lr=0.1, plan=None, **settings):
+    factory = getattr(algorithms, name)
+    parameters = inspect.signature(factory).parameters
+    if "num_clients" in parameters:
+        settings.setdefault("num_clients", NUM_CLIENTS)
+    if name != "fedsgd":  # fedsgd has no epochs
+        settings.setdefault("num_epochs", 2)
+    return factory(softmax_loss, optax.sgd(lr), batch_size=BATCH, plan=plan, **settings)
+
+
+def hyperparameters(name):
+    """Names and defaults of a method's float hyper-parameters."""
+    parameters = inspect.signature(getattr(algorithms, name)).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, float)}
+
+
+@cache
+def population(dtype=np.float64):
+    return softmax_population(SIZES, dtype=dtype)
+
+
+def jit_at_most(traces, function):
+    """`jax.jit(function)` that fails when it is traced more than `traces` times."""
+    count = 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        assert count <= traces, f"traced {count} times, expected at most {traces}"
+        return function(*args)
+
+    return jax.jit(counted)
+
+
+@cache
+def jitted_round(name):
+    """Traced twice in this whole file, for float64 and float32, whatever the ids, sizes, keys and populations."""
+    return jit_at_most(2, make(name).round)
+
+
+@cache
+def two_rounds(name):
+    return jit_at_most(1, continue_rounds(make(name), SAMPLER, 2))
+
+
+def three_rounds(round_fn, algorithm, cohorts, population, params=None):
+    state = algorithm.init(softmax_params() if params is None else params)
+    metrics = []
+    for t, ids in enumerate(cohorts):
+        state, info = round_fn(state, population.cohort(np.asarray(ids)), jax.random.fold_in(KEY, t))
+        metrics.append(info)
+    return state, metrics
+
+
+COHORTS = [[0, 4, 2, 1], [5, -1, 1, 6], [3, 2, 0, 4]]  # partial participation, an empty slot, an empty client
+
+
+def by_plain_loop(name, cohorts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clients, "for_each_client", reference.for_each_client)
+        algorithm = make(name)
+        return three_rounds(algorithm.round, algorithm, cohorts, population())
+
+
+@cache
+def reference_rounds(name):
+    return by_plain_loop(name, COHORTS)
+
+
+@every_method
+@pytest.mark.parametrize("plan", ["sequential", "two lanes", "mesh with lanes"])
+def test_every_plan_gives_the_result_of_a_plain_loop(name, plan):
+    algorithm = make(name)
+    if plan == "sequential":
+        round_fn = jitted_round(name)
+    elif plan == "two lanes":
+        round_fn = jax.jit(make(name, plan=Plan(lanes=2)).round)
+    else:
+        mesh = jax.make_mesh((2,), ("clients",), devices=jax.devices()[:2])
+        round_fn = jax.jit(make(name, plan=Plan(lanes=4, mesh=mesh)).round)
+    got = three_rounds(round_fn, algorithm, COHORTS, population())
+    assert_trees_close(got, reference_rounds(name), rtol=1e-12, atol=1e-13)
+
+
+@every_method
+def test_float32_stays_float32_and_agrees(name):
+    params = softmax_params(dtype=np.float32)
+    algorithm = make(name)
+    state, metrics = three_rounds(jitted_round(name), algorithm, COHORTS, population(np.float32), params)
+    initial = algorithm.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, initial)
+    expected, _ = reference_rounds(name)
+    assert_trees_close(
+        jax.tree.map(lambda leaf: leaf.astype(np.float64), algorithm.params(state)),
+        algorithm.params(expected),
+        1e-4,
+        1e-5,
+    )
+    assert all(m.update_norm > 0 for m in metrics)
+
+
+@every_method
+def test_cohort_order_does_not_matter(name):
+    algorithm = make(name)
+    once = three_rounds(jitted_round(name), algorithm, COHORTS, population())
+    again = three_rounds(jitted_round(name), algorithm, [ids[::-1] for ids in COHORTS], population())
+    assert_trees_close(again, once, rtol=1e-12, atol=1e-13)
+
+
+@every_method
+def test_empty_slots_and_empty_clients_change_nothing(name):
+    algorithm = make(name)
+    padded = three_rounds(jitted_round(name), algorithm, [[4, -1, 1, 3], [-1, 3, 2, -1]], population())
+    bare = by_plain_loop(name, [[4, 1], [2]])
+    assert_trees_close(padded, bare, rtol=1e-12, atol=1e-13)
+    assert [int(m.participants) for m in padded[1]] == [2, 1]
+
+
+@every_method
+def test_an_empty_cohort_leaves_the_model_unchanged(name):
+    algorithm = make(name)
+    before, _ = three_rounds(jitted_round(name), algorithm, COHORTS, population())
+    for ids in ([-1, -1, -1, -1], [3, -1, -1, -1]):
+        after, metrics = jitted_round(name)(before, population().cohort(np.asarray(ids)), KEY)
+        assert_trees_equal(algorithm.params(after), algorithm.params(before))
+        assert_trees_equal(after._replace(round=0), before._replace(round=0))
+        assert metrics.participants == 0
+        assert metrics.update_norm == 0
+        chex.assert_tree_all_finite((after, metrics))
+
+
+@every_method
+def test_only_participants_rows_change(name):
+    algorithm = make(name)
+    before, _ = three_rounds(jitted_round(name), algorithm, COHORTS, population())
+    after, _ = jitted_round(name)(before, population().cohort(np.array([5, 1, -1, -1])), KEY)
+    absent = np.array([0, 2, 3, 4, 6])
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if old.shape[:1] == (NUM_CLIENTS,):
+            np.testing.assert_array_equal(old[absent], new[absent])
+            assert not np.array_equal(old[1], new[1])
+
+
+@every_method
+def test_same_key_same_bits_other_key_other_bits(name):
+    algorithm = make(name)
+    state, cohort = algorithm.init(softmax_params()), population().cohort(np.array([1, 4, 2, 5]))
+    first = jitted_round(name)(state, cohort, jax.random.key(3))
+    assert_trees_equal(jitted_round(name)(state, cohort, jax.random.key(3)), first)
+    other = jitted_round(name)(state, cohort, jax.random.key(4))
+    deterministic = name == "fedsgd"  # the full gradient draws nothing
+    assert bool(other[1].update_norm == first[1].update_norm) == deterministic
+
+
+@every_method
+def test_scanned_rounds_equal_single_rounds_bit_for_bit(name):
+    algorithm = make(name)
+    expected, rows = algorithm.init(softmax_params()), []
+    state, first = two_rounds(name)(expected, population(), KEY)
+    state, second = two_rounds(name)(state, population(), KEY)
+    sample_key, train_key = jax.random.split(KEY)
+    for t in range(4):
+        cohort = population().cohort(SAMPLER(sample_key, t))
+        expected, info = jitted_round(name)(expected, cohort, jax.random.fold_in(train_key, t))
+        rows.append(info)
+    assert_trees_equal(state, expected)
+    scanned = jax.tree.map(lambda *leaves: np.concatenate(leaves), first, second)
+    assert_trees_equal(scanned, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+@every_method
+def test_seeds_and_every_float_vmap_like_a_loop(name):
+    values = {"lr": 0.1, **hyperparameters(name)}
+
+    def final(values, key):
+        values = dict(values)
+        algorithm = make(name, lr=values.pop("lr"), **values)
+        state, metrics = simulate(algorithm, SAMPLER, 2)(softmax_params(), population(), key)
+        return algorithm.params(state), metrics
+
+    # One member per hyper-parameter, each with that one lowered, and a seed of its own: all in one compile.
+    names = list(values)
+    batch = {n: jnp.asarray([values[n] * (0.8 if m == n else 1.0) for m in names]) for n in names}
+    keys = jax.random.split(jax.random.key(5), len(names))
+    together = jax.jit(jax.vmap(final))(batch, keys)
+    one_by_one = jax.jit(final)
+    for m in range(len(names)):
+        alone = one_by_one({n: v[m] for n, v in batch.items()}, keys[m])
+        assert_trees_close(jax.tree.map(lambda leaf, m=m: leaf[m], together), alone, rtol=1e-11, atol=1e-12)
+
+
+@every_method
+def test_other_ids_sizes_keys_and_values_do_not_retrace(name):
+    state = make(name).init(softmax_params())
+    other = softmax_population(SIZES[::-1], seed=9)  # other clients, sizes and values, as many examples
+    for t, (clients_, ids) in enumerate([(population(), [0, 1, 2, 4]), (other, [3, -1, 5, 6]), (other, [-1] * 4)]):
+        state, _ = jitted_round(name)(state, clients_.cohort(np.asarray(ids)), jax.random.key(t))
+    assert state.round == 3  # jitted_round itself fails when it is traced once more
+
+
+@every_method
+def test_no_large_array_becomes_a_constant(name):
+    run = simulate(make(name), SAMPLER, 2)
+    jaxpr = jax.make_jaxpr(run)(softmax_params(), population(), KEY)
+    assert sum(np.size(c) for c in jaxpr.consts) < 64
+
+
+@every_method
+def test_state_survives_save_and_restore(name, tmp_path):
+    state, _ = two_rounds(name)(make(name).init(softmax_params()), population(), KEY)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    assert_trees_equal(two_rounds(name)(restored, population(), KEY), two_rounds(name)(state, population(), KEY))
+
+
+@every_method
+def test_client_params_are_one_model_per_client(name):
+    algorithm = make(name)
+    state, _ = three_rounds(jitted_round(name), algorithm, COHORTS, population())
+    stacked = algorithm.client_params(state, jnp.array([2, 0, 5]))
+    jax.tree.map(lambda rows, one: chex.assert_shape(rows, (3, *one.shape)), stacked, algorithm.params(state))
+
+
+@every_method
+def test_metrics_count_scalars_and_participants(name):
+    _, metrics = three_rounds(jitted_round(name), make(name), COHORTS, population())
+    size = 5 * 3 + 3
+    for info, participants in zip(metrics, (4, 3, 3), strict=True):
+        assert info.participants == participants
+        assert info.uploaded >= size
+        assert info.downloaded >= size
+        assert info.loss > 0
