@@ -1,0 +1,23 @@
+"""Flax models as pure functions, their losses and metrics, and nothing federated."""
+
+from models import convolution, losses, metrics
+from models._common import Model, num_parameters
+from models.cnn import cnn
+from models.dense import logistic_regression, mlp
+from models.lstm import char_lstm
+from models.resnet import resnet18_gn
+from models.transformer import transformer
+
+__all__ = [
+    "Model",
+    "char_lstm",
+    "cnn",
+    "convolution",
+    "logistic_regression",
+    "losses",
+    "metrics",
+    "mlp",
+    "num_parameters",
+    "resnet18_gn",
+    "transformer",
+]

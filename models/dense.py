@@ -1,0 +1,64 @@
+"""Models without convolutions: logistic regression and the multi-layer perceptron."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import flax.linen as nn
+
+from models._common import PARAM_DTYPE, Array, Model, build, check_inputs, check_positive, check_sizes
+
+
+class _Perceptron(nn.Module):
+    hidden: tuple[int, ...]
+    num_classes: int
+
+    def setup(self) -> None:
+        self.dense = [nn.Dense(width, param_dtype=PARAM_DTYPE) for width in self.hidden]
+        # The convex case starts at zero, the usual start of logistic regression, so that no seed matters.
+        kernel_init = nn.initializers.lecun_normal() if self.hidden else nn.initializers.zeros
+        self.head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=PARAM_DTYPE)
+
+    def features(self, x: Array, train: bool = False) -> Array:
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.dense:
+            x = nn.relu(layer(x))
+        return x
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return self.head(self.features(x, train))
+
+
+def logistic_regression(input_shape: Sequence[int] = (8, 8, 1), num_classes: int = 10) -> Model:
+    """Multinomial logistic regression: flatten, one dense layer, logits.
+
+    The parameters start at zero, whatever the key. The features are the flattened input.
+
+    Args:
+      input_shape: shape of one example, any rank; `apply` takes [B, *input_shape].
+      num_classes: number of logits.
+
+    Returns:
+      A `Model` with outputs [B, num_classes] and features [B, prod(input_shape)].
+    """
+    return mlp(input_shape, num_classes, hidden=())
+
+
+def mlp(input_shape: Sequence[int] = (28, 28, 1), num_classes: int = 10, hidden: Sequence[int] = (200, 200)) -> Model:
+    """Multi-layer perceptron: flatten, dense layers with ReLU, a dense head.
+
+    The defaults are the "2NN" of McMahan, Moore, Ramage, Hampson and Aguera y Arcas, "Communication-Efficient
+    Learning of Deep Networks from Decentralized Data", 2017 (https://arxiv.org/abs/1602.05629): 199,210
+    parameters.
+
+    Args:
+      input_shape: shape of one example, any rank; `apply` takes [B, *input_shape].
+      num_classes: number of logits.
+      hidden: widths of the hidden layers; none makes it a logistic regression.
+
+    Returns:
+      A `Model` with outputs [B, num_classes] and features [B, hidden[-1]].
+    """
+    shape = check_sizes("input_shape", input_shape)
+    module = _Perceptron(check_sizes("hidden", hidden), check_positive("num_classes", num_classes))
+    return build(module, (1, math.prod(shape)), PARAM_DTYPE, partial(check_inputs, input_shape=shape))

@@ -1,0 +1,135 @@
+"""A small decoder-only transformer."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from models._common import PARAM_DTYPE, Array, Model, build, check_positive, check_tokens, embed
+
+# Weights start at this standard deviation; those that write to the residual stream at this over sqrt(2
+# layers).
+_STDDEV = 0.02
+
+
+def _dense(width: int, stddev: float = _STDDEV) -> nn.Dense:
+    return nn.Dense(width, kernel_init=nn.initializers.normal(stddev), param_dtype=PARAM_DTYPE)
+
+
+def _norm() -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, param_dtype=PARAM_DTYPE)
+
+
+class _Block(nn.Module):
+    """[B, T, dim] -> [B, T, dim]: causal self-attention and a perceptron, each normalized first and added."""
+
+    dim: int
+    num_heads: int
+    mlp_dim: int
+    dropout: float
+    residual_stddev: float
+
+    def setup(self) -> None:
+        self.attention_norm = _norm()
+        self.query, self.key, self.value = (_dense(self.dim) for _ in range(3))
+        self.out = _dense(self.dim, self.residual_stddev)
+        self.mlp_norm = _norm()
+        self.up = _dense(self.mlp_dim)
+        self.down = _dense(self.dim, self.residual_stddev)
+        self.drop = nn.Dropout(self.dropout)
+
+    def attention(self, x: Array) -> Array:
+        B, T, _ = x.shape
+        q, k, v = (f(x).reshape(B, T, self.num_heads, -1) for f in (self.query, self.key, self.value))
+        scores = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
+        past = jnp.tril(jnp.ones((T, T), bool))
+        # A finite minimum and not -inf: exp gives 0 either way, and no inf - inf can arise in a derivative.
+        weights = nn.softmax(jnp.where(past, scores, jnp.finfo(scores.dtype).min))
+        return self.out(jnp.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, self.dim))
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        x = x + self.drop(self.attention(self.attention_norm(x)), deterministic=not train)
+        return x + self.drop(self.down(nn.gelu(self.up(self.mlp_norm(x)))), deterministic=not train)
+
+
+class _Transformer(nn.Module):
+    vocab_size: int
+    max_len: int
+    num_layers: int
+    dim: int
+    num_heads: int
+    mlp_dim: int
+    dropout: float
+
+    def setup(self) -> None:
+        table = partial(nn.Embed, embedding_init=nn.initializers.normal(_STDDEV), param_dtype=PARAM_DTYPE)
+        self.embed = table(self.vocab_size, self.dim)
+        self.position = table(self.max_len, self.dim)
+        residual_stddev = _STDDEV / (2 * self.num_layers) ** 0.5
+        self.block = [
+            _Block(self.dim, self.num_heads, self.mlp_dim, self.dropout, residual_stddev)
+            for _ in range(self.num_layers)
+        ]
+        self.norm = _norm()
+        self.drop = nn.Dropout(self.dropout)
+        self.head = _dense(self.vocab_size)
+
+    def features(self, x: Array, train: bool = False) -> Array:
+        y = embed(self.embed, x) + self.position(jnp.arange(x.shape[1]))
+        y = self.drop(y, deterministic=not train)
+        for block in self.block:
+            y = block(y, train)
+        return self.norm(y)
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return self.head(self.features(x, train))
+
+
+def transformer(
+    vocab_size: int,
+    max_len: int,
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    mlp_ratio: int = 4,
+    dropout: float = 0.0,
+) -> Model:
+    """Causal decoder: token plus learned position embeddings, pre-norm blocks, a final norm, a dense head.
+
+    Vaswani et al., "Attention Is All You Need", 2017 (https://arxiv.org/abs/1706.03762), in the pre-norm form
+    of Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), 2019, with its
+    initialization and its tanh GELU. The head has its own weights and a bias. Dropout acts on the embeddings
+    and on what each sublayer adds, not on attention weights.
+
+    Every weight is one matrix at a plain path ("block_0/query/kernel" [dim, dim], "block_0/up/kernel" [dim,
+    mlp_ratio dim]), which is what adapters and partitions by path want. Sequences padded on the right need no
+    mask: a position never sees a later one.
+
+    Args:
+      vocab_size: number V of tokens; inputs are in 0..V-1, and a token outside gives NaN.
+      max_len: longest sequence.
+      num_layers: number of blocks.
+      dim: width of the residual stream.
+      num_heads: attention heads; must divide `dim`.
+      mlp_ratio: width of a block's perceptron over `dim`.
+      dropout: rate at training, in [0, 1).
+
+    Returns:
+      A `Model` from int[B, T] tokens, T <= max_len, to logits [B, T, V] and features [B, T, dim].
+    """
+    dim, num_heads = check_positive("dim", dim), check_positive("num_heads", num_heads)
+    if dim % num_heads:
+        raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}; choose num_heads among its divisors.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}; 0 turns it off.")
+    max_len = check_positive("max_len", max_len)
+    module = _Transformer(
+        check_positive("vocab_size", vocab_size),
+        max_len,
+        check_positive("num_layers", num_layers),
+        dim,
+        num_heads,
+        check_positive("mlp_ratio", mlp_ratio) * dim,
+        dropout,
+    )
+    return build(module, (1, 1), int, partial(check_tokens, max_len=max_len))
