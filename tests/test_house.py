@@ -1,0 +1,283 @@
+"""The rules of the house, checked on the source: who imports whom, what each room contains, which names are gone."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import algorithms
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("fedjax_core", "algorithms", "models", "pipelines")
+FOLDERS = (*PACKAGES, "tests", "examples", "benchmarks", "docs")
+
+# What a package may import besides the standard library and itself. None: see FORBIDDEN.
+ALLOWED = {
+    "fedjax_core": {"jax", "numpy", "optax", "chex"},
+    "algorithms": {"jax", "numpy", "optax", "chex", "fedjax_core"},
+    "models": None,
+    "pipelines": None,
+}
+FORBIDDEN = {"models": {"fedjax_core", "algorithms", "pipelines"}, "pipelines": {"tests"}}
+
+# Names that newer releases of JAX lack or that this library does not use, and what to use.
+GONE = {
+    "jax.pmap": "jax.shard_map",
+    "jax.tree_map": "jax.tree.map",
+    "jax.tree_leaves": "jax.tree.leaves",
+    "jax.core.eval_jaxpr": "jax.extend.core.jaxpr_as_fun",
+    "jax.experimental.shard_map": "jax.shard_map",
+    "jax.experimental.maps": "jax.shard_map",
+    "jax.experimental.pjit": "jax.jit",
+    "jax.random.PRNGKey": "jax.random.key",
+}
+
+# A path of one person's machine, and the address of a package index (taken apart, so that this file passes too).
+MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:work|root|farm|home/\w+|Users/\w+)/")
+INDEX_ADDRESS = re.compile(
+    "|".join(
+        [
+            r"https?://[^\s\"']*/(?:simple|pypi|npm)(?:/|[\"'\s]|$)",
+            r"\bpy" + r"pi\.org\b",
+            r"\bpython" + r"hosted\.org\b",
+            r"\bregistry\.npm" + r"js\.org\b",
+            r"\bconda\.ana" + r"conda\.org\b",
+        ]
+    )
+)
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def all_python_files() -> list[Path]:
+    return [ROOT / "bootstrap.py", *(path for folder in FOLDERS for path in python_files(folder))]
+
+
+def place(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+def imported_packages(path: Path) -> list[tuple[ast.AST, str]]:
+    """Top-level names of everything a file imports, `importlib.import_module("...")` included."""
+    found: list[tuple[ast.AST, str]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node, alias.name.split(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.append((node, node.module.split(".")[0]))
+        elif isinstance(node, ast.ImportFrom) and node.level >= len(path.relative_to(ROOT).parts):
+            found.append((node, "a relative import that leaves the package"))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            found += [(node, str(name.value).split(".")[0]) for name in node.args[:1] if isinstance(name, ast.Constant)]
+    return found
+
+
+def import_is_allowed(package: str, name: str) -> bool:
+    if name == package or name in sys.stdlib_module_names:
+        return True
+    allowed = ALLOWED[package]
+    return name not in FORBIDDEN[package] if allowed is None else name in allowed
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str):
+    wrong = [
+        f"{place(path, node)} imports {name}"
+        for path in python_files(package)
+        for node, name in imported_packages(path)
+        if not import_is_allowed(package, name)
+    ]
+    assert not wrong, (
+        "imports go pipelines -> algorithms, models, fedjax_core; algorithms -> fedjax_core:\n" + "\n".join(wrong)
+    )
+
+
+@pytest.mark.parametrize(
+    ("package", "statement", "allowed"),
+    [
+        ("fedjax_core", "import algorithms.optimization", False),
+        ("fedjax_core", "from flax import linen", False),
+        ("fedjax_core", "import jax.numpy as jnp", True),
+        ("algorithms", "from models.cnn import cnn", False),
+        ("algorithms", "def f():\n    import pipelines", False),
+        ("algorithms", "import importlib\nimportlib.import_module('sklearn.datasets')", False),
+        ("algorithms", "from fedjax_core import Algorithm", True),
+        ("models", "from fedjax_core import types", False),
+        ("models", "import flax.linen as nn", True),
+        ("pipelines", "import algorithms, models, fedjax_core, sklearn", True),
+    ],
+)
+def test_the_import_check_sees(package: str, statement: str, allowed: bool, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / package / "module.py"
+    file.parent.mkdir()
+    file.write_text(statement)
+    assert all(import_is_allowed(package, name) for _, name in imported_packages(file)) == allowed
+
+
+def full_names(tree: ast.AST) -> list[tuple[ast.AST, str]]:
+    """Every imported or dotted name of a file, spelled in full: `random.key` after `from jax import random` is
+    `jax.random.key`."""
+    known: dict[str, str] = {}
+    found: list[tuple[ast.AST, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                known[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+                found.append((node, alias.name))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                found.append((node, f"{node.module}.{alias.name}"))
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        inner: ast.AST = node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name) and inner.id in known:
+            found.append((node, ".".join([known[inner.id], *reversed(parts)])))
+    return found
+
+
+def gone_names(tree: ast.AST) -> list[tuple[ast.AST, str, str]]:
+    return [
+        (node, name, GONE[gone])
+        for node, name in full_names(tree)
+        for gone in GONE
+        if name == gone or name.startswith(gone + ".")
+    ]
+
+
+@pytest.mark.quick
+def test_no_removed_jax_names():
+    wrong = [
+        f"{place(path, node)}: {name}; use {instead}"
+        for path in all_python_files()
+        for node, name, instead in gone_names(ast.parse(path.read_text()))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import jax\njax.random.PRNGKey(0)",
+        "from jax import random as r\nr.PRNGKey(0)",
+        "from jax.random import PRNGKey",
+        "import jax as j\nj.tree_map(f, x)",
+        "from jax.experimental.shard_map import shard_map",
+        "import jax.experimental.shard_map",
+        "from jax import core\ncore.eval_jaxpr(a, b)",
+        "import jax\n@jax.pmap\ndef f(x): pass",
+    ],
+)
+def test_the_check_of_removed_names_sees(source: str):
+    assert gone_names(ast.parse(source))
+    assert not gone_names(ast.parse("import jax\njax.random.key(0)\njax.tree.map(f, x)\njax.shard_map(f)"))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package: str):
+    assert (ROOT / package / "py.typed").exists(), f"add an empty {package}/py.typed"
+    assert (ROOT / package / "__init__.py").exists(), f"add {package}/__init__.py"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_say_what_lives_there(folder: str):
+    readme = ROOT / folder / "README.md"
+    assert readme.exists(), f"add {folder}/README.md: what lives there and what it may import"
+    assert readme.read_text().startswith("# ")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", sorted(algorithms.__all__))
+def test_methods_carry_their_paper_card(name: str):
+    factory = getattr(algorithms, name)
+    if not inspect.isfunction(factory):
+        pytest.skip("not a factory")
+    card = inspect.getdoc(factory) or ""
+    first, *_ = card.split("\n")
+    assert re.match(r"[^:]{1,40}: \S", first), f'the first line must read "Name: what it is", not {first!r}'
+    assert card.split("\n\n")[-1].startswith("Paper: "), (
+        f"the card of {name} must end with a paragraph `Paper: authors, title, year, algorithm number`"
+    )
+
+
+def test_algorithms_are_listed_in_order():
+    assert list(algorithms.__all__) == sorted(algorithms.__all__)
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control, or without git every file that is not in a hidden or generated folder."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode == 0 and top.returncode == 0 and Path(top.stdout.strip()) == ROOT:
+        return [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    roots = [ROOT / folder for folder in (*FOLDERS, ".ci")]
+    files = [path for root in roots for path in root.rglob("*") if "__pycache__" not in path.parts]
+    return [path for path in [*ROOT.glob("*"), ROOT / ".pre-commit-config.yaml", *files] if path.is_file()]
+
+
+def leaks(text: str) -> list[str]:
+    return [match.group() for pattern in (MACHINE_PATH, INDEX_ADDRESS) for match in pattern.finditer(text)]
+
+
+@pytest.mark.quick
+def test_no_machine_paths_or_index_addresses():
+    wrong = []
+    for path in tracked_files():
+        if not path.is_file():
+            continue  # deleted, but not yet committed as deleted
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        wrong += [f"{path.relative_to(ROOT)}: {leak}" for leak in leaks(text)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_of_leaks_sees():
+    slash = "/"
+    for bad in ("see {}home/ann/data", "'{}root/.cache'", "cd {}work/main", "https:/{}mirror.example/simple/"):
+        assert leaks(bad.format(slash) + slash), bad
+    for good in (
+        "https://arxiv.org/abs/1602.05629",
+        "runs/work/home/x/",
+        "~/work/x",
+        "$HOME/work/",
+        "a simple / npm text",
+    ):
+        assert not leaks(good), good
+
+
+def test_test_folders_mirror_the_packages():
+    """tests/<package>/... holds the tests of <package>/..., and nothing in tests can hide a package."""
+    files = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
+    wrong = [str(path) for path in files if path.parts[:-1] and not (ROOT / path.parent / "__init__.py").exists()]
+    assert not wrong, f"these tests lie in a folder that no package has: {wrong}"
+    assert {path.parts[0] for path in files if len(path.parts) > 1} <= set(PACKAGES)
+
+    # Outside a package, pytest imports a test file by its bare name.
+    bare = [path.name for path in files if not (ROOT / "tests" / path.parent / "__init__.py").exists()]
+    twice = sorted({name for name in bare if bare.count(name) > 1})
+    assert not twice, f"two test files share a name, which pytest cannot import: {twice}"
+
+
+@pytest.mark.quick
+def test_every_package_has_tests():
+    for package in PACKAGES:
+        assert list((ROOT / "tests" / package).rglob("test_*.py")), f"tests/{package} is empty"
