@@ -1,0 +1,218 @@
+"""Checkpoints that survive being killed: one folder per saved round, whole or not there.
+
+A folder is written under a temporary name and renamed when complete, which is one step for the file system. It holds
+the state (orbax), arrays of any shape (`arrays.npz`: the metrics so far), and `manifest.json`, written last, with the
+sha256 of every other file. Nothing is trusted without its manifest, so what a power cut or a bad disk did to a
+renamed folder is found too, and the one before is used.
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fedjax_core import checks
+
+_PREFIX = "round-"
+_TEMPORARY = "unfinished-"
+_FORMAT = 1
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was found damaged and was passed over."""
+
+
+class Saved(NamedTuple):
+    """A restored checkpoint.
+
+    Attributes:
+      round: rounds done.
+      state: pytree like the one that was saved.
+      arrays: name to array, as saved.
+      info: what the caller wrote down beside, JSON values.
+    """
+
+    round: int
+    state: Any
+    arrays: dict[str, np.ndarray]
+    info: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    round: int,
+    state: Any,
+    arrays: Mapping[str, np.ndarray],
+    info: Mapping[str, Any] | None = None,
+    *,
+    keep: int = 3,
+) -> Path:
+    """Saves a checkpoint and removes all but the `keep` latest up to this round.
+
+    Args:
+      folder: holds the checkpoints of one run of one method.
+      round: rounds done.
+      state: pytree of arrays; typed keys are saved as their data.
+      arrays: numpy arrays by name.
+      info: JSON values to keep beside.
+      keep: how many to keep; two or more, or there is nothing to fall back on.
+
+    Returns:
+      The folder of this checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+    temporary = folder / f"{_TEMPORARY}{round:08d}"
+    leaves = {name: np.asarray(leaf) for name, (leaf, _) in _flat(state).items()}
+    # orbax refuses arrays without elements; there is nothing in them to save.
+    filled = {name: leaf for name, leaf in leaves.items() if leaf.size}
+    temporary.mkdir()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save((temporary / "state").resolve(), filled)
+    np.savez(temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]
+    manifest = {
+        "format": _FORMAT,
+        "round": round,
+        "leaves": {n: [kind, list(leaves[n].shape), str(leaves[n].dtype)] for n, (_, kind) in _flat(state).items()},
+        "info": dict(info or {}),
+        "sha256": {str(p.relative_to(temporary).as_posix()): _digest(p) for p in _files(temporary)},
+    }
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    final = folder / f"{_PREFIX}{round:08d}"
+    if final.exists():  # damaged, or we would have gone on from it
+        _remove(final)
+    temporary.rename(final)
+    for old in [p for p in _folders(folder) if _round_of(p) <= round][:-keep]:
+        _remove(old)
+    return final
+
+
+def restore_latest(folder: Path, expected: Any, expected_name: str = "the state of this run") -> Saved | None:
+    """Restores the latest checkpoint that is whole, or returns None if there is none.
+
+    A damaged one is named in a `CheckpointWarning` and the one before is tried.
+
+    Args:
+      folder: as for `save`.
+      expected: pytree with the structure, shapes and dtypes of the saved state (arrays or `jax.ShapeDtypeStruct`).
+      expected_name: for the error.
+
+    Raises:
+      ValueError: if a whole checkpoint holds a state of another structure, with the first leaf that differs.
+    """
+    if not folder.exists():
+        return None
+    for path in reversed(_folders(folder)):
+        damage = verify(path)
+        if damage:
+            warnings.warn(
+                f"checkpoint {path} is damaged ({damage}): using the one before", CheckpointWarning, stacklevel=2
+            )
+            continue
+        return _restore(path, expected, expected_name)
+    return None
+
+
+def verify(path: Path) -> str:
+    """Says what is wrong with a checkpoint's folder; an empty string if nothing is."""
+    manifest_path = path / "manifest.json"
+    if not manifest_path.exists():
+        return "manifest.json is missing, so it was never finished"
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        digests = dict(manifest["sha256"])
+        int(manifest["round"]), dict(manifest["leaves"]), dict(manifest["info"])
+    except (ValueError, KeyError, TypeError):
+        return "manifest.json cannot be read"
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != digest:
+            return f"{name} is not what was written, its sha256 differs"
+    return ""
+
+
+def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
+    manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["format"] != _FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {manifest['format']}, this version reads {_FORMAT}: use the version of the "
+            "library that wrote it"
+        )
+    wanted = _flat(expected)
+    got = {n: jax.ShapeDtypeStruct(tuple(s), jnp.dtype(d)) for n, (_, s, d) in manifest["leaves"].items()}
+    checks.same_structure(f"checkpoint {path.name}", got, {n: leaf for n, (leaf, _) in wanted.items()}, expected_name)
+    for name, (_, kind) in wanted.items():
+        saved_kind = manifest["leaves"][name][0]
+        if saved_kind != kind:
+            raise ValueError(
+                f"checkpoint {path.name}[{name!r}] is {saved_kind} but {expected_name} has {kind} there: build both "
+                "alike"
+            )
+    filled = [name for name, leaf in got.items() if np.prod(leaf.shape)]
+    template = {name: np.zeros((), got[name].dtype) for name in filled}
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in filled}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        loaded = checkpointer.restore((path / "state").resolve(), item=template, restore_args=as_numpy)
+    leaves = []
+    for name, (_, kind) in wanted.items():
+        leaf = jnp.asarray(loaded[name] if name in loaded else np.zeros(got[name].shape, got[name].dtype))
+        leaves.append(jax.random.wrap_key_data(leaf, impl=kind.split(":")[1]) if kind != "array" else leaf)
+    state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    with np.load(path / "arrays.npz", allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    return Saved(int(manifest["round"]), state, arrays, manifest["info"])
+
+
+def _flat(tree: Any) -> dict[str, tuple[Any, str]]:
+    """Path of each leaf to the leaf (a key as its data) and what it is: "array" or "key:<implementation>"."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        kind = "array"
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            one = leaf if isinstance(leaf, jax.Array) else _key_like(leaf)
+            kind = f"key:{jax.random.key_impl(one)}"
+            leaf = jax.eval_shape(jax.random.key_data, leaf) if one is not leaf else jax.random.key_data(leaf)
+        flat[jax.tree_util.keystr(path)] = (leaf, kind)
+    return flat
+
+
+def _key_like(struct: Any) -> Any:
+    """A key of the implementation that a ShapeDtypeStruct of keys names, which only its dtype knows."""
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        key = jax.random.key(0, impl=impl)
+        if key.dtype == struct.dtype:
+            return key
+    raise ValueError(f"keys of dtype {struct.dtype} cannot be restored: use one of JAX's own implementations")
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=_round_of)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a folder half removed must not pass for a checkpoint that was damaged.
+    shutil.rmtree(path.rename(path.with_name(_TEMPORARY + path.name)))

@@ -1,0 +1,366 @@
+"""The command line: `fedjax-core train` and `fedjax-core list`."""
+
+import contextlib
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedjax_core import samplers
+from pipelines import data, methods, partition, progress
+from pipelines.config import CLIENT_SETTINGS, Config
+from pipelines.names import pick
+from pipelines.progress import duration, size
+
+_DEFAULTS = Config()
+
+
+class _Option(click.Option):
+    """An option that knows under which heading of the help it stands."""
+
+    def __init__(self, *args: Any, heading: str = "Other", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+class _Command(click.Command):
+    """A command whose help shows its options under headings, in the order they are declared."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "heading", "Other"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=24)
+
+
+def _option(heading: str, *flags: str, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option under a heading; unless told otherwise its default is that of the field of `Config` it sets."""
+    field = flags[-1] if not flags[-1].startswith("-") else flags[0].removeprefix("--").replace("-", "_")
+    if "default" not in kwargs and hasattr(_DEFAULTS, field) and not kwargs.get("multiple"):
+        kwargs["default"] = getattr(_DEFAULTS, field)
+    kwargs.setdefault("show_default", kwargs.get("default") is not None)
+    return click.option(*flags, cls=_Option, heading=heading, **kwargs)
+
+
+class _Widths(click.ParamType):
+    """Comma-separated sizes."""
+
+    name = "widths"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no list of sizes: write for example 200,200", param, ctx)
+
+
+@click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedjax-core", prog_name="fedjax-core")
+def main() -> None:
+    """Federated learning research in JAX: a whole federated round is one compiled step.
+
+    \b
+    fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
+    fedjax-core list             what there is to choose from
+    fedjax-core list scaffold    a method's card and hyper-parameters
+    """
+
+
+_EXAMPLES = """
+
+\b
+Examples:
+  fedjax-core train
+  fedjax-core train --method fedavg --method fedprox --set fedprox.mu=0.01
+  fedjax-core train --dataset wine --model logistic_regression --clients 10 --cohort-size 5 --alpha 0.1
+  fedjax-core train --sampler markov --turn-on 0.1 --turn-off 0.3 --rounds 500 --out runs/markov
+  fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
+
+A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. Exit codes: 0 done,
+1 the loss or the model is no longer finite, 2 a mistake in the arguments, 130 stopped by Ctrl-C.
+"""
+
+_CPU = "on the processor"
+
+
+@main.command(
+    cls=_Command,
+    help="Train with one or several federated methods, all seeds at once, and compare them." + _EXAMPLES,
+    short_help="Train and compare federated methods.",
+)
+@_option("Data and clients", "--dataset", metavar="NAME", help="Data set; `fedjax-core list` shows them.")
+@_option("Data and clients", "--clients", type=int, metavar="N", help="Number of clients.")
+@_option("Data and clients", "--partition", metavar="NAME", help="Who holds which examples: iid, dirichlet or shards.")
+@_option("Data and clients", "--alpha", type=float, metavar="A", help="dirichlet: small is more skewed.")
+@_option("Data and clients", "--min-size", type=int, metavar="N", help="dirichlet: fewest examples of a client.")
+@_option("Data and clients", "--shards-per-client", type=int, metavar="N", help="shards: shards of a client.")
+@_option("Data and clients", "--partition-seed", type=int, metavar="SEED", help="Seed of the partition.")
+@_option(
+    "Methods and model",
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    help=f"Method to run; may be given several times.  [default: {', '.join(_DEFAULTS.methods)}]",
+)
+@_option(
+    "Methods and model",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="[METHOD.]NAME=VALUE",
+    help="Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and client_lr_decay. "
+    "May be given several times.",
+)
+@_option("Methods and model", "--model", metavar="NAME", help="Model; `fedjax-core list` shows them.")
+@_option(
+    "Methods and model",
+    "--hidden",
+    type=_Widths(),
+    default=",".join(map(str, _DEFAULTS.hidden)),
+    metavar="N,N,...",
+    help="mlp: widths of the hidden layers.",
+)
+@_option(
+    "Participation",
+    "--sampler",
+    metavar="NAME",
+    help="Who takes part in a round: uniform, weighted (by size), full, bernoulli, cyclic, periodic or markov.",
+)
+@_option("Participation", "--cohort-size", type=int, metavar="N", help="uniform, weighted, cyclic: clients a round.")
+@_option("Participation", "--participation", type=float, metavar="P", help="bernoulli, periodic: share of rounds.")
+@_option("Participation", "--period", type=int, metavar="N", help="periodic: rounds of a period.")
+@_option("Participation", "--turn-on", type=float, metavar="P", help="markov: probability to come back.")
+@_option("Participation", "--turn-off", type=float, metavar="P", help="markov: probability to leave.")
+@_option("Local training", "--batch-size", type=int, metavar="N", help="Examples of a local step.")
+@_option("Local training", "--epochs", type=int, metavar="N", help="Local epochs.")
+@_option("Local training", "--steps", type=int, metavar="N", help="Local steps, instead of epochs.")
+@_option("Local training", "--order", metavar="NAME", help="Order of examples: shuffled, replacement or sequential.")
+@_option("Local training", "--weights", metavar="NAME", help="Weights of clients in averages: uniform or examples.")
+@_option("Local training", "--client-optimizer", metavar="NAME", help="sgd, adam or adamw.")
+@_option("Local training", "--client-lr", type=float, metavar="LR", help="Learning rate of the clients.")
+@_option("Local training", "--client-momentum", type=float, metavar="M", help="Momentum of the clients (sgd).")
+@_option("Local training", "--client-lr-decay", type=float, metavar="F", help="Factor on client_lr after every round.")
+@_option("Run", "--rounds", type=int, metavar="N", help="Number of rounds.")
+@_option("Run", "--eval-every", type=int, metavar="N", help="Rounds between evaluations.")
+@_option("Run", "--checkpoint-every", type=int, metavar="N", help="Rounds between checkpoints (a multiple of that).")
+@_option("Run", "--seeds", type=int, metavar="N", help="Number of seeds, run at once.")
+@_option("Run", "--first-seed", type=int, metavar="SEED", help="Seeds are counted from here.")
+@_option("Run", "--target", type=float, metavar="ACCURACY", help="Test accuracy for which rounds are counted.")
+@_option(
+    "Run", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
+)
+@_option("Run", "--quiet", is_flag=True, help="Print nothing but errors.")
+@_option("Machine", "--lanes", type=int, metavar="N", help=f"Clients trained at the same time.  [default: 1 {_CPU}]")
+@_option(
+    "Machine", "--mesh", type=int, metavar="N", help=f"Devices to spread the cohort over ({_CPU} they are threads)."
+)
+@_option("Machine", "--x64", is_flag=True, help="Double precision.", show_default=False)
+@_option(
+    "Machine",
+    "--cache/--no-cache",
+    default=True,
+    help="Keep compiled programs in the user's cache folder, so that a second run starts at once.",
+)
+@click.pass_context
+def train(ctx: click.Context, out: Path | None, quiet: bool, cache: bool, **values: Any) -> None:
+    """Train and compare federated methods; the help text is given above."""
+    explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if cache:
+        enable_compilation_cache()
+    # Orbax tells of every step it takes through this logger.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with _usage_errors(ctx):
+        if values["steps"] is not None and "epochs" not in explicit:
+            values["epochs"] = None
+        chosen = list(values.pop("methods")) or list(_DEFAULTS.methods)
+        for name in chosen:
+            methods.describe(name)
+        config = Config(**values | {"methods": tuple(chosen), "settings": parse_settings(values["settings"], chosen)})
+        if config.mesh is not None and config.mesh > 1:
+            with contextlib.suppress(RuntimeError):  # too late in a process that has used JAX already
+                jax.config.update("jax_num_cpu_devices", config.mesh)
+    out = out or Path("runs") / config.slug()
+    console = Console(soft_wrap=True, highlight=False)
+    reporter = progress.silent() if quiet else progress.bar(console) if console.is_terminal else progress.plain()
+    sys.exit(_train(ctx, config, out, reporter))
+
+
+def _train(ctx: click.Context, config: Config, out: Path, reporter: progress.Reporter) -> int:
+    """Runs a configuration and returns the exit code."""
+    from pipelines import report, setup
+    from pipelines import train as driver
+
+    with jax.enable_x64(config.x64), _warnings_as_lines():
+        with _usage_errors(ctx):
+            experiment = setup.prepare(config)
+            driver.claim(out, config)
+        for line in report.described(experiment):
+            reporter.say(line)
+        for name in config.methods:
+            parts = setup.predicted_memory(experiment, name)
+            made_up = ", ".join(f"{part} {size(number)}" for part, number in parts.items())
+            reporter.say(f"{name}: {report.settings_line(config, name)}")
+            reporter.say(f"{name}: about {size(sum(parts.values()))} of memory predicted ({made_up})")
+        reporter.say(f"results: {out}")
+        try:
+            results = driver.run(experiment, out, reporter=reporter)
+        except driver.Interrupted as stop:
+            click.echo(stop.message, err=True)
+            return 128 + stop.signal
+        except driver.Diverged as error:
+            click.echo(f"Error: {error}", err=True)
+            return 1
+        eval_rounds = driver.history.evaluated_rounds(config.rounds, config.eval_every)
+        for name, result in results.items():
+            accuracy = result.history["test/accuracy"]
+            final = report.mean_sd(accuracy[:, -1].astype(float))
+            reached = report.rounds_to_target(accuracy, eval_rounds, config.target)
+            spent = [duration(result.info[part]) for part in ("compile_seconds", "run_seconds")]
+            reporter.say(
+                f"{name}: test accuracy {final}, rounds to {100 * config.target:g} %: {reached} "
+                f"(compiled in {spent[0]}, ran {spent[1]})"
+            )
+        reporter.say(f"written: {out / 'summary.md'}, curves.png, clients.png, metrics.csv, clients.csv, checkpoints")
+    return 0
+
+
+@main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers.")
+@click.argument("name", required=False)
+@click.pass_context
+def list_(ctx: click.Context, name: str | None) -> None:
+    """Show what there is: all of it, or everything about the one thing called NAME."""
+    import models
+    from pipelines import setup
+
+    console = Console(highlight=False)
+    groups: dict[str, tuple[Sequence[str], Callable[[str], Any]]] = {
+        "models": (list(setup.MODELS), lambda n: getattr(models, n)),
+        "data sets": (list(data.DATASETS), lambda n: data.DATASETS[n]),
+        "partitions": (list(partition.PARTITIONS), lambda n: partition.PARTITIONS[n]),
+        "samplers": (list(setup.SAMPLERS), lambda n: getattr(samplers, n)),
+    }
+    if name is not None:
+        known = [*methods.names(), *(entry for names, _ in groups.values() for entry in names)]
+        with _usage_errors(ctx):
+            pick("name", name, known)
+        if name in methods.names():
+            _show_method(console, methods.describe(name))
+            return
+        for entries, find in groups.values():
+            if name in entries:
+                click.echo(inspect.getdoc(find(name)))
+        return
+    table = _table("method", "what it is", "paper")
+    for each in map(methods.describe, methods.names()):
+        table.add_row(each.name, Text(each.title), Text(each.paper))
+    console.print(table)
+    for title, (entries, find) in groups.items():
+        console.print()
+        table = _table(title, "what it is")
+        for entry in entries:
+            table.add_row(entry, Text(" ".join((inspect.getdoc(find(entry)) or "").split("\n\n")[0].split())))
+        console.print(table)
+    click.echo("\n`fedjax-core list NAME` shows everything about one of them.")
+
+
+def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
+    """Reads `[METHOD.]NAME=VALUE` pairs; a pair without a method goes to every chosen method that has the name.
+
+    Raises:
+      ValueError: if a pair is malformed, the method is not among the chosen, or nothing has the name.
+    """
+    settings: dict[str, dict[str, methods.Value]] = {}
+    own: dict[str, dict[str, methods.Value]] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {pair!r} is not of the form NAME=VALUE or METHOD.NAME=VALUE")
+        method, dot, name = key.strip().rpartition(".")
+        if dot:
+            pick("method among those of this run", method, chosen)
+            own.setdefault(method, {})[name] = value
+            continue
+        having = [m for m in chosen if name in CLIENT_SETTINGS or name in methods.describe(m).hyperparameters]
+        if not having:
+            known = {n for m in chosen for n in methods.describe(m).hyperparameters} | set(CLIENT_SETTINGS)
+            pick(f"hyper-parameter of {', '.join(chosen)}", name, sorted(known))
+        for each in having:
+            settings.setdefault(each, {})[name] = value
+    # What is said of one method goes before what is said of all, wherever it stands.
+    return {m: {**settings.get(m, {}), **own.get(m, {})} for m in chosen if m in settings or m in own}
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between processes, in the user's cache folder unless JAX is told of another."""
+    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (not in its type stub)
+        base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+        folder = (Path(base) if base else Path.home() / ".cache") / "fedjax-core" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _show_method(console: Console, method: methods.Method) -> None:
+    click.echo(method.card)
+    click.echo()
+    if not method.hyperparameters:
+        click.echo("It has no hyper-parameters of its own.")
+        return
+    table = _table("hyper-parameter", "default of the factory", "in a run unless set")
+    for name, default in method.hyperparameters.items():
+        used = methods.settings_of(method.name, {})[name]
+        table.add_row(Text(f"--set {method.name}.{name}=..."), str(default), str(used))
+    console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=i == 0)
+    return table
+
+
+@contextlib.contextmanager
+def _usage_errors(ctx: click.Context) -> Iterator[None]:
+    """A mistake in what was asked for is told in one line, with exit code 2, and without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        click.echo(f"Error: {error}\nTry `{ctx.command_path} --help`.", err=True)
+        ctx.exit(2)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Warnings of this package in one line, without the source line."""
+    from pipelines.checkpoint import CheckpointWarning
+
+    show = warnings.showwarning
+
+    def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, CheckpointWarning):
+            click.echo(f"Warning: {message}", err=True)
+        else:
+            show(message, category, *args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = line
+        yield

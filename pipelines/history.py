@@ -1,0 +1,118 @@
+"""What was measured so far: arrays by name, the same on disk, in memory and after a restart.
+
+Letters: S seeds, r rounds done, e evaluations done, N clients. Names are "round/<metric>" [S, r, ...],
+"test/<metric>" [S, e] and, when a method is finished, "client/<metric>" [S, N].
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core import Metrics
+
+History = dict[str, np.ndarray]
+
+_BASE = ("loss", "update_norm", "uploaded", "downloaded", "participants")
+
+
+def from_rounds(metrics: Metrics, scores: Mapping[str, Any]) -> History:
+    """The history of some rounds and the evaluation after them.
+
+    Args:
+      metrics: leaves [S, r, ...].
+      scores: name to [S].
+    """
+    found = {f"round/{name}": _plain(getattr(metrics, name)) for name in _BASE}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(metrics.extra)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        found[f"round/{name if name not in _BASE else f'extra.{name}'}"] = _plain(leaf)
+    return found | {f"test/{name}": _plain(value)[:, None] for name, value in scores.items()}
+
+
+def append(history: History, new: History) -> History:
+    """`history` followed by `new`, along the axis of rounds or evaluations."""
+    return {
+        name: np.concatenate([history[name], value], axis=1) if name in history else value
+        for name, value in new.items()
+    }
+
+
+def first_bad_round(history: History) -> tuple[int, int] | None:
+    """(seed, round) of the first training loss or update norm that is not finite, counted from 0; None if all are."""
+    bad = ~(np.isfinite(history["round/loss"]) & np.isfinite(history["round/update_norm"]))
+    if not bad.any():
+        return None
+    round = int(np.argmax(bad.any(axis=0)))
+    return int(np.argmax(bad[:, round])), round
+
+
+def mean_losses(history: History, eval_rounds: np.ndarray) -> np.ndarray:
+    """float[S, e], the mean training loss over the rounds since the evaluation before.
+
+    Rounds in which nobody took part, whose loss is 0, are left out; NaN where there was no other.
+    """
+    took_part = history["round/participants"] > 0
+    loss = np.where(took_part, history["round/loss"], 0).astype(np.float64)
+    rounds = loss.shape[1]
+    starts = np.concatenate([[0], eval_rounds[eval_rounds < rounds]]).astype(np.int64)
+    counts = np.add.reduceat(took_part.astype(np.int64), starts, axis=1)
+    return np.where(counts > 0, np.add.reduceat(loss, starts, axis=1) / np.maximum(counts, 1), np.nan)
+
+
+def evaluated_rounds(rounds: int, eval_every: int) -> np.ndarray:
+    """int[e], the rounds after which a run is evaluated: every `eval_every`, and the last."""
+    grid = np.arange(eval_every, rounds + 1, eval_every)
+    return grid if rounds % eval_every == 0 else np.append(grid, rounds)
+
+
+def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: np.ndarray) -> str:
+    """The metrics as CSV text, one row per method, seed and round.
+
+    Counts of scalars are given per participant, as the methods report them, and as `..._total`, times the
+    participants, which is exact (a product of int32 would overflow). A cell is empty where the method does not
+    report the metric, or the round was not evaluated. Metrics that are no scalars are left out.
+
+    Args:
+      histories: method to history.
+      seeds: S seeds.
+      eval_rounds: int[e], from `evaluated_rounds`.
+    """
+    extras: dict[str, None] = {}
+    tests: dict[str, None] = {}
+    for history in histories.values():
+        for name, value in history.items():
+            group, _, metric = name.partition("/")
+            if group == "round" and metric not in _BASE and value.ndim == 2:
+                extras[metric] = None
+            if group == "test":
+                tests[metric] = None
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [*_BASE, "uploaded_total", "downloaded_total", *(f"test_{name}" for name in tests), *extras]
+    writer.writerow(["method", "seed", "round", *columns])
+    for method, history in histories.items():
+        if not history:
+            continue
+        for s, seed in enumerate(seeds):
+            for t in range(history["round/loss"].shape[1]):
+                participants = int(history["round/participants"][s, t])
+                row = [str(history[f"round/{name}"][s, t]) for name in _BASE]
+                row += [str(int(history[f"round/{n}"][s, t]) * participants) for n in ("uploaded", "downloaded")]
+                at = int(np.searchsorted(eval_rounds, t + 1))
+                evaluated = at < len(eval_rounds) and eval_rounds[at] == t + 1
+                row += [str(history[f"test/{n}"][s, at]) if evaluated and f"test/{n}" in history else "" for n in tests]
+                row += [str(history[f"round/{n}"][s, t]) if f"round/{n}" in history else "" for n in extras]
+                writer.writerow([method, seed, t + 1, *row])
+    return text.getvalue()
+
+
+def _plain(value: Any) -> np.ndarray:
+    """A numpy array of a dtype that numpy itself can store."""
+    if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
+        value = value.astype(jnp.float32)
+    return np.asarray(value)

@@ -1,0 +1,153 @@
+"""The methods of `algorithms`, described by looking at them, and built from names and settings.
+
+Nothing is registered: a factory exported by `algorithms` whose first arguments are `loss_fn` and `client_optimizer`
+is a method, its keyword-only arguments with numbers, booleans or strings as defaults are its hyper-parameters, and
+its docstring is its card.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import algorithms
+from fedjax_core import Algorithm, ClientOptimizer, LossFn
+from pipelines.names import pick
+
+Value = bool | int | float | str
+
+RECOMMENDED: Mapping[str, Mapping[str, Value]] = {
+    "fedadagrad": {"server_lr": 0.03},
+    "fedadam": {"server_lr": 0.03},
+    "fedyogi": {"server_lr": 0.03},
+}
+"""Hyper-parameters a run uses unless told otherwise, where the factory's default is no good start for digits."""
+
+# They take one step on the full gradient, so a run's epochs, steps and order are not handed to them.
+_SINGLE_STEP = ("fedsgd",)
+
+
+class Method(NamedTuple):
+    """What can be said about a method without running it.
+
+    Attributes:
+      name: its name in `algorithms`.
+      title: first line of its docstring.
+      paper: last paragraph of its docstring, without "Paper:".
+      card: the whole docstring.
+      hyperparameters: name to default.
+      needs_num_clients: whether the factory takes the size of the population.
+      factory: the factory.
+    """
+
+    name: str
+    title: str
+    paper: str
+    card: str
+    hyperparameters: dict[str, Value]
+    needs_num_clients: bool
+    factory: Callable[..., Algorithm]
+
+
+def names() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(name for name in algorithms.__all__ if _is_method(getattr(algorithms, name)))
+
+
+def describe(name: str) -> Method:
+    """Describes one method.
+
+    Raises:
+      ValueError: if the name is unknown, with the nearest match.
+    """
+    factory = getattr(algorithms, pick("method", name, names()))
+    card = inspect.getdoc(factory) or ""
+    paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]
+    paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
+    keyword_only = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    hyperparameters = {p.name: p.default for p in keyword_only if isinstance(p.default, bool | int | float | str)}
+    needs_num_clients = any(p.name == "num_clients" for p in keyword_only)
+    return Method(name, paragraphs[0], paper, card, hyperparameters, needs_num_clients, factory)
+
+
+def parse(method: str, hyperparameter: str, value: Value) -> Value:
+    """Returns a hyper-parameter's value with the type of its default; a string is read as that type.
+
+    Raises:
+      ValueError: if the method has no such hyper-parameter (with the nearest match) or the value does not fit.
+    """
+    defaults = describe(method).hyperparameters
+    default = defaults[pick(f"hyper-parameter of {method}", hyperparameter, defaults)]
+    return read(f"{method}.{hyperparameter}", value, default)
+
+
+def read(name: str, value: Value, default: Value) -> Value:
+    """Returns `value`, or what the string `value` says, as the type of `default`.
+
+    Raises:
+      ValueError: if it cannot be read as that type.
+    """
+    text = str(value).strip()
+    if isinstance(default, bool):
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(f"{name} is on or off, got {value!r}: write true or false")
+        return words[text.lower()]
+    if isinstance(default, str):
+        return text
+    kind: type[int] | type[float] = int if isinstance(default, int) else float
+    try:
+        return kind(text)
+    except ValueError:
+        noun = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name} must be {noun} like its default {default}, got {value!r}") from None
+
+
+def settings_of(name: str, settings: Mapping[str, Value]) -> dict[str, Value]:
+    """All hyper-parameters a run of the method uses: defaults, then `RECOMMENDED`, then `settings` (checked)."""
+    chosen = {**describe(name).hyperparameters, **RECOMMENDED.get(name, {})}
+    return chosen | {key: parse(name, key, value) for key, value in settings.items()}
+
+
+def build(
+    name: str,
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    num_clients: int,
+    settings: Mapping[str, Value],
+    local: Mapping[str, Any],
+) -> Algorithm:
+    """Builds a method.
+
+    Args:
+      name: its name.
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, or a function of the round that gives one.
+      num_clients: size of the population, for the methods that keep state for every client.
+      settings: hyper-parameters by name; the others are `RECOMMENDED` or the factory's own.
+      local: the options every method takes (`fedjax_core.LocalOptions`); entries that are None are left out.
+
+    Raises:
+      ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.
+    """
+    method = describe(name)
+    options = {key: value for key, value in local.items() if value is not None}
+    if name in _SINGLE_STEP:
+        options = {k: v for k, v in options.items() if k not in ("num_epochs", "num_steps", "order")}
+    if method.needs_num_clients:
+        options["num_clients"] = num_clients
+    # What was not asked for is not passed on, so that the factory's defaults stay the factory's.
+    asked = {**RECOMMENDED.get(name, {}), **{key: parse(name, key, value) for key, value in settings.items()}}
+    return method.factory(loss_fn, client_optimizer, **asked, **options)
+
+
+def takes_local_work(name: str) -> bool:
+    """Whether epochs, steps and order mean something to the method."""
+    return name not in _SINGLE_STEP
+
+
+def _is_method(value: Any) -> bool:
+    return inspect.isfunction(value) and list(inspect.signature(value).parameters)[:2] == [
+        "loss_fn",
+        "client_optimizer",
+    ]

@@ -1,0 +1,201 @@
+import dataclasses
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+from pipelines import Config, cli, data, methods, partition, setup
+from pipelines import train as driver
+
+
+def call(*words):
+    return CliRunner().invoke(cli.main, [str(word) for word in words], terminal_width=110)
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Calls `train` without running anything; gives the configuration and the directory it would run."""
+    seen = []
+    monkeypatch.setattr(cli, "_train", lambda ctx, config, out, reporter: seen.append((config, out)) or 0)
+
+    def parse(*words):
+        result = call("train", "--no-cache", *words)
+        assert result.exit_code == 0, result.output
+        return seen.pop()
+
+    return parse
+
+
+def test_the_defaults_are_those_of_config(parsed):
+    config, out = parsed()
+    assert config == Config()
+    assert str(out) == f"runs/{Config().slug()}"
+    assert parsed()[1] == out
+    assert parsed("--rounds", 100)[1] != out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(methods=("scaffold", "fedprox"), settings={"fedprox": {"mu": 0.01}, "scaffold": {"client_lr": 0.3}}),
+        Config(dataset="wine", hidden=(8, 4), epochs=None, steps=7, x64=True, lanes=2, mesh=1, target=0.8),
+        Config(
+            sampler="markov", turn_on=0.2, turn_off=0.7, client_lr_decay=0.99, partition="shards", shards_per_client=3
+        ),
+        Config(eval_every=10, checkpoint_every=50, first_seed=3, partition_seed=2, min_size=1, weights="examples"),
+        Config(settings={"fedadam": {"tau": 1e-9}, "scaffold": {"option": "I"}}),
+    ],
+)
+def test_the_printed_command_runs_the_same_configuration(config, parsed):
+    words = shlex.split(config.command("some dir/run"))
+    assert words[:2] == ["fedjax-core", "train"]
+    again, out = parsed(*words[2:])
+    assert again == config
+    assert str(out) == "some dir/run"
+
+
+def test_set_for_one_method_and_for_all(parsed):
+    words = ["--set", "fedadam.server_lr=0.5", "--set", "server_lr=0.25", "--set", "client_lr=1", "--set", "tau=0.1"]
+    config, _ = parsed(*words)
+    assert config.settings == {
+        "fedavg": {"server_lr": 0.25, "client_lr": 1.0},
+        "scaffold": {"server_lr": 0.25, "client_lr": 1.0},
+        "fedadam": {"server_lr": 0.5, "client_lr": 1.0, "tau": 0.1},
+    }
+
+
+def test_help_reads_well():
+    assert "train" in call("--help").output
+    text = call("train", "--help").output
+    headings = [
+        "Examples:",
+        "Data and clients:",
+        "Methods and model:",
+        "Participation:",
+        "Local training:",
+        "Run:",
+        "Machine:",
+    ]
+    positions = [text.index(heading) for heading in headings]
+    assert positions == sorted(positions)
+    options = {parameter.opts[0] for parameter in cli.train.params}
+    for option in options:
+        assert option in text
+    assert "[default: 50]" in text
+    assert "fedavg, scaffold, fedadam" in text
+    assert max(map(len, text.splitlines())) <= 110
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert names <= {parameter.name for parameter in cli.train.params}, "every choice is an option"
+
+
+def test_list_shows_everything():
+    text = " ".join(call("list").output.split())
+    for name in [*methods.names(), *setup.MODELS, *data.DATASETS, *partition.PARTITIONS, *setup.SAMPLERS]:
+        assert name in text
+    assert "McMahan" in text
+    assert "[num_clients]" in text, "square brackets are text, not markup"
+
+
+def test_list_of_one():
+    text = call("list", "scaffold").output
+    assert "Karimireddy" in text
+    assert "option" in text
+    assert "II" in text
+    assert "c_i" in text
+    assert "Dirichlet" in call("list", "dirichlet").output
+    assert "Handwritten" in call("list", "digits").output
+    assert "no hyper-parameters" in call("list", "local_sgd").output
+
+
+SMALL = ["--dataset", "iris", "--model", "logistic_regression", "--clients", 6, "--cohort-size", 3, "--min-size", 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["list", "scafold"], "did you mean 'scaffold'?"),
+        (["train", "--method", "fedavgg"], "unknown method 'fedavgg': did you mean 'fedavg'?"),
+        (["train", "--dataset", "digitz"], "unknown data set 'digitz': did you mean 'digits'?"),
+        (["train", "--model", "mpl"], "unknown model 'mpl': did you mean 'mlp'?"),
+        (["train", "--partition", "iiid"], "unknown partition 'iiid': did you mean 'iid'?"),
+        (["train", "--sampler", "uniforn"], "unknown sampler 'uniforn': did you mean 'uniform'?"),
+        (["train", "--set", "fedadam.taw=1"], "did you mean 'tau'?"),
+        (["train", "--set", "taw=1"], "did you mean 'tau'?"),
+        (["train", "--set", "fedprox.mu=1"], "unknown method among those of this run 'fedprox'"),
+        (["train", "--set", "server_lr"], "is not of the form NAME=VALUE"),
+        (["train", "--set", "server_lr=fast"], "server_lr must be a number like its default 1.0, got 'fast'"),
+        (["train", "--cohort-size", 60], "cohort_size=60 is larger than the population of 50 clients"),
+        (["train", "--epochs", 0], "epochs must be an integer of at least 1, got 0"),
+        (["train", "--epochs", 2, "--steps", 3], "epochs=2 and steps=3"),
+        (["train", "--batch-size", 0], "batch_size must be an integer of at least 1, got 0"),
+        (["train", "--participation", 1.5], "participation must lie in [0, 1], got 1.5"),
+        (["train", "--clients", 2000], "num_clients=2000"),
+        (["train", "--hidden", "8,wide"], "'8,wide' is no list of sizes"),
+        (["train", "--hidden", "0"], "hidden[0] must be an integer of at least 1"),
+        (["train", "--rounds", "many"], "'many' is not a valid integer"),
+        (["train", "--alpah", 1], "No such option"),
+        (["train", "--mesh", 2, "--lanes", 3], "does not divide lanes=3"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "train":
+        words = [*words, "--no-cache"]
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def run_with(monkeypatch, tmp_path, outcome, *words):
+    def run(experiment, out, *, reporter):
+        reporter.say("running")
+        raise outcome
+
+    monkeypatch.setattr(driver, "run", run)
+    return call("train", "--no-cache", *SMALL, "--method", "fedavg", "--out", tmp_path / "run", *words)
+
+
+def test_what_will_run_is_said_first(monkeypatch, tmp_path):
+    result = run_with(monkeypatch, tmp_path, driver.Interrupted(2, "saved; go on with X"))
+    assert result.exit_code == 130
+    assert "go on with X" in result.output
+    before, _, _ = result.output.partition("running")
+    for words in [
+        "iris, 120 training and 30 test examples, 3 classes",
+        "6 by dirichlet (alpha 0.3, min_size 2), with ",
+        "median",
+        "15 parameters",
+        "3 of 6 clients a round (uniform)",
+        "5 seeds (0, 1, 2, 3, 4)",
+        "client_lr=0.2, server_lr=1",
+        "of memory predicted (data ",
+    ]:
+        assert words in before
+
+
+def test_divergence_has_exit_code_1(monkeypatch, tmp_path):
+    result = run_with(monkeypatch, tmp_path, driver.Diverged("fedavg stopped in round 3"), "--quiet")
+    assert result.exit_code == 1
+    assert result.output == "Error: fedavg stopped in round 3\n"
+
+
+def test_other_errors_are_not_dressed_up(monkeypatch, tmp_path):
+    result = run_with(monkeypatch, tmp_path, ZeroDivisionError("a bug"))
+    assert isinstance(result.exception, ZeroDivisionError)
+    value_error = run_with(monkeypatch, tmp_path, ValueError("a bug"))
+    assert isinstance(value_error.exception, ValueError), "a mistake in the arguments is found before the run"
+
+
+def test_a_whole_run(tmp_path):
+    words = ["--method", "fedavg", "--rounds", 4, "--eval-every", 2, "--checkpoint-every", 2, "--seeds", 1]
+    result = call("train", "--no-cache", *SMALL, *words, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "fedavg: compiling ..." in result.output
+    assert "round 4/4" in result.output
+    assert "fedavg: test accuracy" in result.output
+    assert (tmp_path / "run" / "summary.md").exists()
+    quiet = call("train", "--no-cache", *SMALL, *words, "--out", tmp_path / "run", "--quiet")
+    assert (quiet.exit_code, quiet.output) == (0, "")
