@@ -89,7 +89,11 @@ class Plan:
 
 
 def default_lanes() -> int:
-    """Lanes per device if the user names none (see benchmarks/plans.py)."""
+    """Lanes per device if the user names none.
+
+    One on a CPU, where a single client already keeps the cores busy (benchmarks/results/plans.json). 16 elsewhere is
+    a guess that no measurement backs yet.
+    """
     return 1 if jax.default_backend() == "cpu" else 16
 
 

@@ -92,7 +92,8 @@ def scaffold(
 
         def client_init(shared: Any, client_input: Any, key: Key) -> Any:
             x, c = shared
-            c_i, c_i_new = client_input
+            c_i, full_gradient = client_input
+            c_i_new = full_gradient if option == "I" else optax.tree.zeros_like(x)
             return x, optimizer.init(x), c_i, optax.tree.sub(c, c_i), c_i_new, jnp.int32(0)
 
         def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
@@ -112,11 +113,11 @@ def scaffold(
 
         if option == "I":
             full = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-            start = full.run(full_gradient_program(loss_fn), state.params, (), cohort, key).outputs
+            inputs = controls, full.run(full_gradient_program(loss_fn), state.params, (), cohort, key).outputs
         else:
-            start = optax.tree.zeros_like(controls)
+            inputs = controls, ()
         program = ClientProgram(client_init, client_step, client_final)
-        results = clients.run(program, (state.params, state.control), (controls, start), cohort, key)
+        results = clients.run(program, (state.params, state.control), inputs, cohort, key)
         displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
         # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.

@@ -1,0 +1,202 @@
+"""Bad input: each row a mistake, the error it must raise, and words the message must hold (argument, value, fix)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import algorithms
+from fedjax_core import (
+    ClientProgram,
+    Plan,
+    Population,
+    checks,
+    evaluate,
+    for_each_client,
+    local_work,
+    samplers,
+    simulate,
+)
+from pipelines import config, data, methods, partition, setup, train
+from tests.problems import softmax_loss, softmax_params, softmax_population
+
+SGD = optax.sgd(0.1)
+
+
+def population():
+    return softmax_population((3, 2, 4))
+
+
+def fedavg(loss=softmax_loss, optimizer=SGD, **settings):
+    return algorithms.fedavg(loss, optimizer, **settings)
+
+
+def one_round(algorithm, params=None, ids=(0, 1)):
+    state = algorithm.init(softmax_params() if params is None else params)
+    return jax.eval_shape(algorithm.round, state, population().cohort(np.asarray(ids)), jax.random.key(0))
+
+
+def examples(**changes):
+    return {"x": np.zeros((4, 2)), "y": np.zeros(4, np.int32)} | changes
+
+
+def run_program(**parts):
+    program = ClientProgram(
+        lambda s, i, k: jnp.zeros(2), lambda s, c, b: (c, jnp.zeros(())), lambda s, c: (c, ())
+    )._replace(**parts)
+    cohort = population().cohort([0])
+    return for_each_client(program, (), (), cohort, jax.random.key(0), work=local_work())
+
+
+def mesh(size):
+    return jax.make_mesh((size,), ("clients",), devices=jax.devices()[:size])
+
+
+TABLE = [
+    # names
+    ("unknown method", lambda: methods.describe("fedavgg"), ["fedavgg", "fedavg"]),
+    ("unknown model", lambda: setup.prepare(config.Config(model="mpl", x64=True)), ["mpl", "mlp"]),
+    ("unknown data set", lambda: data.load("digitz"), ["digitz", "digits"]),
+    # cohorts
+    ("cohort larger than population", lambda: samplers.uniform(5, 6), ["cohort_size=6", "5", "lower"]),
+    ("duplicate ids", lambda: population().cohort([0, 1, 0]), ["ids", "client 0", "one slot"]),
+    ("id out of range", lambda: population().cohort([0, 3]), ["ids", "3", "0 to 2"]),
+    ("negative id that is not -1", lambda: population().cohort([-2]), ["ids", "-2", "-1 for an empty slot"]),
+    ("ids not integers", lambda: population().cohort([0.5]), ["ids", "float", "integers"]),
+    ("ids of two dimensions", lambda: population().cohort([[0, 1]]), ["ids", "[1, 2]", "1-d"]),
+    ("schedule with a duplicate", lambda: samplers.schedule([[1, 1]]), ["client 1", "round 0", "once"]),
+    ("schedule of floats", lambda: samplers.schedule([[0.0, 1.0]]), ["cohorts", "float64", "-1"]),
+    ("cohort of nobody", lambda: samplers.uniform(5, 0), ["cohort_size", "0", "at least 1"]),
+    # probabilities
+    ("probability above 1", lambda: samplers.bernoulli([0.5, 1.5]), ["probabilities", "1.5", "[0, 1]"]),
+    ("probability below 0", lambda: samplers.markov(-0.1, 0.5, 3), ["turn_on", "-0.1", "[0, 1]"]),
+    ("probability NaN", lambda: samplers.periodic(np.nan, 10, 3), ["probabilities", "nan", "[0, 1]"]),
+    ("one probability, unknown clients", lambda: samplers.bernoulli(0.5), ["probabilities", "num_clients"]),
+    ("chain that never moves", lambda: samplers.markov(0.0, 0.0, 3), ["turn_on", "turn_off", "positive"]),
+    ("negative sampling weight", lambda: samplers.weighted([1.0, -1.0], 1), ["weights", "-1", "at least 0"]),
+    ("too few positive weights", lambda: samplers.weighted([1.0, 0.0], 2), ["cohort_size=2", "1", "lower"]),
+    # populations
+    ("negative size", lambda: Population.from_sizes(examples(), [5, -1]), ["sizes", "-1", "at least 0"]),
+    ("size not an integer", lambda: Population.from_sizes(examples(), [1.5, 2.5]), ["sizes", "1.5", "integers"]),
+    ("decreasing offsets", lambda: Population.from_flat(examples(), [0, 3, 2, 4]), ["offsets", "client 1", "negative"]),
+    ("offsets not covering", lambda: Population.from_flat(examples(), [0, 3]), ["offsets", "3", "4", "cover"]),
+    ("offsets not from 0", lambda: Population.from_flat(examples(), [1, 4]), ["offsets", "1", "starting at 0"]),
+    ("offsets of floats", lambda: Population.from_flat(examples(), [0.0, 4.0]), ["offsets", "float64", "integers"]),
+    (
+        "leading axes differ",
+        lambda: Population.from_flat(examples(y=np.zeros(3)), [0, 4]),
+        ["['x'] has 4", "['y'] has 3"],
+    ),
+    ("scalar leaf", lambda: Population.from_flat(examples(z=1.0), [0, 4]), ["['z']", "scalar", "leading axis"]),
+    ("no examples at all", lambda: Population.from_flat({}, [0, 4]), ["examples", "without arrays", "pass"]),
+    ("no clients", lambda: Population.from_clients([]), ["clients", "empty", "pass"]),
+    (
+        "clients of different shape",
+        lambda: Population.from_clients([examples(), examples(x=np.zeros((4, 3)))]),
+        ["clients[1]['x']", "[0, 3]", "[0, 2]"],
+    ),
+    (
+        "clients of different structure",
+        lambda: Population.from_clients([examples(), {"x": np.zeros((4, 2))}]),
+        ["clients[0]", "clients[1]", "['y']"],
+    ),
+    (
+        "NaN in data",
+        lambda: Population.from_flat(examples(x=np.full((4, 2), np.nan)), [0, 4]),
+        ["['x']", "8", "(0, 0)"],
+    ),
+    ("label out of range", lambda: checks.labels([0, 1, 7], 3), ["labels", "7", "position 2", "num_classes"]),
+    ("labels of floats", lambda: checks.labels([0.0], 3), ["labels", "float64", "integers"]),
+    # local work
+    ("zero epochs", lambda: fedavg(num_epochs=0), ["num_epochs", "0", "at least 1"]),
+    ("zero steps for one client", lambda: fedavg(num_steps=np.array([1, 0])), ["num_steps", "0", "cohort"]),
+    ("batch size 0", lambda: fedavg(batch_size=0), ["batch_size", "0", "at least"]),
+    ("batch size not an integer", lambda: fedavg(batch_size=2.5), ["batch_size", "2.5", "integer"]),
+    ("epochs and steps", lambda: fedavg(num_epochs=1, num_steps=2), ["num_epochs=1", "num_steps=2", "leave one out"]),
+    ("unknown order", lambda: fedavg(order="random"), ["order", "'random'", "'shuffled'"]),
+    ("unknown weights", lambda: fedavg(weights="size"), ["weights", "'size'", "'examples'"]),
+    ("negative weights", lambda: one_round(fedavg(weights=np.array([1.0, -1, 1]))), ["weights", "-1", "non-negative"]),
+    ("weights of two dimensions", lambda: one_round(fedavg(weights=np.ones((3, 1)))), ["weights", "(3, 1)", "one"]),
+    ("epochs for fedsgd", lambda: algorithms.fedsgd(softmax_loss, SGD, num_epochs=2), ["num_epochs=2", "leave it out"]),
+    # losses and optimizers
+    (
+        "mean loss",
+        lambda: one_round(fedavg(lambda p, b, k: jnp.mean(softmax_loss(p, b, k)))),
+        ["loss_fn", "float[20]", "[]"],
+    ),
+    ("loss per class", lambda: one_round(fedavg(lambda p, b, k: b["x"] @ p["w"])), ["loss_fn", "[20, 3]", "one loss"]),
+    ("loss of tuples", lambda: one_round(fedavg(lambda p, b, k: (softmax_loss(p, b, k), 0))), ["loss_fn", "tuple"]),
+    ("optimizer that is none", lambda: one_round(fedavg(optimizer=lambda t: 0.1)), ["client_optimizer", "optax.sgd"]),
+    # hyper-parameters
+    ("negative server_lr", lambda: fedavg(server_lr=-1.0), ["server_lr", "-1", "[0, inf]"]),
+    ("momentum of 1", lambda: algorithms.fedavgm(softmax_loss, SGD, momentum=1.0), ["momentum", "1", "[0, 1)"]),
+    ("alpha of 0", lambda: algorithms.fedcm(softmax_loss, SGD, alpha=0.0), ["alpha", "0", "(0, 1]"]),
+    ("hyper-parameter NaN", lambda: algorithms.fedprox(softmax_loss, SGD, mu=np.nan), ["mu", "nan", "choose"]),
+    ("hyper-parameter a list", lambda: algorithms.fedsam(softmax_loss, SGD, rho=[0.1]), ["rho", "[0.1]", "number"]),
+    (
+        "unknown option",
+        lambda: algorithms.scaffold(softmax_loss, SGD, num_clients=3, option="III"),
+        ["option", "'III'", "'II'"],
+    ),
+    ("no clients for scaffold", lambda: algorithms.scaffold(softmax_loss, SGD, num_clients=0), ["num_clients", "0"]),
+    # structure
+    (
+        "params and state of different structure",
+        lambda: checks.same_structure("state", {"w": np.zeros(3)}, {"w": np.zeros(4)}, "params"),
+        ["state['w']", "[3]", "params['w']", "[4]"],
+    ),
+    (
+        "step that changes the carry",
+        lambda: run_program(step=lambda s, c, b: (c[:1], jnp.zeros(()))),
+        ["carry", "[2]", "[1]"],
+    ),
+    ("step without a loss", lambda: run_program(step=lambda s, c, b: c), ["step", "(carry, loss)"]),
+    ("step with a loss per example", lambda: run_program(step=lambda s, c, b: (c, c)), ["loss", "(2,)", "mean"]),
+    # plans
+    ("zero lanes", lambda: Plan(lanes=0), ["lanes", "0", "at least 1"]),
+    (
+        "mesh that does not divide the lanes",
+        lambda: Plan(lanes=3, mesh=mesh(2)),
+        ["2 devices", "lanes=3", "multiple of 2"],
+    ),
+    ("mesh without the axis", lambda: Plan(mesh=mesh(2), axis="hosts"), ["'hosts'", "clients", "make_mesh"]),
+    ("plan that is none", lambda: fedavg(plan="fast"), ["plan", "str", "Plan(lanes=4)"]),
+    # simulation and evaluation
+    ("no rounds", lambda: simulate(fedavg(), samplers.full(3), 0), ["num_rounds", "0", "at least one"]),
+    (
+        "evaluation batch of 0",
+        lambda: evaluate(lambda p, b: b["x"], 0, examples(), batch_size=0),
+        ["batch_size", "0", "at least one"],
+    ),
+    # federations
+    (
+        "more clients than examples",
+        lambda: partition.dirichlet(np.array([0, 1, 0]), 5, alpha=0.5),
+        ["5", "3"],
+    ),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("mistake", "words"), [(row[1], row[2]) for row in TABLE], ids=[row[0] for row in TABLE])
+def test_bad_input_is_named_with_its_value_and_its_fix(mistake, words):
+    with pytest.raises((ValueError, TypeError, KeyError)) as caught:
+        mistake()
+    message = str(caught.value)
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+def test_a_run_directory_of_another_configuration(tmp_path):
+    train.claim(tmp_path, config.Config(rounds=5))
+    train.claim(tmp_path, config.Config(rounds=5))
+    with pytest.raises(ValueError, match="rounds") as caught:
+        train.claim(tmp_path, config.Config(rounds=10))
+    assert "5" in str(caught.value)
+    assert "10" in str(caught.value)
+
+
+def test_a_traced_hyper_parameter_is_not_looked_at():
+    make = lambda rate: fedavg(server_lr=rate).init(softmax_params()).round  # noqa: E731
+    assert jax.jit(make)(-1.0) == 0
