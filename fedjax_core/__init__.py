@@ -10,7 +10,6 @@ from fedjax_core.clients import (
     ClientProgram,
     ClientResults,
     LocalTraining,
-    Plan,
     client_rows,
     for_each_client,
     gather,
@@ -37,6 +36,7 @@ from fedjax_core.gradients import (
     optimizer_at,
     value_and_grad,
 )
+from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
 from fedjax_core.samplers import Sampler
 from fedjax_core.simulation import continue_rounds, simulate

@@ -1,0 +1,327 @@
+"""Runs slots of clients in lanes and over a mesh: what is behind `for_each_client`.
+
+Letters in shapes: C slots of the cohort, L lanes, G groups, M = G C slots of all groups. A group is one member of
+a batch that the caller vmaps over, such as a seed: `vmap` of a round does not run the lanes in lockstep over
+seeds, it puts the clients of all seeds in one queue.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from fedjax_core import shuffle
+from fedjax_core.batching import LocalWork, draw_batch
+from fedjax_core.plans import Plan
+from fedjax_core.types import Array, Key, PyTree
+
+
+class Slots(NamedTuple):
+    """Per-slot inputs, leaves [M, ...]."""
+
+    group: Array
+    start: Array
+    size: Array
+    steps: Array
+    weight: Array
+    key: Key
+    input: PyTree
+
+
+class _Lanes(NamedTuple):
+    """What the lanes are doing; leaves [L, ...], or [...] with a single lane."""
+
+    slot: Array  # int32, the slot being trained, -1 when idle
+    left: Array  # int32, steps left to do
+    start: Array
+    size: Array
+    seed: Array
+    key: Key
+    step: Array
+    loss: Array  # sum of batch losses times batch counts
+    examples_seen: Array
+    shared: PyTree  # this lane's copy of what differs between groups
+    carry: PyTree
+
+
+class Run(NamedTuple):
+    """Everything about a call that is known at trace time."""
+
+    work: LocalWork
+    plan: Plan
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    final: Callable[..., Any]
+    treedef: Any  # of (shared, init consts, step consts, final consts)
+    carry: PyTree
+    summand: PyTree
+    output: PyTree
+    loss: Any
+
+
+class Hoisted(NamedTuple):
+    """`call(consts, *args)` of a traced function, and the values it closed over."""
+
+    call: Callable[..., Any]
+    consts: list[Array]
+
+
+def hoist(function: Callable[..., Any], *args: Any) -> tuple[Hoisted, Any]:
+    """Traces a function on arguments of these shapes; returns it with its closure opened, and its result's shapes."""
+    # From shapes alone: an array that lies on a mesh would leave that mesh's name in the program, which then could
+    # not run inside shard_map.
+    args = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), args)
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    out_tree = jax.tree.structure(shape)
+    jaxpr = closed.jaxpr
+
+    def call(consts: list[Array], *args: Any) -> Any:
+        flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(out_tree, flat)
+
+    return Hoisted(call, list(closed.consts)), shape
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Arrays with their dtype made explicit: a weakly typed number would change type inside a loop."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
+
+
+def run_slots(
+    run: Run,
+    grouped: tuple[bool, ...],
+    num_groups: int,
+    slots: Slots,
+    leaves: list[Array],
+    examples: PyTree,
+) -> tuple[PyTree, PyTree, Array, Array]:
+    """Runs all slots; under vmap the batch members become groups of one longer queue.
+
+    Args:
+      run: what is known at trace time.
+      grouped: for each of `leaves`, whether it has a leading axis [G].
+      num_groups: G.
+      slots: per-slot inputs, M = G C of them, group by group.
+      leaves: shared values and hoisted constants.
+      examples: leaves [total, ...].
+
+    Returns:
+      totals [G, ...], outputs [M, ...], losses [M], executed steps [G].
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(slots: Slots, leaves: list[Array], examples: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
+        return _spread(run, grouped, num_groups, slots, leaves, examples)
+
+    @call.def_vmap
+    def _batched(axis_size: int, in_batched: Any, slots: Slots, leaves: list[Array], examples: PyTree) -> Any:
+        slots_batched, leaves_batched, examples_batched = in_batched
+        num_slots = slots.start.shape[1] if slots_batched.start else slots.start.shape[0]
+
+        def fold(leaf: Array, batched: bool, has_group_axis: bool) -> Array:
+            # [S, G, ...], [S, ...], [G, ...] or [...] to [S G, ...].
+            if not batched:
+                leaf = jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+            if not has_group_axis:
+                leaf = jnp.broadcast_to(leaf[:, None], (axis_size, num_groups, *leaf.shape[1:]))
+            return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
+
+        folded = jax.tree.map(lambda leaf, batched: fold(leaf, batched, True), slots, slots_batched)
+        member = jnp.repeat(jnp.arange(axis_size, dtype=jnp.int32), num_slots)
+        folded = folded._replace(group=folded.group + member * num_groups)
+        if any(jax.tree.leaves(examples_batched)):
+            # Different examples per member: lay them end to end and shift the starts.
+            pairs = zip(jax.tree.leaves(examples), jax.tree.leaves(examples_batched), strict=True)
+            flat = [fold(leaf, batched, True) for leaf, batched in pairs]
+            total = flat[0].shape[0] // axis_size
+            examples = jax.tree.unflatten(jax.tree.structure(examples), flat)
+            folded = folded._replace(start=folded.start + member * total)
+        new_grouped = tuple(g or b for g, b in zip(grouped, leaves_batched, strict=True))
+        new_leaves = [
+            fold(leaf, batched, had) if now else leaf
+            for leaf, batched, had, now in zip(leaves, leaves_batched, grouped, new_grouped, strict=True)
+        ]
+        result = run_slots(run, new_grouped, axis_size * num_groups, folded, new_leaves, examples)
+        result = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), result)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return call(slots, leaves, examples)
+
+
+def _spread(
+    run: Run,
+    grouped: tuple[bool, ...],
+    num_groups: int,
+    slots: Slots,
+    leaves: list[Array],
+    examples: PyTree,
+) -> tuple[PyTree, PyTree, Array, Array]:
+    """Spreads the slots over the devices of the plan's mesh and sums the totals."""
+    mesh, axis, devices = run.plan.mesh, run.plan.axis, run.plan.num_devices
+    if mesh is None:
+        return _queue(run, grouped, num_groups, slots, leaves, examples)
+
+    # Deal the slots like cards, largest first and back and forth, so that every device gets about the same work.
+    num_slots = slots.steps.shape[0]
+    per_device = -(-num_slots // devices)
+    padding = per_device * devices - num_slots
+    slots = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[:1]] * padding]), slots)
+    steps = jnp.where(jnp.arange(per_device * devices) < num_slots, slots.steps, 0)
+    slots = slots._replace(steps=steps)
+    rank = np.arange(per_device * devices).reshape(per_device, devices)
+    rank[1::2] = rank[1::2, ::-1]
+    dealt = jnp.argsort(-steps)[rank.T.reshape(-1)]
+    slots = jax.tree.map(lambda leaf: leaf[dealt], slots)
+
+    def local(slots: Slots, leaves: list[Array], examples: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
+        total, outputs, loss, executed = _queue(run, grouped, num_groups, slots, leaves, examples)
+        return jax.lax.psum(total, axis), outputs, loss, jax.lax.psum(executed, axis)
+
+    split, whole = PartitionSpec(axis), PartitionSpec()
+    total, outputs, loss, executed = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(split, whole, whole),
+        out_specs=(whole, split, split, whole),
+        check_vma=False,  # the loops start from constants, which the check would ask to mark by hand
+    )(slots, leaves, examples)
+    back = jnp.argsort(dealt)[:num_slots]
+    outputs, loss = jax.tree.map(lambda leaf: leaf[back], (outputs, loss))
+    return total, outputs, loss, executed
+
+
+def _queue(
+    run: Run,
+    grouped: tuple[bool, ...],
+    num_groups: int,
+    slots: Slots,
+    leaves: list[Array],
+    examples: PyTree,
+) -> tuple[PyTree, PyTree, Array, Array]:
+    """Feeds the slots to the lanes of one device: whenever a lane is free it takes the longest client left."""
+    num_slots = slots.steps.shape[0]
+    lanes = run.plan.lanes_per_device(num_slots)
+    busy = slots.steps > 0
+    num_active = jnp.sum(busy, dtype=jnp.int32)
+    # Longest first keeps the lanes level at the end; with one lane the order is free, so it stays as it was.
+    queue = jnp.argsort(-slots.steps if lanes > 1 else ~busy).astype(jnp.int32)
+
+    def lane_get(tree: PyTree, lane: Array) -> PyTree:
+        return tree if lanes == 1 else jax.tree.map(lambda leaf: leaf[lane], tree)
+
+    def lane_put(tree: PyTree, lane: Array, new: PyTree) -> PyTree:
+        return new if lanes == 1 else jax.tree.map(lambda leaf, n: leaf.at[lane].set(n), tree, new)
+
+    def values(lane_shared: list[Array]) -> Any:
+        own = iter(lane_shared)
+        merged = [next(own) if g else leaf for g, leaf in zip(grouped, leaves, strict=True)]
+        return jax.tree.unflatten(run.treedef, merged)
+
+    def zeros(shape: PyTree, *lead: int) -> PyTree:
+        return jax.tree.map(lambda s: blank((*lead, *s.shape), s.dtype), shape)
+
+    def blank(shape: tuple[int, ...], dtype: Any) -> Array:
+        # There is no zero key; any key will do where nothing is read.
+        is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        return jnp.broadcast_to(slots.key[0], shape) if is_key else jnp.zeros(shape, dtype)
+
+    lead = () if lanes == 1 else (lanes,)
+    int_zero = jnp.zeros(lead, jnp.int32)
+    idle = _Lanes(
+        slot=int_zero - 1,
+        left=int_zero,
+        start=int_zero,
+        size=int_zero,
+        seed=jnp.zeros((*lead, 2), jnp.uint32),
+        key=blank(lead, slots.key.dtype),
+        step=int_zero,
+        loss=jnp.zeros(lead, run.loss.dtype),
+        examples_seen=jnp.zeros(lead, run.loss.dtype),
+        shared=[blank((*lead, *leaf.shape[1:]), leaf.dtype) for g, leaf in zip(grouped, leaves, strict=True) if g],
+        carry=zeros(run.carry, *lead),
+    )
+
+    def is_free(state: Any) -> Array:
+        # A lane wants service when its client is done, or when it is idle and clients wait.
+        lane_state, taken, *_ = state
+        return (lane_state.left == 0) & ((lane_state.slot >= 0) | (taken < num_active))
+
+    def serve(state: Any) -> Any:
+        """Finishes the client of one free lane, if it has one, and gives the lane the next client of the queue."""
+        lane_state, taken, total, outputs, losses = state
+        lane = jnp.argmax(is_free(state)).astype(jnp.int32)
+        old = lane_get(lane_state, lane)
+        done, slot = old.slot >= 0, jnp.maximum(old.slot, 0)
+        group = slots.group[slot]
+        shared, _, _, final_consts = values(old.shared)
+        summand, output = run.final(final_consts, shared, old.carry, slots.weight[slot])
+        total = jax.tree.map(lambda t, s: t.at[group].add(jnp.where(done, s, jnp.zeros_like(s))), total, summand)
+        outputs = jax.tree.map(lambda o, n: o.at[slot].set(jnp.where(done, n, o[slot])), outputs, output)
+        loss = old.loss / jnp.maximum(old.examples_seen, 1)
+        losses = losses.at[slot].set(jnp.where(done, loss, losses[slot]))
+
+        more = taken < num_active
+        slot = queue[jnp.minimum(taken, num_slots - 1)]
+        own = [leaf[slots.group[slot]] for g, leaf in zip(grouped, leaves, strict=True) if g]
+        shared, init_consts, _, _ = values(own)
+        client_input = jax.tree.map(lambda leaf: leaf[slot], slots.input)
+        seed_key, init_key, step_key = jax.random.split(slots.key[slot], 3)
+        new = _Lanes(
+            slot=jnp.where(more, slot, -1),
+            left=jnp.where(more, slots.steps[slot], 0),
+            start=slots.start[slot],
+            size=slots.size[slot],
+            seed=shuffle.seed(seed_key),
+            key=step_key,
+            step=jnp.int32(0),
+            loss=jnp.zeros_like(old.loss),
+            examples_seen=jnp.zeros_like(old.examples_seen),
+            shared=own,
+            carry=run.init(init_consts, shared, client_input, init_key),
+        )
+        return lane_put(lane_state, lane, new), taken + more, total, outputs, losses
+
+    def step_lane(lane: _Lanes) -> _Lanes:
+        shared, _, step_consts, _ = values(lane.shared)
+        batch = draw_batch(run.work, examples, lane.start, lane.size, lane.seed, lane.key, lane.step)
+        carry, loss = run.step(step_consts, shared, lane.carry, batch)
+        count = jnp.sum(batch.mask, dtype=loss.dtype)
+        return lane._replace(
+            left=jnp.maximum(lane.left - 1, 0),
+            step=lane.step + 1,
+            loss=lane.loss + loss * count,
+            examples_seen=lane.examples_seen + count,
+            carry=carry,
+        )
+
+    step_lanes = step_lane if lanes == 1 else jax.vmap(step_lane)
+
+    def body(state: Any) -> Any:
+        *state, executed = state
+        state = jax.lax.while_loop(lambda s: jnp.any(is_free(s)), serve, tuple(state))
+        lane_state, *rest = state
+        # No lane finishes before the one with the fewest steps left, so that many run without looking.
+        running = lane_state.slot >= 0
+        segment = jnp.min(jnp.where(running, lane_state.left, jnp.iinfo(jnp.int32).max))
+        segment = jnp.where(jnp.any(running), segment, 0)
+        lane_state = jax.lax.fori_loop(0, segment, lambda _, s: step_lanes(s), lane_state)
+        return lane_state, *rest, executed + segment * lanes
+
+    def unfinished(state: Any) -> Array:
+        lane_state, taken, *_ = state
+        return jnp.any(lane_state.slot >= 0) | (taken < num_active)
+
+    start = (
+        idle,
+        jnp.int32(0),
+        zeros(run.summand, num_groups),
+        zeros(run.output, num_slots),
+        jnp.zeros((num_slots,), run.loss.dtype),
+        jnp.int32(0),
+    )
+    _, _, total, outputs, losses, executed = jax.lax.while_loop(unfinished, body, start)
+    return total, outputs, losses, jnp.full((num_groups,), executed)

@@ -1,0 +1,62 @@
+"""How a cohort is spread over the hardware."""
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from fedjax_core import checks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `for_each_client` uses the hardware.
+
+    Attributes:
+      lanes: clients trained at the same time, over the whole mesh; 1 is one client after another; None picks the
+        backend's default.
+      mesh: devices to spread the cohort over, or None for one device.
+      axis: the mesh axis the clients are spread over.
+    """
+
+    lanes: int | None = None
+    mesh: Mesh | None = None
+    axis: str = "clients"
+
+    def __post_init__(self) -> None:
+        if self.lanes is not None:
+            checks.positive_int("lanes", self.lanes, "1 trains one client after another")
+        if self.mesh is None:
+            return
+        if self.axis not in self.mesh.shape:
+            raise ValueError(
+                f"axis {self.axis!r} is not an axis of the mesh, which has {tuple(self.mesh.shape)}: build it with "
+                f"jax.make_mesh((number_of_devices,), ({self.axis!r},))"
+            )
+        if self.lanes is not None and self.lanes % self.num_devices:
+            raise ValueError(
+                f"the mesh has {self.num_devices} devices along {self.axis!r}, which does not "
+                f"divide lanes={self.lanes}: use a multiple of {self.num_devices}"
+            )
+        # The compiler places what is outside the clients' loop; only the cohort is spread by hand.
+        auto = (AxisType.Auto,) * len(self.mesh.axis_names)
+        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=auto))
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices the clients are spread over."""
+        return 1 if self.mesh is None else self.mesh.shape[self.axis]
+
+    def lanes_per_device(self, num_slots: int) -> int:
+        """Lanes on each device, at most the number of slots there."""
+        lanes = default_lanes() if self.lanes is None else self.lanes // self.num_devices
+        return max(1, min(lanes, num_slots))
+
+
+def default_lanes() -> int:
+    """Lanes per device if the user names none.
+
+    One on a CPU, where a single client already keeps the cores busy (benchmarks/results/plans.json). 16 elsewhere is
+    a guess that no measurement backs yet.
+    """
+    return 1 if jax.default_backend() == "cpu" else 16
