@@ -69,3 +69,17 @@ def test_seeds_differ_and_repeat():
     first = permute_all(shuffle.seed(jax.random.key(1)), 50, 50)
     np.testing.assert_array_equal(first, permute_all(shuffle.seed(jax.random.key(1)), 50, 50))
     assert not np.array_equal(first, permute_all(shuffle.seed(jax.random.key(2)), 50, 50))
+
+
+@pytest.mark.quick
+def test_a_gather_by_permuted_index_compiles_in_reasonable_size():
+    """Fused into a gather without care, the rounds of the shuffle become an expression of exponential size."""
+    table = jnp.arange(8)
+
+    def lookup(seed):
+        index = shuffle.permute(seed, jnp.arange(3), jnp.int32(7))
+        return table[index + 1] - table[index]
+
+    seeds = jax.vmap(shuffle.seed)(jax.random.split(jax.random.key(0), 2))
+    compiled = jax.jit(jax.vmap(lookup)).lower(seeds).compile()
+    np.testing.assert_array_equal(compiled(seeds), np.ones((2, 3)))
