@@ -3,7 +3,7 @@
     python benchmarks/claims.py [--only fedexp scaffold]
 
 Every claim compares a method with its natural baseline on the same problems, seeds and number of rounds. On digits both
-sides choose their client and server learning rates from the same grid on twenty seeds and are compared on twenty others;
+sides choose their client and server learning rates from one grid on twenty seeds and are compared on twenty others;
 all rates and seeds run in one compile. The table goes to benchmarks/results/claims.json;
 `pytest -m slow tests/algorithms/test_claims.py` checks it.
 """
