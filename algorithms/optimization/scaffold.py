@@ -91,22 +91,24 @@ def scaffold(
         controls = gather(state.client_controls, cohort)
 
         def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, c = shared
+            x, _ = shared
             c_i, full_gradient = client_input
             c_i_new = full_gradient if option == "I" else optax.tree.zeros_like(x)
-            return x, optimizer.init(x), c_i, optax.tree.sub(c, c_i), c_i_new, jnp.int32(0)
+            return x, optimizer.init(x), c_i, c_i_new, jnp.int32(0)
 
         def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            y, opt_state, c_i, correction, c_i_new, k = carry
+            _, c = shared
+            y, opt_state, c_i, c_i_new, k = carry
             loss, g = gradient(y, batch)
-            y, opt_state = descend(optimizer, y, opt_state, optax.tree.add(g, correction))
+            corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
+            y, opt_state = descend(optimizer, y, opt_state, corrected)
             if option == "II":  # a sum of gradients until client_final
                 c_i_new = optax.tree.add(c_i_new, g)
-            return (y, opt_state, c_i, correction, c_i_new, k + 1), loss
+            return (y, opt_state, c_i, c_i_new, k + 1), loss
 
         def client_final(shared: Any, carry: Any) -> Any:
             x, _ = shared
-            y, _, c_i, _, c_i_new, k = carry
+            y, _, c_i, c_i_new, k = carry
             if option == "II":
                 c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), c_i_new)
             return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
