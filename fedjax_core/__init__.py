@@ -9,8 +9,9 @@ from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
 from fedjax_core.clients import (
     ClientProgram,
     ClientResults,
+    ClientTable,
     LocalTraining,
-    client_rows,
+    client_table,
     for_each_client,
     gather,
     local_training,
@@ -40,6 +41,7 @@ from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
 from fedjax_core.samplers import Sampler
 from fedjax_core.simulation import continue_rounds, simulate
+from fedjax_core.staging import HostPopulation, continue_staged, init_on_host, simulate_staged
 from fedjax_core.types import (
     Algorithm,
     Array,
@@ -61,8 +63,10 @@ __all__ = [
     "ClientOptimizer",
     "ClientProgram",
     "ClientResults",
+    "ClientTable",
     "Cohort",
     "Examples",
+    "HostPopulation",
     "Key",
     "Length",
     "LocalOptions",
@@ -79,9 +83,10 @@ __all__ = [
     "Spread",
     "batch_loss",
     "checks",
-    "client_rows",
+    "client_table",
     "client_weights",
     "continue_rounds",
+    "continue_staged",
     "descend",
     "evaluate",
     "evaluate_clients",
@@ -91,6 +96,7 @@ __all__ = [
     "full_gradient_program",
     "gather",
     "global_client_params",
+    "init_on_host",
     "local_training",
     "local_work",
     "mapped",
@@ -102,6 +108,7 @@ __all__ = [
     "scatter",
     "shuffle",
     "simulate",
+    "simulate_staged",
     "spread",
     "value_and_grad",
     "weighted_mean",

@@ -73,8 +73,8 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
     if isinstance(weights, str):
         if checks.one_of("weights", weights, ("uniform", "examples")) == "uniform":
             return mask.astype(dtype)
-        total = jax.tree.leaves(cohort.examples)[0].shape[0]
-        return cohort.sizes.astype(dtype) * cohort.num_clients.astype(dtype) / max(total, 1)
+        total = jnp.maximum(cohort.num_examples, 1).astype(dtype)
+        return cohort.sizes.astype(dtype) * cohort.num_clients.astype(dtype) / total
     if jnp.ndim(weights) != 1:
         raise ValueError(
             f"weights must be 'uniform', 'examples' or an array [num_clients], got shape "

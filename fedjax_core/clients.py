@@ -6,6 +6,7 @@ memory, never results beyond float rounding. C is the number of slots of the coh
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -199,15 +200,43 @@ def num_scalars(tree: PyTree) -> int:
     return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-def gather(table: PyTree, cohort: Cohort) -> PyTree:
-    """Rows of per-client state: leaves [num_clients, ...] become [C, ...] (row 0 stands in for an empty slot)."""
-    return jax.tree.map(lambda leaf: leaf[jnp.maximum(cohort.ids, 0)], table)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClientTable:
+    """State that a method keeps for every client, one row each.
+
+    A type of its own, so that what handles states (placing them on a mesh, keeping rows in host memory, predicting
+    memory) can tell rows of clients from everything else. Methods touch it only through `gather` and `scatter`.
+
+    Attributes:
+      rows: pytree, leaves [num_clients, ...]; or [C, ...], the rows of one cohort (`fedjax_core.staging`).
+    """
+
+    rows: PyTree
 
 
-def scatter(table: PyTree, cohort: Cohort, rows: PyTree) -> PyTree:
-    """Writes rows [C, ...] back into per-client state [num_clients, ...]; only participants' rows change."""
-    index = jnp.where(cohort.mask, cohort.ids, cohort.num_clients)  # out of range: dropped
-    return jax.tree.map(lambda leaf, row: leaf.at[index].set(row.astype(leaf.dtype), mode="drop"), table, rows)
+def client_table(num_clients: int, row: PyTree) -> ClientTable:
+    """The same first row for every client."""
+
+    def repeat(leaf: Any) -> Array:
+        return jnp.broadcast_to(jnp.asarray(leaf, jnp.result_type(leaf)), (num_clients, *jnp.shape(leaf)))
+
+    return ClientTable(jax.tree.map(repeat, row))
+
+
+def gather(table: ClientTable, cohort: Cohort) -> PyTree:
+    """The cohort's rows, leaves [C, ...] (any row stands in for an empty slot)."""
+    return jax.tree.map(lambda leaf: leaf[cohort.rows], table.rows)
+
+
+def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
+    """Writes the cohort's rows, leaves [C, ...], back; only participants' rows change."""
+
+    def write(leaf: Array, row: Array) -> Array:
+        index = jnp.where(cohort.mask, cohort.rows, leaf.shape[0])  # out of range: dropped
+        return leaf.at[index].set(row.astype(leaf.dtype), mode="drop")
+
+    return ClientTable(jax.tree.map(write, table.rows, rows))
 
 
 def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: Any = ()) -> Metrics:
@@ -222,11 +251,6 @@ def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Para
         participants=cohort.num_participants,
         extra=extra,
     )
-
-
-def client_rows(num_clients: int, params: Params) -> PyTree:
-    """Zeros shaped like `params`, once per client: leaves [num_clients, ...]."""
-    return jax.tree.map(lambda leaf: jnp.zeros((num_clients, *jnp.shape(leaf)), jnp.result_type(leaf)), params)
 
 
 def _check_step(carry: PyTree, stepped: Any) -> None:

@@ -38,9 +38,7 @@ class Plan:
                 f"the mesh has {self.num_devices} devices along {self.axis!r}, which does not "
                 f"divide lanes={self.lanes}: use a multiple of {self.num_devices}"
             )
-        # The compiler places what is outside the clients' loop; only the cohort is spread by hand.
-        auto = (AxisType.Auto,) * len(self.mesh.axis_names)
-        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=auto))
+        object.__setattr__(self, "mesh", auto_mesh(self.mesh))
 
     @property
     def num_devices(self) -> int:
@@ -51,6 +49,11 @@ class Plan:
         """Lanes on each device, at most the number of slots there."""
         lanes = default_lanes() if self.lanes is None else self.lanes // self.num_devices
         return max(1, min(lanes, num_slots))
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with axes on which the compiler places what is outside the clients' loop; only that is by hand."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def default_lanes() -> int:

@@ -24,15 +24,20 @@ class Cohort:
       ids: int32[C], client ids, -1 for an empty slot.
       starts: int32[C], first row of each client in `examples`.
       sizes: int32[C], number of examples of each client, 0 in an empty slot.
-      examples: the population's examples, leaves [total, ...], shared and not copied.
+      rows: int32[C], row of each client in the tables of per-client state (`ClientTable`): its id where the tables
+        hold the whole population, its slot where they hold the cohort's rows alone (`fedjax_core.staging`).
+      examples: leaves [total, ...]: the population's, shared and not copied, or those of the cohort alone.
       num_clients: size of the population, int32[].
+      num_examples: number of examples of the population, int32[].
     """
 
     ids: Array
     starts: Array
     sizes: Array
+    rows: Array
     examples: Examples
     num_clients: Array
+    num_examples: Array
 
     @property
     def mask(self) -> Array:
@@ -74,23 +79,7 @@ class Population:
           ValueError: if leading axes differ, the offsets do not cover the examples, or the data is not finite.
         """
         total = checks.leading_axis(examples)
-        bounds = np.asarray(offsets)
-        if bounds.ndim != 1 or bounds.shape[0] < 2 or not np.issubdtype(bounds.dtype, np.integer):
-            raise ValueError(
-                f"offsets must be a 1-d array of integers with one entry more than there are clients, got "
-                f"{bounds.dtype}{list(bounds.shape)}: pass numpy.cumsum([0, *sizes])"
-            )
-        if (np.diff(bounds) < 0).any():
-            client = int(np.flatnonzero(np.diff(bounds) < 0)[0])
-            raise ValueError(
-                f"offsets decrease at client {client} ({bounds[client]} to {bounds[client + 1]}), which would be a "
-                "negative size: pass numpy.cumsum([0, *sizes]) with sizes of at least 0"
-            )
-        if bounds[0] != 0 or bounds[-1] != total:
-            raise ValueError(
-                f"offsets run from {bounds[0]} to {bounds[-1]} but the examples have rows 0 to {total}: the offsets "
-                "must cover every example, starting at 0"
-            )
+        bounds = check_offsets(offsets, total)
         if total >= 2**31:
             raise ValueError(f"examples have {total} rows, more than int32 can address: split the population")
         if check_finite:
@@ -100,13 +89,7 @@ class Population:
     @classmethod
     def from_sizes(cls, examples: Examples, sizes: Any, *, check_finite: bool = True) -> "Population":
         """Like `from_flat`, from the number of examples of each client instead of the boundaries."""
-        counts = np.asarray(sizes)
-        if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
-            raise ValueError(
-                f"sizes must be a 1-d array of integers of at least 0, got {counts.dtype}{list(counts.shape)} "
-                f"{counts.reshape(-1)[:5].tolist()}: pass the number of examples of each client"
-            )
-        return cls.from_flat(examples, np.cumsum([0, *counts.tolist()]), check_finite=check_finite)
+        return cls.from_flat(examples, offsets_of(sizes), check_finite=check_finite)
 
     @classmethod
     def from_clients(cls, clients: Sequence[Examples], *, check_finite: bool = True) -> "Population":
@@ -163,23 +146,78 @@ class Population:
                 "empty slot"
             )
         if checks.is_concrete(ids):
-            self._check_ids(np.asarray(ids))
+            check_ids(np.asarray(ids), self.num_clients)
         ids = jnp.asarray(ids, jnp.int32)
         valid = (ids >= 0) & (ids < self.num_clients)
         row = jnp.where(valid, ids, 0)
         starts = self.offsets[row]
         sizes = jnp.where(valid, self.offsets[row + 1] - starts, 0)
-        return Cohort(jnp.where(valid, ids, -1), starts, sizes, self.examples, jnp.int32(self.num_clients))
+        return Cohort(
+            ids=jnp.where(valid, ids, -1),
+            starts=starts,
+            sizes=sizes,
+            rows=row,
+            examples=self.examples,
+            num_clients=jnp.int32(self.num_clients),
+            num_examples=jnp.int32(self.num_examples),
+        )
 
-    def _check_ids(self, ids: np.ndarray) -> None:
-        outside = ids[(ids < -1) | (ids >= self.num_clients)]
-        if outside.size:
-            raise ValueError(
-                f"ids holds {outside[0]}, but clients are numbered 0 to {self.num_clients - 1}: use such a number, or "
-                "-1 for an empty slot"
-            )
-        present, counts = np.unique(ids[ids >= 0], return_counts=True)
-        if (counts > 1).any():
-            raise ValueError(
-                f"ids holds client {present[counts > 1][0]} more than once: each client may fill one slot of a cohort"
-            )
+
+def check_offsets(offsets: Any, total: int) -> np.ndarray:
+    """Returns client boundaries as an array after checking them.
+
+    Raises:
+      ValueError: unless they are integers [num_clients + 1], from 0 to `total`, not decreasing.
+    """
+    bounds = np.asarray(offsets)
+    if bounds.ndim != 1 or bounds.shape[0] < 2 or not np.issubdtype(bounds.dtype, np.integer):
+        raise ValueError(
+            f"offsets must be a 1-d array of integers with one entry more than there are clients, got "
+            f"{bounds.dtype}{list(bounds.shape)}: pass numpy.cumsum([0, *sizes])"
+        )
+    if (np.diff(bounds) < 0).any():
+        client = int(np.flatnonzero(np.diff(bounds) < 0)[0])
+        raise ValueError(
+            f"offsets decrease at client {client} ({bounds[client]} to {bounds[client + 1]}), which would be a "
+            "negative size: pass numpy.cumsum([0, *sizes]) with sizes of at least 0"
+        )
+    if bounds[0] != 0 or bounds[-1] != total:
+        raise ValueError(
+            f"offsets run from {bounds[0]} to {bounds[-1]} but the examples have rows 0 to {total}: the offsets "
+            "must cover every example, starting at 0"
+        )
+    return bounds
+
+
+def offsets_of(sizes: Any) -> np.ndarray:
+    """Client boundaries int64[num_clients + 1] of clients of these sizes.
+
+    Raises:
+      ValueError: unless sizes are integers [num_clients] of at least 0.
+    """
+    counts = np.asarray(sizes)
+    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
+        raise ValueError(
+            f"sizes must be a 1-d array of integers of at least 0, got {counts.dtype}{list(counts.shape)} "
+            f"{counts.reshape(-1)[:5].tolist()}: pass the number of examples of each client"
+        )
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def check_ids(ids: np.ndarray, num_clients: int) -> None:
+    """Checks a cohort's client numbers, int[C].
+
+    Raises:
+      ValueError: if one lies outside -1..num_clients-1 or a client is there twice.
+    """
+    outside = ids[(ids < -1) | (ids >= num_clients)]
+    if outside.size:
+        raise ValueError(
+            f"ids holds {outside[0]}, but clients are numbered 0 to {num_clients - 1}: use such a number, or "
+            "-1 for an empty slot"
+        )
+    present, counts = np.unique(ids[ids >= 0], return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"ids holds client {present[counts > 1][0]} more than once: each client may fill one slot of a cohort"
+        )

@@ -13,7 +13,19 @@ import optax
 from jax.sharding import Mesh
 
 import models
-from fedjax_core import Algorithm, Array, Examples, Key, LossFn, Plan, Population, Sampler, checks, samplers
+from fedjax_core import (
+    Algorithm,
+    Array,
+    ClientTable,
+    Examples,
+    Key,
+    LossFn,
+    Plan,
+    Population,
+    Sampler,
+    checks,
+    samplers,
+)
 from pipelines import data, methods, partition
 from pipelines.config import Config
 from pipelines.data import Dataset
@@ -224,7 +236,8 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     states = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
     num_clients = experiment.population.num_clients
-    rows = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim > 2 and leaf.shape[1] == num_clients]
+    nodes = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, ClientTable))
+    rows = jax.tree.leaves([node for node in nodes if isinstance(node, ClientTable)])
     slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
     opt = client_optimizer(config, method)
     opt_state = jax.eval_shape((opt(jnp.int32(0)) if callable(opt) else opt).init, params)

@@ -9,14 +9,18 @@ import pytest
 import algorithms
 from fedjax_core import (
     ClientProgram,
+    HostPopulation,
     Plan,
     Population,
     checks,
+    continue_staged,
     evaluate,
     for_each_client,
+    init_on_host,
     local_work,
     samplers,
     simulate,
+    simulate_staged,
 )
 from pipelines import config, data, methods, partition, setup, train
 from tests.problems import softmax_loss, softmax_params, softmax_population
@@ -49,6 +53,19 @@ def run_program(**parts):
     return for_each_client(program, (), (), cohort, jax.random.key(0), work=local_work())
 
 
+def host():
+    on_device = population()
+    return HostPopulation.from_flat(jax.tree.map(np.asarray, on_device.examples), np.asarray(on_device.offsets))
+
+
+def staged(population, num_clients=3, axis=0):
+    algorithm = algorithms.scaffold(softmax_loss, SGD, num_clients=num_clients)
+    if not isinstance(population, HostPopulation):
+        return simulate_staged(algorithm, samplers.full(3), 1)(softmax_params(), population, jax.random.key(0))
+    state = init_on_host(algorithm.init, softmax_params(), num_clients=num_clients, axis=axis)
+    return continue_staged(algorithm, samplers.full(3), 1)(state, population, jax.random.key(0))
+
+
 def mesh(size):
     return jax.make_mesh((size,), ("clients",), devices=jax.devices()[:size])
 
@@ -58,6 +75,13 @@ TABLE = [
     ("unknown method", lambda: methods.describe("fedavgg"), ["fedavgg", "fedavg"]),
     ("unknown model", lambda: setup.prepare(config.Config(model="mpl", x64=True)), ["mpl", "mlp"]),
     ("unknown data set", lambda: data.load("digitz"), ["digitz", "digits"]),
+    # staged populations
+    ("rows out of range", lambda: HostPopulation.from_sizes(examples(), [2], [0, 4]), ["rows", "4", "0 to 3"]),
+    ("rows of floats", lambda: HostPopulation.from_sizes(examples(), [2], [0.0, 1.0]), ["rows", "float64", "integers"]),
+    ("offsets past the rows", lambda: HostPopulation.from_sizes(examples(), [3], [0, 1]), ["3", "rows 0 to 2"]),
+    ("in-memory population staged", lambda: staged(population()), ["Population", "HostPopulation", "simulate"]),
+    ("tables of other clients", lambda: staged(host(), num_clients=5), ["5 rows", "3 clients", "num_clients"]),
+    ("rows along another axis", lambda: staged(host(), axis=1), ["num_clients=3", "axis 1"]),
     # cohorts
     ("cohort larger than population", lambda: samplers.uniform(5, 6), ["cohort_size=6", "5", "lower"]),
     ("duplicate ids", lambda: population().cohort([0, 1, 0]), ["ids", "client 0", "one slot"]),

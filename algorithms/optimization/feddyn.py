@@ -12,6 +12,7 @@ from fedjax_core import (
     Batch,
     ClientOptimizer,
     ClientProgram,
+    ClientTable,
     Cohort,
     Key,
     LocalOptions,
@@ -20,7 +21,7 @@ from fedjax_core import (
     Params,
     Scalar,
     checks,
-    client_rows,
+    client_table,
     client_weights,
     descend,
     gather,
@@ -39,7 +40,7 @@ class FedDynState(NamedTuple):
 
     params: Params
     shift: Params
-    client_shifts: Params  # [num_clients, ...]
+    client_shifts: ClientTable
     round: Array
 
 
@@ -81,7 +82,7 @@ def feddyn(
 
     def init(params: Params) -> FedDynState:
         zeros = optax.tree.zeros_like(params)
-        return FedDynState(params, zeros, client_rows(num_clients, params), jnp.int32(0))
+        return FedDynState(params, zeros, client_table(num_clients, zeros), jnp.int32(0))
 
     def round(state: FedDynState, cohort: Cohort, key: Key) -> tuple[FedDynState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)

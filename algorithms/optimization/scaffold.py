@@ -12,6 +12,7 @@ from fedjax_core import (
     Batch,
     ClientOptimizer,
     ClientProgram,
+    ClientTable,
     Cohort,
     Key,
     LocalOptions,
@@ -20,7 +21,7 @@ from fedjax_core import (
     Params,
     Scalar,
     checks,
-    client_rows,
+    client_table,
     descend,
     full_gradient_program,
     gather,
@@ -40,7 +41,7 @@ class ScaffoldState(NamedTuple):
 
     params: Params
     control: Params
-    client_controls: Params  # [num_clients, ...]
+    client_controls: ClientTable
     round: Array
 
 
@@ -84,7 +85,7 @@ def scaffold(
 
     def init(params: Params) -> ScaffoldState:
         zeros = optax.tree.zeros_like(params)
-        return ScaffoldState(params, zeros, client_rows(num_clients, params), jnp.int32(0))
+        return ScaffoldState(params, zeros, client_table(num_clients, zeros), jnp.int32(0))
 
     def round(state: ScaffoldState, cohort: Cohort, key: Key) -> tuple[ScaffoldState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)

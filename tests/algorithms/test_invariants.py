@@ -192,7 +192,7 @@ def test_scaffold_reaches_the_optimum_with_partial_participation(option):
     state, _ = run(make("scaffold", option=option, **N, **STEPS), cohorts)
     np.testing.assert_allclose(state.params, Q3_OPTIMUM, atol=1e-10)
     at_optimum = np.einsum("nij,nj->ni", Q3_A, Q3_OPTIMUM - Q3_B)
-    np.testing.assert_allclose(state.client_controls, at_optimum, atol=1e-9)
+    np.testing.assert_allclose(state.client_controls.rows, at_optimum, atol=1e-9)
     np.testing.assert_allclose(state.control, 0, atol=1e-9)
 
 
@@ -206,7 +206,7 @@ def test_scaffold_control_is_the_mean_of_the_clients(weights):
     state, _ = run(make("scaffold", weights=weights, batch_size=1, **N), PART, q3_population((1, 2, 4)))
     p = np.array([1, 2, 4]) if isinstance(weights, str) and weights == "examples" else weights
     p = np.ones(3) if isinstance(p, str) else p
-    np.testing.assert_allclose(state.control, np.average(state.client_controls, axis=0, weights=p), rtol=1e-12)
+    np.testing.assert_allclose(state.control, np.average(state.client_controls.rows, axis=0, weights=p), rtol=1e-12)
 
 
 def test_scaffold_option_two_is_the_usual_formula_for_sgd():
@@ -216,10 +216,10 @@ def test_scaffold_option_two_is_the_usual_formula_for_sgd():
     after, _ = run(algorithm, PART[:2])
     c = np.asarray(before.control)
     for i in PART[1]:
-        y, c_i = np.asarray(before.params), np.asarray(before.client_controls[i])
+        y, c_i = np.asarray(before.params), np.asarray(before.client_controls.rows[i])
         for _ in range(2):
             y = y - 0.1 * (Q3_A[i] @ (y - Q3_B[i]) - c_i + c)
-        np.testing.assert_allclose(after.client_controls[i], c_i - c + (before.params - y) / 0.2, rtol=1e-11)
+        np.testing.assert_allclose(after.client_controls.rows[i], c_i - c + (before.params - y) / 0.2, rtol=1e-11)
 
 
 def test_scaffold_weighted_reaches_the_weighted_optimum():
@@ -233,11 +233,11 @@ def test_scaffold_weighted_reaches_the_weighted_optimum():
 def test_feddyn_keeps_the_mean_of_the_shifts_and_reaches_the_optimum():
     algorithm = make("feddyn", alpha=0.5, **N, **STEPS)
     state, _ = run(algorithm, PART)
-    np.testing.assert_allclose(state.shift, state.client_shifts.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(state.shift, state.client_shifts.rows.mean(0), rtol=1e-12)
     state, _ = run(algorithm, [[t % 3, (t + 1) % 3] for t in range(900)])
     np.testing.assert_allclose(state.params, Q3_OPTIMUM, atol=1e-10)
     at_optimum = np.einsum("nij,nj->ni", Q3_A, Q3_OPTIMUM - Q3_B)
-    np.testing.assert_allclose(-0.5 * state.client_shifts, at_optimum, atol=1e-9)
+    np.testing.assert_allclose(-0.5 * state.client_shifts.rows, at_optimum, atol=1e-9)
 
 
 def test_feddyn_with_one_step_averages_gradients_exponentially():
@@ -246,7 +246,7 @@ def test_feddyn_with_one_step_averages_gradients_exponentially():
     after, _ = run(algorithm, PART)
     for i in PART[2]:
         g = Q3_A[i] @ (before.params - Q3_B[i])
-        old, new = -0.5 * before.client_shifts[i], -0.5 * after.client_shifts[i]
+        old, new = -0.5 * before.client_shifts.rows[i], -0.5 * after.client_shifts.rows[i]
         np.testing.assert_allclose(new, 0.95 * old + 0.05 * g, rtol=1e-11)
 
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_core import Population, gather, scatter
-from fedjax_core.clients import client_rows
+from fedjax_core import Population, client_table, gather, scatter
 
 
 def make(sizes):
@@ -64,10 +63,10 @@ def test_building_a_cohort_does_not_copy_the_examples():
 def test_scatter_writes_participants_only_and_gather_reads_them_back():
     population = make([3, 0, 5, 1])
     cohort = population.cohort([3, -1, 1, 0])
-    table = client_rows(4, {"w": jnp.zeros(2)})
+    table = client_table(4, {"w": jnp.zeros(2)})
     rows = {"w": jnp.arange(8.0).reshape(4, 2) + 1}
     written = scatter(table, cohort, rows)
-    np.testing.assert_array_equal(written["w"], [[7, 8], [0, 0], [0, 0], [1, 2]])
+    np.testing.assert_array_equal(written.rows["w"], [[7, 8], [0, 0], [0, 0], [1, 2]])
     np.testing.assert_array_equal(gather(written, cohort)["w"][np.array([0, 3])], [[1, 2], [7, 8]])
 
 

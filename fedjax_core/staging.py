@@ -1,0 +1,539 @@
+"""Populations larger than device memory: each round's examples are brought to the device while the last one computes.
+
+    population = HostPopulation.from_sizes(examples, sizes)          # numpy arrays, memory-mapped files as well
+    run = simulate_staged(algorithm, samplers.uniform(population.num_clients, 100), num_rounds=500)
+    state, metrics = run(params, population, jax.random.key(0))
+
+The numbers are those of `simulate` with the same population on the device, bit for bit: only where the examples lie
+differs. A run is a loop in Python around one compiled round. Cohorts are functions of (key, round), so all of them
+are known before the first round, and with them the largest one: its size, rounded up, is the shape of every
+transfer, and the round is compiled once.
+
+Per-client state can stay in host memory or in files too, see `init_on_host`. Then a round gets the rows of its
+cohort, and rows that the round before has changed go from one to the other on the device.
+
+Letters in shapes: N clients, C slots of a cohort, S simulations run at once (seeds).
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedjax_core import checks
+from fedjax_core.clients import ClientTable
+from fedjax_core.plans import auto_mesh
+from fedjax_core.population import Cohort, Population, check_ids, check_offsets, offsets_of
+from fedjax_core.samplers import Sampler
+from fedjax_core.types import Algorithm, Array, Examples, Key, Metrics, Params
+
+_ALIGNMENT = 64  # the processor's backend takes memory aligned like this as it is, without a copy
+_SAMPLED_AT_ONCE = 1 << 24  # client numbers that one call of the sampler over many rounds may produce
+
+
+@dataclass(frozen=True)
+class HostPopulation:
+    """All clients' examples in host memory or on disk; the counterpart of `Population`.
+
+    Attributes:
+      examples: pytree of numpy arrays (memory maps too), leaves [total, ...].
+      offsets: int64[N + 1].
+      rows: int64[offsets[-1]], or None. Client i owns examples rows[offsets[i]:offsets[i + 1]]; without `rows`,
+        examples offsets[i] to offsets[i + 1]. With it a data set need not be written anew to be dealt out.
+    """
+
+    examples: Examples
+    offsets: np.ndarray
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def from_flat(
+        cls, examples: Examples, offsets: Any, rows: Any = None, *, check_finite: bool = False
+    ) -> "HostPopulation":
+        """Builds a population from flat examples and client boundaries.
+
+        Args:
+          examples: pytree of arrays, leaves [total, ...]; grouped by client unless `rows` is given.
+          offsets: integers [N + 1], from 0 to total (to the length of `rows`), not decreasing.
+          rows: integers, the examples of client 0, of client 1, ...; in any order, an example may be left out.
+          check_finite: look for NaN and infinity, which reads every example.
+
+        Raises:
+          ValueError: if leading axes differ, the offsets do not cover the rows, a row is out of range, there are
+            more rows than int32 can count, or the data is not finite.
+        """
+        total = checks.leading_axis(examples)
+        if rows is not None:
+            rows = np.asarray(rows)
+            if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+                raise ValueError(
+                    f"rows must be a 1-d array of integers, got {rows.dtype}{list(rows.shape)}: pass the numbers of "
+                    "the examples, client after client"
+                )
+            if rows.size and (rows.min() < 0 or rows.max() >= total):
+                bad = rows.min() if rows.min() < 0 else rows.max()
+                raise ValueError(f"rows holds {bad}, but the examples are 0 to {total - 1}: use those")
+            rows = rows.astype(np.int64)
+        bounds = check_offsets(offsets, total if rows is None else len(rows)).astype(np.int64)
+        if bounds[-1] >= 2**31:
+            raise ValueError(f"the clients have {bounds[-1]} examples, more than int32 can count: split the population")
+        if check_finite:
+            checks.finite(examples)
+        # asanyarray: a memory map stays one.
+        return cls(jax.tree.map(np.asanyarray, examples), bounds, rows)
+
+    @classmethod
+    def from_sizes(
+        cls, examples: Examples, sizes: Any, rows: Any = None, *, check_finite: bool = False
+    ) -> "HostPopulation":
+        """Like `from_flat`, from the number of examples of each client instead of the boundaries."""
+        return cls.from_flat(examples, offsets_of(sizes), rows, check_finite=check_finite)
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients, N."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples of all clients."""
+        return int(self.offsets[-1])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64[N], number of examples of each client."""
+        return np.diff(self.offsets)
+
+    def sizes_of(self, ids: np.ndarray) -> np.ndarray:
+        """int64[...], number of examples of clients `ids`, int[...]."""
+        return self.offsets[ids + 1] - self.offsets[ids]
+
+    def rows_of(self, ids: Any) -> np.ndarray:
+        """int64[n], the rows of `examples` of clients `ids`, int[k], one client after the other."""
+        ids = np.asarray(ids, np.int64)
+        sizes = self.sizes_of(ids)
+        ends = np.cumsum(sizes)
+        # Row k of the result is row k - (end of the clients before) of its client.
+        shift = np.repeat(self.offsets[ids] - (ends - sizes), sizes)
+        index = np.arange(ends[-1] if len(ends) else 0) + shift
+        return index if self.rows is None else self.rows[index]
+
+    def client(self, index: int) -> Examples:
+        """The examples of one client, leaves [n, ...]."""
+        rows = self.rows_of([index])
+        return jax.tree.map(lambda leaf: leaf[rows], self.examples)
+
+    def to_device(self) -> Population:
+        """The same population as a `Population`, grouped by client, in device memory."""
+        rows = self.rows_of(np.arange(self.num_clients))
+        return Population.from_flat(jax.tree.map(lambda leaf: leaf[rows], self.examples), self.offsets)
+
+
+def simulate_staged(
+    algorithm: Algorithm, sampler: Sampler, num_rounds: int, *, mesh: Mesh | None = None
+) -> Callable[[Params, HostPopulation, Key], tuple[Any, Metrics]]:
+    """Returns `run(params, population, key) -> (state, metrics)` of `num_rounds` rounds; `simulate`, staged.
+
+    With keys key[S] and params with leading axes [S] it runs S simulations at once, like a `vmap` of `simulate` over
+    both: clients that several of them draw are brought over once.
+
+    Args:
+      algorithm: the method.
+      sampler: who takes part. Where most of its slots are empty (`samplers.bernoulli` over a million clients) the
+        cohort is packed into as many slots as the fullest round needs.
+      num_rounds: number of rounds.
+      mesh: devices that get a cohort's examples, all of them each; JAX's default device unless given.
+
+    Returns:
+      The function; not to be jitted. Its compiled round is kept between calls.
+    """
+    run_rounds = continue_staged(algorithm, sampler, num_rounds, mesh=mesh)
+
+    def run(params: Params, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
+        init = jax.vmap(algorithm.init) if jnp.ndim(key) else algorithm.init
+        return run_rounds(init(jax.tree.map(jnp.asarray, params)), population, key)
+
+    return run
+
+
+def continue_staged(
+    algorithm: Algorithm,
+    sampler: Sampler,
+    num_rounds: int,
+    *,
+    horizon: int | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[Any, HostPopulation, Key], tuple[Any, Metrics]]:
+    """Returns `run(state, population, key) -> (state, metrics)` for the next `num_rounds` rounds.
+
+    The counterpart of `continue_rounds`, and like it to be given the same key in every part of a run. Tables of
+    per-client state that are numpy arrays (`init_on_host`) are changed in place and come back in the new state.
+    The function raises ValueError for such a table that does not fit the population, and for simulations that are not
+    at the same round.
+
+    Args:
+      algorithm: the method.
+      sampler: who takes part.
+      num_rounds: number of rounds of one call.
+      horizon: number of rounds of the whole run, whose largest cohort sets the shapes; unless given, a call looks
+        no further than its own rounds, and a later one may need another shape.
+      mesh: see `simulate_staged`.
+    """
+    checks.positive_int("num_rounds", num_rounds, "run at least one round")
+    if horizon is not None:
+        checks.positive_int("horizon", horizon, "it is the number of rounds of the whole run")
+    cohorts = _Cohorts(sampler)
+    everywhere = None if mesh is None else NamedSharding(auto_mesh(mesh), PartitionSpec())
+    fold_in = {False: jax.jit(jax.random.fold_in), True: jax.jit(jax.vmap(jax.random.fold_in, (0, None)))}
+    rounds = {batched: jax.jit(_round(algorithm, batched), donate_argnums=0) for batched in (False, True)}
+
+    def run(state: Any, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
+        if not isinstance(population, HostPopulation):
+            raise TypeError(
+                f"population must be a HostPopulation, got {type(population).__name__}: use simulate or "
+                "continue_rounds for a population on the device"
+            )
+        batched = jnp.ndim(key) == 1
+        keys = key if batched else key[None]
+        done = np.asarray(state.round).reshape(-1)
+        if (done != done[0]).any():
+            raise ValueError(
+                f"the simulations have done {done.tolist()} rounds: run at once only what is at the same round"
+            )
+        first, last = int(done[0]), int(done[0]) + num_rounds
+        cohorts.prepare(population, keys, range(first, max(last, horizon or 0)))
+        on_host = _has_host_tables(state)
+        device, tables = _split(state) if on_host else (state, None)
+        for leaf in jax.tree.leaves(tables):
+            if leaf.shape[int(batched)] != population.num_clients:
+                raise ValueError(
+                    f"a table of per-client state has {leaf.shape[int(batched)]} rows, but the population has "
+                    f"{population.num_clients} clients: make the method and its state with that num_clients"
+                )
+        # The caller keeps its state, as with any other function, but for the tables.
+        device = jax.tree.map(jnp.copy, device)
+        stage = _Stage(population, cohorts, tables, batched, everywhere)
+        train_key = jax.vmap(jax.random.split)(keys)[:, 1] if batched else jax.random.split(key)[1]
+        totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), everywhere)
+
+        metrics: list[Metrics] = []
+        running: tuple[_Staged, Any, Metrics] | None = None
+        staged = stage(first, None)
+        changed = staged.tables
+        for t in range(first, last):
+            round_key = fold_in[batched](train_key, t)
+            before, staged_before = running, staged
+            device, changed, info = rounds[batched](
+                device, staged.slots, staged.examples, staged.tables, changed, totals, round_key
+            )
+            running = staged, changed, info
+            metrics.append(info)
+            # The device is busy now, and the rest is done meanwhile. The round before must have ended before its
+            # buffers are filled again, and its rows must be in the tables before the next cohort's are read.
+            if before is not None:
+                _finish(before, tables)
+            if t + 1 < last:
+                staged = stage(t + 1, staged_before.ids)
+        assert running is not None
+        _finish(running, tables)
+        state = device if tables is None else _join(device, tables)
+        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=int(batched)), *metrics)
+
+    return run
+
+
+def init_on_host(
+    init: Callable[..., Any], *args: Any, num_clients: int, directory: str | Path | None = None, axis: int = 0
+) -> Any:
+    """The state `init(*args)` with its tables of per-client state in host memory, never whole on a device.
+
+    Every client must begin with the same row, which holds for the library's methods: one row is computed and
+    repeated. Rows of zeros cost no memory until they are written.
+
+    Args:
+      init: `algorithm.init`, or a `vmap` of it.
+      *args: its arguments, usually the model.
+      num_clients: N; rows lie along an axis of this length.
+      directory: keep the tables in files of this directory, memory-mapped; it must be empty or new. None keeps them
+        in memory.
+      axis: axis of the rows: 0, or 1 with a `vmap` over simulations.
+
+    Returns:
+      The state; leaves of its tables are numpy arrays [N, ...] ([S, N, ...] with axis 1).
+
+    Raises:
+      ValueError: if the directory is not empty, or a table has no axis of length N there.
+    """
+    folder = None if directory is None else Path(directory)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ValueError(f"directory {folder} is not empty: choose a new one, files are not written over")
+
+    _, shapes = _split(jax.eval_shape(init, *args))
+    for leaf in jax.tree.leaves(shapes):
+        if len(leaf.shape) <= axis or leaf.shape[axis] != num_clients:
+            raise ValueError(
+                f"a table of per-client state has shape {leaf.shape}, without num_clients={num_clients} rows along "
+                f"axis {axis}: pass the num_clients the method was made with, and axis=1 for a vmap over simulations"
+            )
+
+    def one_row(*args: Any) -> tuple[Any, Any]:
+        device, tables = _split(init(*args))
+        return device, jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, 1, axis=axis), tables)
+
+    # Inside one compiled function a slice of a repeated row is that row; the table is never made.
+    device, first = jax.jit(one_row)(*args)
+    names = (f"table-{number}.npy" for number in itertools.count())
+
+    def allocate(shape: jax.ShapeDtypeStruct, row: Any) -> np.ndarray:
+        table: np.ndarray
+        if folder is None:
+            table = np.zeros(shape.shape, shape.dtype)
+        else:
+            table = np.lib.format.open_memmap(folder / next(names), mode="w+", dtype=shape.dtype, shape=shape.shape)
+        row = np.asarray(row)
+        if row.any():
+            table[...] = row
+        return table
+
+    return _join(device, jax.tree.map(allocate, shapes, first))
+
+
+class _Cohorts:
+    """Who takes part in each round of a run, found in blocks of rounds.
+
+    Attributes:
+      width: slots of a cohort, C.
+      num_rows: examples that the largest cohort needs, rounded up.
+    """
+
+    width: int
+    num_rows: int
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._sample = jax.jit(jax.vmap(jax.vmap(sampler, (None, 0)), (0, None)))
+        self._prepared: tuple[HostPopulation, np.ndarray, range] | None = None
+
+    def prepare(self, population: HostPopulation, keys: Key, rounds: range) -> None:
+        """Looks through all cohorts of `rounds`, for key[S], to find the shapes; does nothing if it has before."""
+        data = np.asarray(jax.random.key_data(keys))
+        if self._prepared is not None:
+            of, with_keys, known = self._prepared
+            if of is population and np.array_equal(with_keys, data) and rounds[0] in known and rounds[-1] in known:
+                return
+        self._population, self._sample_key = population, jax.vmap(jax.random.split)(keys)[:, 0]
+        slots = jax.eval_shape(self._sampler, keys[0], jnp.int32(0)).shape[0]
+        self._block = max(1, min(len(rounds), _SAMPLED_AT_ONCE // (slots * keys.shape[0])))
+        self._have: tuple[int, np.ndarray] | None = None
+        most = widest = 1
+        for t in rounds:
+            ids = self._ids(t)
+            for row in ids:
+                check_ids(row, population.num_clients)
+            present = ids >= 0
+            widest = max(widest, int(present.sum(axis=1).max()))
+            most = max(most, int(population.sizes_of(np.unique(ids[present])).sum()))
+        # Packing changes the shape of sums over slots, and with it their rounding: only where it saves something.
+        self.width = _rounded_up(widest) if 2 * _rounded_up(widest) <= slots else slots
+        self.num_rows = _rounded_up(most)
+        self._prepared = population, data, rounds
+
+    def __call__(self, t: int) -> np.ndarray:
+        """int64[S, width], the participants of round t; -1 in empty slots and for clients without examples."""
+        ids = self._ids(t)
+        if ids.shape[1] == self.width:
+            return ids
+        packed = np.full((len(ids), self.width), -1, np.int64)
+        for row, target in zip(ids, packed, strict=True):
+            present = row[row >= 0]
+            target[: len(present)] = present
+        return packed
+
+    def _ids(self, t: int) -> np.ndarray:
+        if self._have is None or not 0 <= t - self._have[0] < self._block:
+            # Blocks are all of one length, so that the sampler is compiled once.
+            rounds = np.arange(t, t + self._block, dtype=np.int32)
+            ids = np.asarray(self._sample(self._sample_key, rounds)).astype(np.int64)
+            sized = self._population.sizes_of(np.maximum(ids, 0)) > 0
+            self._have = t, np.where((ids >= 0) & sized, ids, -1)
+        start, block = self._have
+        return block[:, t - start]
+
+
+class _Staged(NamedTuple):
+    """A cohort on the device, as it was sent.
+
+    Attributes:
+      slots: `_Slots` in one array int32[5, C], or int32[5, S, C].
+      examples: the cohort's, leaves [num_rows, ...].
+      tables: rows of the tables as they are in host memory, leaves [C, ...]; None with tables on the device.
+      ids: int64[S, C], in host memory.
+    """
+
+    slots: Array
+    examples: Examples
+    tables: Any
+    ids: np.ndarray
+
+
+class _Slots(NamedTuple):
+    """What a cohort says of its slots, int32[C] each; `before` is the slot in the round before, -1 if there is none."""
+
+    ids: Any
+    starts: Any
+    sizes: Any
+    rows: Any
+    before: Any
+
+
+class _Stage:
+    """Brings cohorts to the device, through two sets of buffers that take turns."""
+
+    def __init__(
+        self, population: HostPopulation, cohorts: _Cohorts, tables: Any, batched: bool, sharding: Any
+    ) -> None:
+        self._population, self._cohorts, self._tables = population, cohorts, tables
+        self._batched, self._sharding = batched, sharding
+
+        def buffer(leaf: np.ndarray) -> np.ndarray:
+            return _aligned((cohorts.num_rows, *leaf.shape[1:]), leaf.dtype)
+
+        self._buffers = itertools.cycle([jax.tree.map(buffer, population.examples) for _ in range(2)])
+
+    def __call__(self, t: int, ids_before: np.ndarray | None) -> _Staged:
+        """The cohort of round t; `ids_before` are those of the round before, if it has not been finished."""
+        population, ids = self._population, self._cohorts(t)
+        present = ids >= 0
+        clients, position = np.unique(ids[present], return_inverse=True)
+        rows, buffers = population.rows_of(clients), next(self._buffers)
+
+        def fill(leaf: np.ndarray, buffer: np.ndarray) -> None:
+            # clip, because with the default mode numpy writes to a copy first; the rows are in range.
+            np.take(leaf, rows, axis=0, out=buffer[: len(rows)], mode="clip")
+
+        jax.tree.map(fill, population.examples, buffers)
+        client_sizes = population.sizes_of(clients)
+        sizes, starts = np.zeros(ids.shape, np.int32), np.zeros(ids.shape, np.int32)
+        sizes[present] = client_sizes[position]
+        starts[present] = (np.cumsum(client_sizes) - client_sizes)[position]
+        slots = _Slots(
+            ids=ids,
+            starts=starts,
+            sizes=sizes,
+            rows=np.maximum(ids, 0) if self._tables is None else np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+            before=_slots_in(ids, ids_before) if ids_before is not None else np.full_like(ids, -1),
+        )
+        sent = np.stack(slots).astype(np.int32)
+        at = _table_index(np.maximum(ids, 0), self._batched)
+        tables = jax.tree.map(lambda leaf: leaf[at], self._tables)
+        sent = sent if self._batched else sent[:, 0]
+        on_device, examples, tables = jax.device_put((sent, buffers, tables), self._sharding)
+        return _Staged(on_device, examples, tables, ids)
+
+
+def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
+    """`round(device, slots, examples, tables, changed, totals, key) -> (device, changed, metrics)`.
+
+    `device` is the state, without its tables if those are in host memory. Then `tables` are the cohort's rows as they
+    are there, and `changed` the rows that the round before has returned. `totals` are the population's clients and
+    examples, int32[2].
+    """
+
+    def round(device: Any, slots: Array, examples: Any, tables: Any, changed: Any, totals: Array, key: Key) -> Any:
+        ids, starts, sizes, rows, before = slots
+        cohort = Cohort(ids, starts, sizes, rows, examples, num_clients=totals[0], num_examples=totals[1])
+        if tables is None:
+            device, info = algorithm.round(device, cohort, key)
+            return device, None, info
+
+        def newest(row: Any, newer: Any) -> Any:
+            found = (before >= 0).reshape(-1, *[1] * (row.ndim - 1))
+            return jnp.where(found, newer[jnp.maximum(before, 0)], row)
+
+        state, info = algorithm.round(_join(device, jax.tree.map(newest, tables, changed)), cohort, key)
+        return *_split(state), info
+
+    return jax.vmap(round, (0, 1, None, 0, 0, None, 0)) if batched else round
+
+
+def _finish(running: tuple[_Staged, Any, Metrics], tables: Any) -> None:
+    """Waits for a round and writes the rows that it has changed into the tables."""
+    staged, changed, info = running
+    jax.block_until_ready(info)
+    if tables is None:
+        return
+    batched = staged.slots.ndim == 3
+    simulation, slot = np.nonzero(staged.ids >= 0)
+    client = staged.ids[simulation, slot]
+    to, of = ((simulation, client), (simulation, slot)) if batched else (client, slot)
+
+    def write(leaf: np.ndarray, rows: Any) -> None:
+        leaf[to] = np.asarray(rows)[of]
+
+    jax.tree.map(write, tables, changed)
+
+
+def _is_table(node: Any) -> bool:
+    return isinstance(node, ClientTable)
+
+
+def _split(state: Any) -> tuple[Any, list[Any]]:
+    """(the state with empty tables, the rows of its tables)."""
+    rows = [node.rows for node in jax.tree.leaves(state, is_leaf=_is_table) if _is_table(node)]
+    return jax.tree.map(lambda node: ClientTable(None) if _is_table(node) else node, state, is_leaf=_is_table), rows
+
+
+def _join(device: Any, tables: list[Any]) -> Any:
+    """Puts the rows back where `_split` took them from."""
+    rows = iter(tables)
+    return jax.tree.map(lambda node: ClientTable(next(rows)) if _is_table(node) else node, device, is_leaf=_is_table)
+
+
+def _has_host_tables(state: Any) -> bool:
+    leaves = jax.tree.leaves(_split(state)[1])
+    on_host = [isinstance(leaf, np.ndarray) for leaf in leaves]
+    if any(on_host) and not all(on_host):
+        raise ValueError(
+            "some tables of per-client state are numpy arrays and some are not: keep all of them in host memory "
+            "(init_on_host makes such a state) or none"
+        )
+    return any(on_host)
+
+
+def _table_index(ids: np.ndarray, batched: bool) -> Any:
+    """Where the rows of clients [S, C] are in a table [N, ...], or [S, N, ...]."""
+    return (np.arange(len(ids))[:, None], ids) if batched else ids[0]
+
+
+def _slots_in(ids: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """int64[S, C]: the slot in which each client was before, -1 if in none; ids and before are int64[S, C]."""
+    found = np.full(ids.shape, -1, np.int64)
+    for row, earlier, target in zip(ids, before, found, strict=True):
+        order = np.argsort(earlier)
+        at = order[np.minimum(np.searchsorted(earlier[order], row), len(order) - 1)]
+        same = (earlier[at] == row) & (row >= 0)
+        target[same] = at[same]
+    return found
+
+
+def _rounded_up(count: int) -> int:
+    """The next number with four binary digits and zeros: at most an eighth more, and few different ones."""
+    step = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // step) * step
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros at an address that the processor's backend takes without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
