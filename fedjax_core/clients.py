@@ -224,6 +224,15 @@ def client_table(num_clients: int, row: PyTree) -> ClientTable:
     return ClientTable(jax.tree.map(repeat, row))
 
 
+def map_tables(function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    """The state with `function(rows)` in the place of the rows of each of its tables of per-client state."""
+
+    def replace(node: Any) -> Any:
+        return ClientTable(function(node.rows)) if isinstance(node, ClientTable) else node
+
+    return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, ClientTable))
+
+
 def gather(table: ClientTable, cohort: Cohort) -> PyTree:
     """The cohort's rows, leaves [C, ...] (any row stands in for an empty slot)."""
     return jax.tree.map(lambda leaf: leaf[cohort.rows], table.rows)

@@ -1,7 +1,7 @@
 """Clients' examples, stored flat, and the cohorts drawn from them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -48,6 +48,10 @@ class Cohort:
     def num_participants(self) -> Array:
         """int32[], number of slots that take part."""
         return jnp.sum(self.mask, dtype=jnp.int32)
+
+    def only(self, chosen: Array) -> "Cohort":
+        """The same slots, those outside `chosen`, bool[C], empty."""
+        return replace(self, ids=jnp.where(chosen, self.ids, -1), sizes=jnp.where(chosen, self.sizes, 0))
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ in any order, and a process with memory (Markov) needs no state.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +170,63 @@ def schedule(cohorts: Any) -> Sampler:
         return jnp.where(round < len(rows), row, -1)
 
     return sample
+
+
+class Deliveries(NamedTuple):
+    """Who delivers when; R rounds are R steps of the server.
+
+    Attributes:
+      cohorts: int32[R, C], the clients that deliver at each step, -1 for empty slots; for `schedule`.
+      ticks: int64[R], when the step takes place.
+      shares: float[num_clients], share of the steps at which each client delivers.
+    """
+
+    cohorts: np.ndarray
+    ticks: np.ndarray
+    shares: np.ndarray
+
+
+def deliveries(times: Any, num_rounds: int, *, buffer: int | None = None, interval: int | None = None) -> Deliveries:
+    """Clients that each take a time of their own and start again when their work has been taken in.
+
+    The server acts when `buffer` clients have finished (1: asynchronous, one at a time; all of them: synchronous), and
+    those who are early wait; or every `interval` ticks, with whoever has finished, perhaps nobody. Of clients that
+    finish together the lowest number is first.
+
+    Args:
+      times: integers [num_clients], ticks that each client's work takes (integers, so that ties are ties).
+      num_rounds: steps of the server, R.
+      buffer: clients per step, or None with an interval.
+      interval: ticks between steps, or None with a buffer.
+    """
+    times = np.asarray(times)
+    if times.ndim != 1 or not np.issubdtype(times.dtype, np.integer) or times.size == 0 or times.min() < 1:
+        raise ValueError(
+            f"times must be integers of at least 1, one per client, got {times.dtype}{list(times.shape)} "
+            f"{times.reshape(-1)[:5].tolist()}: count in ticks small enough for whole numbers"
+        )
+    if (buffer is None) == (interval is None):
+        raise ValueError(
+            f"buffer={buffer} and interval={interval}: the server waits for a number of clients or for a time, give one"
+        )
+    checks.positive_int("num_rounds", num_rounds, "at least one step of the server")
+    if buffer is not None:
+        _check_sizes(times.size, buffer)
+    else:
+        checks.positive_int("interval", interval, "a number of ticks")
+    done, tick = times.astype(np.int64), 0
+    cohorts, ticks = np.full((num_rounds, buffer or times.size), -1, np.int32), np.zeros(num_rounds, np.int64)
+    for t in range(num_rounds):
+        if interval is None:
+            ready = np.argsort(done, kind="stable")[:buffer]
+            tick = int(done[ready[-1]])
+        else:
+            tick += interval
+            ready = np.flatnonzero(done <= tick)
+        cohorts[t, : len(ready)], ticks[t] = ready, tick
+        done[ready] = tick + times[ready]
+    shares = np.bincount(cohorts[cohorts >= 0], minlength=times.size) / num_rounds
+    return Deliveries(cohorts, ticks, shares)
 
 
 def _present(mask: Array) -> Array:

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
-from fedjax_core.clients import ClientTable
+from fedjax_core.clients import map_tables
 from fedjax_core.plans import auto_mesh
 from fedjax_core.population import Cohort, Population, check_ids, check_offsets, offsets_of
 from fedjax_core.samplers import Sampler
@@ -482,20 +482,16 @@ def _finish(running: tuple[_Staged, Any, Metrics], tables: Any) -> None:
     jax.tree.map(write, tables, changed)
 
 
-def _is_table(node: Any) -> bool:
-    return isinstance(node, ClientTable)
-
-
 def _split(state: Any) -> tuple[Any, list[Any]]:
     """(the state with empty tables, the rows of its tables)."""
-    rows = [node.rows for node in jax.tree.leaves(state, is_leaf=_is_table) if _is_table(node)]
-    return jax.tree.map(lambda node: ClientTable(None) if _is_table(node) else node, state, is_leaf=_is_table), rows
+    rows: list[Any] = []
+    return map_tables(rows.append, state), rows
 
 
 def _join(device: Any, tables: list[Any]) -> Any:
     """Puts the rows back where `_split` took them from."""
     rows = iter(tables)
-    return jax.tree.map(lambda node: ClientTable(next(rows)) if _is_table(node) else node, device, is_leaf=_is_table)
+    return map_tables(lambda _: next(rows), device)
 
 
 def _has_host_tables(state: Any) -> bool:

@@ -35,7 +35,7 @@ class Saved(NamedTuple):
 
     Attributes:
       round: rounds done.
-      state: pytree like the one that was saved.
+      state: pytree like the one that was saved; numpy arrays, and typed keys where there were such.
       arrays: name to array, as saved.
       info: what the caller wrote down beside, JSON values.
     """
@@ -165,7 +165,7 @@ def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
         loaded = checkpointer.restore((path / "state").resolve(), item=template, restore_args=as_numpy)
     leaves = []
     for name, (_, kind) in wanted.items():
-        leaf = jnp.asarray(loaded[name] if name in loaded else np.zeros(got[name].shape, got[name].dtype))
+        leaf: Any = loaded[name] if name in loaded else np.zeros(got[name].shape, got[name].dtype)
         leaves.append(jax.random.wrap_key_data(leaf, impl=kind.split(":")[1]) if kind != "array" else leaf)
     state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     with np.load(path / "arrays.npz", allow_pickle=False) as stored:

@@ -1,9 +1,9 @@
-"""The command line: `fedjax-core train` and `fedjax-core list`."""
+"""The command line: `fedjax-core train`, `fedjax-core federate` and `fedjax-core list`."""
 
 import contextlib
+import dataclasses
 import inspect
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedjax_core import samplers
-from pipelines import data, methods, partition, progress
+from pipelines import cache as kept
+from pipelines import data, heterogeneity, methods, progress
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.names import pick
 from pipelines.progress import duration, size
@@ -57,6 +58,22 @@ def _option(heading: str, *flags: str, **kwargs: Any) -> Callable[[Any], Any]:
     return click.option(*flags, cls=_Option, heading=heading, **kwargs)
 
 
+class _Clients(click.ParamType):
+    """A number of clients, or "all" of them."""
+
+    name = "clients"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value is None or isinstance(value, int):
+            return value
+        if str(value).strip().lower() == "all":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of clients: write one, or all for the natural partition", param, ctx)
+
+
 class _Widths(click.ParamType):
     """Comma-separated sizes."""
 
@@ -71,6 +88,51 @@ class _Widths(click.ParamType):
             self.fail(f"{value!r} is no list of sizes: write for example 200,200", param, ctx)
 
 
+_FEDERATION_OPTIONS = (
+    _option("Data", "--dataset", metavar="NAME", help="Data set, or several joined by + as domains; a .npz file."),
+    _option("Data", "--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]"),
+    _option("Data", "--sequence-length", type=int, metavar="N", help="Text: positions of an example."),
+    _option("Data", "--vocabulary", metavar="NAME", help="Text: characters, bytes or a file of tokenizers."),
+    _option("Clients", "--clients", type=_Clients(), metavar="N", help="Number of clients; natural: or all."),
+    _option(
+        "Clients",
+        "--partition",
+        metavar="NAME",
+        help="Who holds which examples: iid, dirichlet, shards, classes, partial_classes, lognormal, power_law, "
+        "natural, domains, clusters or embedding; `fedjax-core list` says what they are.",
+    ),
+    _option(
+        "Clients",
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="dirichlet, partial_classes, clusters, embedding: small is more skewed.",
+    ),
+    _option("Clients", "--min-size", type=int, metavar="N", help="Fewest examples of a client, where it can be said."),
+    _option("Clients", "--shards-per-client", type=int, metavar="N", help="shards: shards of a client."),
+    _option("Clients", "--classes-per-client", type=int, metavar="N", help="classes, partial_classes: its classes."),
+    _option("Clients", "--sigma", type=float, metavar="S", help="lognormal: deviation of the logarithm of sizes."),
+    _option("Clients", "--exponent", type=float, metavar="A", help="power_law: of the sizes."),
+    _option("Clients", "--clusters", type=int, metavar="N", help="embedding: number of clusters."),
+    _option("Clients", "--imbalance", type=float, metavar="F", help="Long tail: largest over smallest class."),
+    _option("Clients", "--feature-skew", metavar="NAME", help="What clients do to their inputs, such as rotation."),
+    _option("Clients", "--severity", type=float, metavar="S", help="Strength of the feature skew."),
+    _option("Clients", "--validation-share", type=float, metavar="P", help="Share of a client's examples kept back."),
+    _option("Clients", "--test-share", type=float, metavar="P", help="Share kept to test it."),
+    _option("Clients", "--split-by", metavar="NAME", help="How they are taken: random or position."),
+    _option("Clients", "--gap", type=int, metavar="N", help="position: examples dropped between the parts."),
+    _option("Clients", "--new-clients", type=int, metavar="N", help="Clients that take no part in training."),
+    _option("Clients", "--partition-seed", type=int, metavar="SEED", help="Seed of all of this."),
+)
+
+
+def _of_federation(command: Any) -> Any:
+    """The options that say what the federation is."""
+    for option in reversed(_FEDERATION_OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fedjax-core", prog_name="fedjax-core")
 def main() -> None:
@@ -78,6 +140,7 @@ def main() -> None:
 
     \b
     fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
+    fedjax-core federate         describe and draw a federation before anything is trained
     fedjax-core list             what there is to choose from
     fedjax-core list scaffold    a method's card and hyper-parameters
     """
@@ -89,6 +152,7 @@ _EXAMPLES = """
 Examples:
   fedjax-core train
   fedjax-core train --method fedavg --method fedprox --set fedprox.mu=0.01
+  fedjax-core train --dataset fashion_mnist --data-dir DIR --clients 100 --alpha 0.1 --seeds 1
   fedjax-core train --dataset wine --model logistic_regression --clients 10 --cohort-size 5 --alpha 0.1
   fedjax-core train --sampler markov --turn-on 0.1 --turn-off 0.3 --rounds 500 --out runs/markov
   fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
@@ -105,13 +169,10 @@ _CPU = "on the processor"
     help="Train with one or several federated methods, all seeds at once, and compare them." + _EXAMPLES,
     short_help="Train and compare federated methods.",
 )
-@_option("Data and clients", "--dataset", metavar="NAME", help="Data set; `fedjax-core list` shows them.")
-@_option("Data and clients", "--clients", type=int, metavar="N", help="Number of clients.")
-@_option("Data and clients", "--partition", metavar="NAME", help="Who holds which examples: iid, dirichlet or shards.")
-@_option("Data and clients", "--alpha", type=float, metavar="A", help="dirichlet: small is more skewed.")
-@_option("Data and clients", "--min-size", type=int, metavar="N", help="dirichlet: fewest examples of a client.")
-@_option("Data and clients", "--shards-per-client", type=int, metavar="N", help="shards: shards of a client.")
-@_option("Data and clients", "--partition-seed", type=int, metavar="SEED", help="Seed of the partition.")
+@_of_federation
+@_option(
+    "Clients", "--federation", metavar="DIR", help="A federation saved by `fedjax-core federate`, instead of all that."
+)
 @_option(
     "Methods and model",
     "--method",
@@ -172,6 +233,13 @@ _CPU = "on the processor"
 @_option(
     "Machine", "--mesh", type=int, metavar="N", help=f"Devices to spread the cohort over ({_CPU} they are threads)."
 )
+@_option(
+    "Machine",
+    "--staged",
+    is_flag=True,
+    show_default=False,
+    help="Keep examples and client state in host memory; each cohort is brought to the device.",
+)
 @_option("Machine", "--x64", is_flag=True, help="Double precision.", show_default=False)
 @_option(
     "Machine",
@@ -190,6 +258,8 @@ def train(ctx: click.Context, out: Path | None, quiet: bool, cache: bool, **valu
     with _usage_errors(ctx):
         if values["steps"] is not None and "epochs" not in explicit:
             values["epochs"] = None
+        if values["federation"] is not None:
+            values |= _saved_federation(values, explicit)
         chosen = list(values.pop("methods")) or list(_DEFAULTS.methods)
         for name in chosen:
             methods.describe(name)
@@ -233,13 +303,104 @@ def _train(ctx: click.Context, config: Config, out: Path, reporter: progress.Rep
             accuracy = result.history["test/accuracy"]
             final = report.mean_sd(accuracy[:, -1].astype(float))
             reached = report.rounds_to_target(accuracy, eval_rounds, config.target)
-            spent = [duration(result.info[part]) for part in ("compile_seconds", "run_seconds")]
+            compiled = "" if config.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
             reporter.say(
                 f"{name}: test accuracy {final}, rounds to {100 * config.target:g} %: {reached} "
-                f"(compiled in {spent[0]}, ran {spent[1]})"
+                f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(f"written: {out / 'summary.md'}, curves.png, clients.png, metrics.csv, clients.csv, checkpoints")
     return 0
+
+
+@main.command(
+    cls=_Command,
+    short_help="Build, describe and draw a federation before anything is trained.",
+    help="""Build a federation, say how its clients differ and what would spoil a study with it, and save it.
+
+\b
+Examples:
+  fedjax-core federate --dataset fashion_mnist --clients 100 --alpha 0.1
+  fedjax-core federate --clients 20 --compare iid --compare shards
+  fedjax-core federate --dataset shakespeare --partition natural --clients all
+  fedjax-core federate --dataset mnist+usps --partition domains --clients 10
+  fedjax-core federate --dataset cifar10 --partition iid --feature-skew rotation --out federations/turned
+  fedjax-core train --federation federations/turned
+
+In the directory are federation.md and federation.png, the assignments as .npz, and federation.json with their digest,
+so that a federation can be shared and is checked when it is used. Exit codes: 0 done, 2 a mistake in the arguments.
+""",
+)
+@_of_federation
+@_option("Output", "--batch-size", type=int, metavar="N", help="Warn of clients with fewer examples.")
+@_option(
+    "Output",
+    "--compare",
+    multiple=True,
+    metavar="NAME",
+    help="Another partition to measure beside it, with the same options. May be given several times.",
+)
+@_option(
+    "Output",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory.  [default: federations/<what it is>]",
+)
+@click.pass_context
+def federate(ctx: click.Context, out: Path | None, compare: tuple[str, ...], **values: Any) -> None:
+    """Build, describe and draw a federation; the help text is given above."""
+    from pipelines import federation as federations
+    from pipelines import portrait, setup
+
+    with _warnings_as_lines(), _usage_errors(ctx):
+        config = Config(**values)
+        for name in compare:
+            pick("partition to compare with", name, [n for n in federations.PARTITIONS if n != config.partition])
+        built = setup.federate(config)
+        others = {name: _train_part(config, built, name) for name in compare}
+    out = out or Path("federations") / config.federation_slug()
+    with _usage_errors(ctx):
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file: choose a directory")
+        federations.save(built, config, out)
+    portrait.write(out, config, built, others)
+    console = Console(soft_wrap=True, highlight=False)
+    for line in portrait.described(config, built):
+        console.print(Text(line))
+    rows = portrait.comparison(config, built, others)
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*[heterogeneity.shown(value) for value in row.values()])
+    console.print()
+    console.print(table)
+    console.print()
+    for line in built.warnings(config.batch_size):
+        console.print(Text(f"warning: {line}"))
+    console.print(Text(f"digest: {built.digest()}"))
+    console.print(Text(f"written: {out / 'federation.md'}, federation.png, federation.json and the assignments"))
+
+
+def _train_part(config: Config, built: Any, partition: str) -> Any:
+    """The training part of the federation that another partition gives."""
+    from pipelines import federation as federations
+
+    other = dataclasses.replace(config, partition=partition, feature_skew="none")
+    return federations.build(other, built.dataset).parts["train"].assignment
+
+
+def _saved_federation(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """What a saved federation says of the fields of the configuration; what was asked for beside must agree."""
+    from pipelines import federation as federations
+
+    fields, digest = federations.read(values["federation"])
+    for name in explicit & set(fields):
+        if values[name] != fields[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {values[name]} and --federation {values['federation']}, which was made with {fields[name]}: "
+                f"leave {flag} out, or make another federation"
+            )
+    return fields | {"federation_digest": digest}
 
 
 @main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers.")
@@ -248,13 +409,15 @@ def _train(ctx: click.Context, config: Config, out: Path, reporter: progress.Rep
 def list_(ctx: click.Context, name: str | None) -> None:
     """Show what there is: all of it, or everything about the one thing called NAME."""
     import models
-    from pipelines import setup
+    from pipelines import federation as federations
+    from pipelines import setup, skew
 
     console = Console(highlight=False)
     groups: dict[str, tuple[Sequence[str], Callable[[str], Any]]] = {
         "models": (list(setup.MODELS), lambda n: getattr(models, n)),
         "data sets": (list(data.DATASETS), lambda n: data.DATASETS[n]),
-        "partitions": (list(partition.PARTITIONS), lambda n: partition.PARTITIONS[n]),
+        "partitions": (list(federations.PARTITIONS), lambda n: federations.PARTITIONS[n]),
+        "feature skews": (list(skew.SKEWS), lambda n: skew.SKEWS[n]),
         "samplers": (list(setup.SAMPLERS), lambda n: getattr(samplers, n)),
     }
     if name is not None:
@@ -311,9 +474,7 @@ def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dic
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between processes, in the user's cache folder unless JAX is told of another."""
     if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (not in its type stub)
-        base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-        folder = (Path(base) if base else Path.home() / ".cache") / "fedjax-core" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(kept.user_folder("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -352,15 +513,17 @@ def _warnings_as_lines() -> Iterator[None]:
     """Warnings of this package in one line, without the source line."""
     from pipelines.checkpoint import CheckpointWarning
 
+    ours = (CheckpointWarning, kept.CacheWarning)
     show = warnings.showwarning
 
     def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        if issubclass(category, CheckpointWarning):
+        if issubclass(category, ours):
             click.echo(f"Warning: {message}", err=True)
         else:
             show(message, category, *args, **kwargs)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", CheckpointWarning)
+        for category in ours:
+            warnings.simplefilter("always", category)
         warnings.showwarning = line
         yield

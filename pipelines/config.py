@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,13 +23,32 @@ class Config:
     """Configuration of a run. Equal configurations give equal numbers.
 
     Attributes:
-      dataset: name of the data set (`pipelines.data.DATASETS`).
-      clients: number of clients.
-      partition: who holds which examples (`pipelines.partition.PARTITIONS`).
-      alpha: concentration of the Dirichlet partition.
-      min_size: fewest examples of a client, for the Dirichlet partition.
+      dataset: name of the data set (`pipelines.data.load`).
+      data_dir: folder of prepared data, or None for the usual one. A place: another one does not make another run.
+      sequence_length: positions of an example, for data sets of text.
+      vocabulary: "characters", "bytes" or a file, for data sets of text.
+      clients: number of clients; None takes all there are, for the natural partition.
+      partition: who holds which examples (`pipelines.federation.PARTITIONS`).
+      alpha: concentration, for the partitions dirichlet, partial_classes, clusters and embedding.
+      min_size: fewest examples of a client, for those and for lognormal, power_law and natural.
       shards_per_client: for the shards partition.
-      partition_seed: seed of the partition; all seeds of the run share the partition.
+      classes_per_client: for the classes and partial_classes partitions.
+      sigma: standard deviation of the logarithm of the sizes, for the lognormal partition.
+      exponent: of the sizes, for the power_law partition.
+      clusters: number of clusters, for the embedding partition.
+      imbalance: largest over smallest class of the training examples (`pipelines.splits.long_tail`); 1 takes them all.
+      feature_skew: what clients do to their inputs (`pipelines.skew.SKEWS`), or "none".
+      severity: of the feature skew.
+      validation_share: share of each client's examples kept for validation.
+      test_share: share of each client's examples kept to test it.
+      split_by: "random" or "position", how those are taken.
+      gap: examples dropped between the parts of a client, with split_by position.
+      new_clients: number of clients that take no part in training and are tested at the end.
+      partition_seed: seed of all of the above; all seeds of the run share the federation.
+      federation: directory of a saved federation to use instead (`pipelines.federation.load`). A place, like data_dir.
+      federation_digest: its digest, which tells federations apart; None without one.
+      staged: keep the examples and the clients' state in host memory and bring each cohort to the device
+        (`fedjax_core.staging`); the numbers are the same.
       methods: methods to run, one after the other.
       settings: method -> name -> value: hyper-parameters, and `CLIENT_SETTINGS` for one method alone.
       model: name of the model (`pipelines.setup.MODELS`).
@@ -60,12 +80,30 @@ class Config:
     """
 
     dataset: str = "digits"
-    clients: int = 50
+    data_dir: str | None = None
+    sequence_length: int = 80
+    vocabulary: str = "characters"
+    clients: int | None = 50
     partition: str = "dirichlet"
     alpha: float = 0.3
     min_size: int = 5
     shards_per_client: int = 2
+    classes_per_client: int = 2
+    sigma: float = 0.8
+    exponent: float = 1.0
+    clusters: int = 10
+    imbalance: float = 1.0
+    feature_skew: str = "none"
+    severity: float = 1.0
+    validation_share: float = 0.0
+    test_share: float = 0.0
+    split_by: str = "random"
+    gap: int = 0
+    new_clients: int = 0
     partition_seed: int = 0
+    federation: str | None = None
+    federation_digest: str | None = None
+    staged: bool = False
     methods: tuple[str, ...] = ("fedavg", "scaffold", "fedadam")
     settings: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
     model: str = "mlp"
@@ -107,6 +145,16 @@ class Config:
         for name in ("participation", "turn_on", "turn_off", "target"):
             checks.scalar(name, getattr(self, name), low=0, high=1)
         checks.scalar("alpha", self.alpha, low=0, low_open=True)
+        checks.scalar("imbalance", self.imbalance, low=1)
+        checks.scalar("severity", self.severity, low=0)
+        for name in ("validation_share", "test_share"):
+            checks.scalar(name, getattr(self, name), low=0, high=1, high_open=True)
+        for name in ("gap", "new_clients"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}: 0 leaves it out")
+        if self.clients is None and self.partition != "natural":
+            raise ValueError(f"clients=None with partition={self.partition!r}: only natural clients can be counted")
         if self.checkpoint_every % self.eval_every:
             nearest = -(-self.checkpoint_every // self.eval_every) * self.eval_every
             raise ValueError(
@@ -159,15 +207,23 @@ class Config:
         return cls(**fields)
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
-        """Fields that differ: name to (here, there)."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)}
+        """Fields that differ and make another run: name to (here, there)."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in _PLACES]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def command(self, out: str) -> str:
         """The command line that runs this configuration in the directory `out`."""
         words = ["fedjax-core", "train"]
+        for place in _PLACES:
+            if getattr(self, place) is not None:
+                words += ["--" + place.replace("_", "-"), getattr(self, place)]
         for name, (value, _) in self.differences(Config()).items():
             flag = "--" + name.replace("_", "-")
+            if name == "federation_digest" or (self.federation is not None and name in FEDERATION_FIELDS):
+                continue  # the saved federation says it
+            if name == "clients" and value is None:
+                value = "all"
             if value is None:  # --steps says that there are no epochs
                 continue
             if name == "methods":
@@ -178,7 +234,7 @@ class Config:
                 ]
             elif name == "hidden":
                 words += [flag, ",".join(map(str, value))]
-            elif name == "x64":
+            elif isinstance(value, bool):
                 words += [flag]
             else:
                 words += [flag, str(value)]
@@ -186,14 +242,53 @@ class Config:
 
     def slug(self) -> str:
         """A short readable name, the same for the same configuration and for no other."""
-        digest = sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _PLACES}
+        digest = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.federation_slug()}-{self.model}-{digest}"
+
+    def federation_slug(self) -> str:
+        """The readable part of that which says what the federation is."""
         skew = f"{self.alpha:g}" if self.partition == "dirichlet" else ""
-        return f"{self.dataset}-{self.clients}-{self.partition}{skew}-{self.model}-{digest}"
+        name = re.sub(r"[^\w.+-]+", "_", self.dataset)
+        return f"{name}-{'all' if self.clients is None else self.clients}-{self.partition}{skew}"
+
+    def federation_fields(self) -> dict[str, Any]:
+        """The fields that say what the federation is."""
+        return {name: getattr(self, name) for name in FEDERATION_FIELDS}
 
 
+FEDERATION_FIELDS = (
+    "dataset",
+    "sequence_length",
+    "vocabulary",
+    "clients",
+    "partition",
+    "alpha",
+    "min_size",
+    "shards_per_client",
+    "classes_per_client",
+    "sigma",
+    "exponent",
+    "clusters",
+    "imbalance",
+    "feature_skew",
+    "severity",
+    "validation_share",
+    "test_share",
+    "split_by",
+    "gap",
+    "new_clients",
+    "partition_seed",
+)
+"""The fields of `Config` that say what the federation is."""
+
+_PLACES = ("data_dir", "federation")
 _COUNTS = {
+    "sequence_length": "a window has at least one position",
     "clients": "a federation has at least one client",
     "shards_per_client": "a client gets at least one shard",
+    "classes_per_client": "a client holds at least one class",
+    "clusters": "take at least one",
     "cohort_size": "a round needs at least one client",
     "period": "a period is a number of rounds",
     "rounds": "run at least one round",
@@ -206,7 +301,7 @@ _COUNTS = {
     "lanes": "1 trains one client after another",
     "mesh": "a mesh has at least one device",
 }
-_OPTIONAL = ("epochs", "steps", "lanes", "mesh")
+_OPTIONAL = ("clients", "epochs", "steps", "lanes", "mesh")
 
 
 def _setting(method: str, name: str, value: Value) -> Value:

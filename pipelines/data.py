@@ -1,80 +1,81 @@
 """Data sets: a name to arrays, checked.
 
-A data set is a function without arguments that returns a `Dataset`; adding one is writing it and entering it in
-`DATASETS`. The ones here are carried by scikit-learn, so that nothing is downloaded.
+A name is one of `DATASETS`, one of tensorflow-datasets that is prepared on this machine (`pipelines.prepared`), the
+path of a .npz file, or several of these joined by "+" as domains (`pipelines.sources`). Nothing is downloaded.
+
+A named data set is a function that returns a `Dataset`; adding one is writing it and entering it in `DATASETS`. Its
+keyword arguments are its options.
 """
 
+import difflib
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fedjax_core import checks
+from pipelines import prepared, sources
+from pipelines.dataset import Dataset, Normalization, check, normalization, normalized
 from pipelines.names import pick
 
-_SPLIT_SEED = 20_240
-_TEST_SHARE = 0.2
+__all__ = ["DATASETS", "Dataset", "Normalization", "check", "load", "normalization", "normalized", "options"]
+
+_PLACE = ("data_dir", "cache_dir", "verify")
 
 
-class Dataset(NamedTuple):
-    """A data set for classification, split once and for all.
-
-    Attributes:
-      name: its name.
-      train: {"x": inputs [n, ...], "y": labels int32[n]}, or int32[n, T] for sequences.
-      test: likewise.
-      num_classes: labels lie in [0, num_classes); for sequences the size of the vocabulary.
-    """
-
-    name: str
-    train: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
-    num_classes: int
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return tuple(self.train["x"].shape[1:])
-
-    @property
-    def is_sequence(self) -> bool:
-        """Whether every example has a label per position instead of one."""
-        return self.train["y"].ndim > 1
-
-
-def load(name: str) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    verify: bool | None = None,
+    **options: Any,
+) -> Dataset:
     """Returns the data set `name`, checked.
 
+    Args:
+      name: what to load, as the module says: "digits", "fashion_mnist", "glue/sst2", "mine.npz", "mnist+usps".
+      data_dir: folder of prepared data, or None for that of the environment variable FEDJAX_CORE_DATA
+        (`pipelines.prepared` says what it holds).
+      cache_dir: where to keep what was decoded, or None for the user's cache folder (`pipelines.cache`).
+      verify: whether to compare checksums of what was kept, or None for a rule (`pipelines.cache`).
+      **options: options of the data set (`options` names them); of domains, each takes them.
+
     Raises:
-      ValueError: if the name is unknown (with the nearest match), a label is out of range or a value not finite.
+      ValueError: if the name is unknown (with the nearest match) or the set not there (with what to put where), an
+        option is not one of its own, a label is out of range or a value not finite.
     """
-    return check(DATASETS[pick("data set", name, DATASETS)]())
+    place: dict[str, Any] = {"data_dir": data_dir, "cache_dir": cache_dir, "verify": verify}
+    if _is_domains(name):
+        return sources.join([load(part, **place, **options) for part in name.split("+")])
+    read = _reader(name, data_dir)
+    known = inspect.signature(read).parameters
+    for option in options:
+        pick(f"option of data set {name}", option, [key for key in known if key not in _PLACE])
+    return check(read(**{key: value for key, value in place.items() if key in known}, **options))
 
 
-def check(dataset: Dataset) -> Dataset:
-    """Returns the data set after checking both parts.
+def options(name: str, data_dir: str | Path | None = None) -> list[str]:
+    """Names of the options that the data set `name` takes; of domains, those that each takes.
 
     Raises:
-      ValueError: if x and y differ in length, a part is empty, the parts differ in the shape or dtype of an example,
-        a label is no integer in [0, num_classes), or an input is NaN or infinite.
+      ValueError: if the name is unknown.
     """
-    for part, examples in (("train", dataset.train), ("test", dataset.test)):
-        where = f"{dataset.name}.{part}"
-        if checks.leading_axis(examples, where) == 0:
-            raise ValueError(f"{where} has no examples: a data set needs at least one to train on and one to test on")
-        checks.labels(examples["y"], dataset.num_classes, f"{where}['y']")
-        checks.finite(examples, where)
-    first = {name: leaf[:0] for name, leaf in dataset.train.items()}
-    checks.same_structure(
-        f"{dataset.name}.test", {k: v[:0] for k, v in dataset.test.items()}, first, f"{dataset.name}.train"
-    )
-    return dataset
+    if _is_domains(name):
+        each = [options(part, data_dir) for part in name.split("+")]
+        return [option for option in each[0] if all(option in others for others in each[1:])]
+    known = [key for key in inspect.signature(_reader(name, data_dir)).parameters if key not in _PLACE]
+    if name in DATASETS or prepared.TEXT_OPTIONS.isdisjoint(known) or prepared.is_text(name, data_dir):
+        return known
+    return [key for key in known if key not in prepared.TEXT_OPTIONS]
 
 
 def digits() -> Dataset:
     """Handwritten digits, 8x8 gray pixels in [0, 1] and 10 classes: 1,438 to train on and 359 to test on."""
     x, y = _sklearn("digits")
-    return _split("digits", (x / 16).reshape(-1, 8, 8, 1).astype(np.float32), y)
+    return sources.from_arrays((x / 16).reshape(-1, 8, 8, 1), y, name="digits")
 
 
 def breast_cancer() -> Dataset:
@@ -92,12 +93,41 @@ def iris() -> Dataset:
     return _standardized("iris")
 
 
-DATASETS: dict[str, Callable[[], Dataset]] = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
     "wine": wine,
     "iris": iris,
+    "shakespeare": prepared.shakespeare,
+    "har": prepared.har,
+    "usps": prepared.usps,
 }
+"""Name to the function that makes it, whose docstring describes it; the last three must be prepared on the machine."""
+
+
+def _is_domains(name: str) -> bool:
+    return "+" in name and not Path(name).is_file()
+
+
+def _reader(name: str, data_dir: str | Path | None) -> Callable[..., Dataset]:
+    """What makes a data set, with nothing but its options and `_PLACE` left to give."""
+    if name in DATASETS:
+        return DATASETS[name]
+    if name.endswith(".npz"):
+        return lambda: sources.from_npz(name)
+    there = prepared.available(data_dir)
+    if name.split("/")[0] not in {known.split("/")[0] for known in there}:
+        import tensorflow_datasets  # slow to import
+
+        elsewhere = tensorflow_datasets.list_builders(with_community_datasets=False)
+        if name.split("/")[0] not in elsewhere:
+            near = difflib.get_close_matches(name.lower(), elsewhere, n=1)
+            try:
+                pick("data set", name, list(dict.fromkeys([*DATASETS, *there, *near])))
+            except ValueError as error:
+                place = prepared.tfds_folder(data_dir)
+                raise ValueError(f"{error}; those prepared by tensorflow-datasets are looked for in {place}") from None
+    return functools.partial(prepared.tfds, name)
 
 
 def _sklearn(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,27 +137,8 @@ def _sklearn(name: str) -> tuple[np.ndarray, np.ndarray]:
     return x, y.astype(np.int32)
 
 
-def _split(name: str, x: np.ndarray, y: np.ndarray) -> Dataset:
-    """A fixed stratified split: the same fifth of every class is held out, on every machine."""
-    rng = np.random.Generator(np.random.PCG64(_SPLIT_SEED))
-    num_classes = int(y.max()) + 1
-    held_out = np.zeros(len(y), bool)
-    # Cutting the order by class at equal distances gives every class its share and the total exactly.
-    order = np.concatenate([rng.permutation(np.flatnonzero(y == k)) for k in range(num_classes)])
-    num_test = round(_TEST_SHARE * len(y))
-    held_out[order[(np.arange(num_test) * len(y)) // num_test]] = True
-    train = {"x": x[~held_out], "y": y[~held_out]}
-    test = {"x": x[held_out], "y": y[held_out]}
-    return Dataset(name, train, test, num_classes)
-
-
 def _standardized(name: str) -> Dataset:
-    """Zero mean and unit variance by the statistics of the training part, which is all a federation would know."""
-    raw = _split(name, *_sklearn(name))
-    mean, std = raw.train["x"].mean(axis=0), raw.train["x"].std(axis=0)
-    std = np.where(std > 0, std, 1)
-
-    def scale(part: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {"x": ((part["x"] - mean) / std).astype(np.float32), "y": part["y"]}
-
-    return raw._replace(train=scale(raw.train), test=scale(raw.test))
+    x, y = _sklearn(name)
+    out = sources.held_out(y)
+    x = sources.standardized(x, ~out)
+    return sources.from_arrays(x[~out], y[~out], test=(x[out], y[out]), name=name)

@@ -116,6 +116,7 @@ def build(
     num_clients: int,
     settings: Mapping[str, Value],
     local: Mapping[str, Any],
+    model_functions: Mapping[str, Callable[..., Any]],
 ) -> Algorithm:
     """Builds a method.
 
@@ -126,6 +127,8 @@ def build(
       num_clients: size of the population, for the methods that keep state for every client.
       settings: hyper-parameters by name; the others are `RECOMMENDED` or the factory's own.
       local: the options every method takes (`fedjax_core.LocalOptions`); entries that are None are left out.
+      model_functions: functions of the model besides its loss, by the name of the argument (`features`), for the
+        methods that have it.
 
     Raises:
       ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.
@@ -136,6 +139,8 @@ def build(
         options = {k: v for k, v in options.items() if k not in ("num_epochs", "num_steps", "order")}
     if method.needs_num_clients:
         options["num_clients"] = num_clients
+    taken = inspect.signature(method.factory).parameters
+    options |= {key: function for key, function in model_functions.items() if key in taken}
     # What was not asked for is not passed on, so that the factory's defaults stay the factory's.
     asked = {**RECOMMENDED.get(name, {}), **{key: parse(name, key, value) for key, value in settings.items()}}
     return method.factory(loss_fn, client_optimizer, **asked, **options)

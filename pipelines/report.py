@@ -7,40 +7,24 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from fedjax_core import spread
-from pipelines import files, methods
+from pipelines import figures, files, methods, portrait
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.history import History, evaluated_rounds, mean_losses, to_csv
 from pipelines.progress import duration, size
-from pipelines.setup import Experiment, partition_options
+from pipelines.setup import Experiment
 
-# Okabe and Ito's colors, which color-blind readers tell apart; black is left for axes.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _CLIENT_METRICS = ("loss", "accuracy", "train_loss", "train_accuracy")
 _LINES = ("-", "--", ":")
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
 def write(
@@ -61,15 +45,12 @@ def write(
     """
     config = experiment.config
     eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
-    sizes = np.asarray(experiment.population.sizes)
+    sizes = experiment.federation.sizes
     files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds))
     files.write_text(out / "clients.csv", clients_csv(histories, experiment.seeds, sizes))
-    with matplotlib.rc_context(_STYLE):
-        for name, figure in (
-            ("curves.png", curves(config, histories, eval_rounds)),
-            ("clients.png", client_histogram(config, histories)),
-        ):
-            files.write(out / name, partial(_draw, figure))
+    with figures.style():
+        figures.write(out / "curves.png", curves(experiment, histories, eval_rounds))
+        figures.write(out / "clients.png", client_histogram(experiment, histories))
     files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
 
 
@@ -90,8 +71,9 @@ def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.nd
     return text.getvalue()
 
 
-def curves(config: Config, histories: Mapping[str, History], eval_rounds: np.ndarray) -> Figure:
+def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds: np.ndarray) -> Figure:
     """Test accuracy and training loss against rounds: lines are means over seeds, bands one standard deviation."""
+    config = experiment.config
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (method, history) in enumerate(histories.items()):
@@ -121,12 +103,13 @@ def curves(config: Config, histories: Mapping[str, History], eval_rounds: np.nda
     right.set(title="Training loss of the participants", xlabel="round", xlim=(0, config.rounds))
     if all((h["round/loss"] >= 0).all() for h in histories.values()):
         right.set_yscale("log")
-    figure.suptitle(f"{_title(config)}; mean and standard deviation of {_count(config.seeds, 'seed')}", fontsize=9)
+    figure.suptitle(f"{_title(experiment)}; mean and standard deviation of {_count(config.seeds, 'seed')}", fontsize=9)
     return figure
 
 
-def client_histogram(config: Config, histories: Mapping[str, History]) -> Figure:
+def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -> Figure:
     """How the accuracy of the final global model is spread over clients: one histogram per method, all seeds."""
+    config = experiment.config
     columns = min(len(histories), 4)
     rows = -(-len(histories) // columns)
     figure = Figure(figsize=(max(3.4 * columns, 5), 0.4 + 3 * rows), layout="constrained")
@@ -139,7 +122,10 @@ def client_histogram(config: Config, histories: Mapping[str, History]) -> Figure
     bins = np.linspace(min(math.floor(10 * lowest) / 10, 0.9), 1, 21)
     for i, (axis, (method, accuracy)) in enumerate(zip(axes, values.items(), strict=True)):
         axis.hist(
-            accuracy, bins=bins, weights=np.full(accuracy.shape, 1 / config.seeds), color=_COLORS[i % len(_COLORS)]
+            accuracy,
+            bins=bins,
+            weights=np.full(accuracy.shape, 1 / config.seeds),
+            color=figures.COLORS[i % len(figures.COLORS)],
         )
         tail = np.mean([worst_decile(row) for row in histories[method]["client/accuracy"]])
         axis.axvline(accuracy.mean(), color="#222222", linewidth=1, label=f"mean {100 * accuracy.mean():.1f} %")
@@ -151,7 +137,10 @@ def client_histogram(config: Config, histories: Mapping[str, History]) -> Figure
         lowest_of_column.tick_params(labelbottom=True)
     figure.supxlabel("accuracy of a client", fontsize=10)
     figure.supylabel("clients (mean over seeds)" if config.seeds > 1 else "clients", fontsize=10)
-    figure.suptitle(f"{_title(config)}; final model on test examples in each client's mix of labels", fontsize=9)
+    own = (
+        "each client's test examples" if _tested_on_own(experiment) else "test examples in each client's mix of labels"
+    )
+    figure.suptitle(f"{_title(experiment)}; final model on {own}", fontsize=9)
     return figure
 
 
@@ -165,10 +154,12 @@ def summary(
     """The run in words and one table, as Markdown."""
     config = experiment.config
     eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    extra = [part for part in ("validation", "new") if part in experiment.federation.parts]
     header = [
         "method",
         "test accuracy",
         "worst decile of clients",
+        *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
         f"rounds to {100 * config.target:g} %",
         "uploaded scalars",
         "downloaded scalars",
@@ -186,26 +177,33 @@ def summary(
                 name,
                 mean_sd(accuracy),
                 mean_sd(tails),
+                *[mean_sd(np.asarray(np.nanmean(history[f"{part}/accuracy"], axis=1))) for part in extra],
                 rounds_to_target(history["test/accuracy"], eval_rounds, config.target),
                 f"{transferred(history, 'uploaded'):,}",
                 f"{transferred(history, 'downloaded'):,}",
-                duration(spent["compile_seconds"]),
+                "in run" if config.staged else duration(spent["compile_seconds"]),
                 duration(spent["run_seconds"]),
                 size(spent["memory"]) if spent["memory"] else "unknown",
             ]
         )
+    own = "its own test examples" if _tested_on_own(experiment) else "test examples weighted to its mix of labels"
+    also = "".join(
+        f"{part.capitalize()} accuracy is the mean over {whose}. "
+        for part, whose in (("validation", "clients, on their own"), ("new", "clients that took no part in training"))
+        if part in extra
+    )
     table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
     settings = ["| " + " | ".join(cells) + " |" for cells in [["method", "settings"], ["---", "---"]]]
     settings += [f"| {name} | {settings_line(config, name)} |" for name in config.methods]
     lines = [
-        f"# {_title(config)}",
+        f"# {_title(experiment)}",
         "",
         *table,
         "",
         f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
-        "accuracy of clients are the final global model's; a client's accuracy is on test examples weighted to its mix "
-        "of labels, and the worst decile is the mean over the tenth of the clients that fare worst. Scalars are summed "
-        "over rounds and participants, as a mean over seeds. Memory is what the compiled program needs, data included.",
+        f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
+        f"the mean over the tenth of the clients that fare worst. {also}Scalars are summed over rounds and "
+        "participants, as a mean over seeds. Memory is what the compiled program needs, data included.",
         "",
         "![Test accuracy and training loss against rounds](curves.png)",
         "",
@@ -230,21 +228,16 @@ def summary(
 
 def described(experiment: Experiment) -> list[str]:
     """What an experiment is, one line for each part of it."""
-    config, dataset = experiment.config, experiment.dataset
-    sizes = np.asarray(experiment.population.sizes)
+    config = experiment.config
     params = sum(math.prod(leaf.shape) for leaf in _leaves(experiment))
-    x = dataset.train["x"]
-    options = ", ".join(f"{name} {getattr(config, name):g}" for name in partition_options(config.partition))
     hidden = f" (hidden {', '.join(map(str, config.hidden))})" if config.model == "mlp" else ""
     work = f"{_count(config.steps, 'step')}" if config.steps is not None else _count(config.epochs, "epoch")
     seeds = ", ".join(map(str, experiment.seeds))
     return [
-        f"data: {dataset.name}, {len(x):,} training and {len(dataset.test['y']):,} test examples, "
-        f"{dataset.num_classes} classes, inputs {x.dtype}{list(dataset.input_shape)}",
-        f"clients: {config.clients} by {config.partition}{f' ({options})' if options else ''}, with {sizes.min()} to "
-        f"{sizes.max()} examples, median {np.median(sizes):g}",
+        *portrait.described(config, experiment.federation),
         f"model: {config.model}{hidden}, {params:,} parameters",
-        f"cohort: {cohort(config)}",
+        f"cohort: {cohort(config, experiment.federation.num_clients)}"
+        + (", staged from host memory" if config.staged else ""),
         f"local work: {work}, batches of {config.batch_size}, {config.client_optimizer}, "
         f"clients weighted {config.weights}",
         f"rounds: {config.rounds}, evaluated every {config.eval_every}, saved every {config.checkpoint_every}; "
@@ -252,16 +245,17 @@ def described(experiment: Experiment) -> list[str]:
     ]
 
 
-def cohort(config: Config) -> str:
+def cohort(config: Config, num_clients: int) -> str:
     """Who takes part, in words."""
     c = config
+    turns = f"return with probability {c.turn_on:g}, leave with {c.turn_off:g}"
     words = {
-        "full": f"all {c.clients} clients in every round",
-        "bernoulli": f"each of {c.clients} clients with probability {c.participation:g} (bernoulli)",
-        "periodic": f"each of {c.clients} clients in {c.participation:g} of every {c.period} rounds (periodic)",
-        "markov": f"{c.clients} clients that return with probability {c.turn_on:g}, leave with {c.turn_off:g} (markov)",
+        "full": f"all {num_clients} clients in every round",
+        "bernoulli": f"each of {num_clients} clients with probability {c.participation:g} (bernoulli)",
+        "periodic": f"each of {num_clients} clients in {c.participation:g} of every {c.period} rounds (periodic)",
+        "markov": f"{num_clients} clients that {turns} (markov)",
     }
-    return words.get(c.sampler, f"{c.cohort_size} of {c.clients} clients a round ({c.sampler})")
+    return words.get(c.sampler, f"{c.cohort_size} of {num_clients} clients a round ({c.sampler})")
 
 
 def settings_line(config: Config, name: str) -> str:
@@ -301,13 +295,8 @@ def mean_sd(values: np.ndarray) -> str:
     return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f} %"
 
 
-def _draw(figure: Figure, path: Path) -> None:
-    # Without the software's version in it, the picture is the same file for the same numbers.
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
-
-
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str) -> None:
-    color, line = _COLORS[index % len(_COLORS)], _LINES[index // len(_COLORS) % len(_LINES)]
+    color, line = figures.COLORS[index % len(figures.COLORS)], _LINES[index // len(figures.COLORS) % len(_LINES)]
     mean = values.mean(axis=0)
     axis.plot(x, mean, line, color=color, linewidth=1.6, label=label)
     if len(values) > 1:
@@ -315,9 +304,13 @@ def _band(axis: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str)
         axis.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
 
 
-def _title(config: Config) -> str:
-    skew = f" alpha {config.alpha:g}" if config.partition == "dirichlet" else ""
-    return f"{config.dataset}, {config.clients} clients ({config.partition}{skew}), {config.model}"
+def _title(experiment: Experiment) -> str:
+    return f"{portrait.title(experiment.config, experiment.federation)}, {experiment.config.model}"
+
+
+def _tested_on_own(experiment: Experiment) -> bool:
+    """Whether clients are tested on examples of their own."""
+    return "test" in experiment.federation.parts or experiment.dataset.is_sequence
 
 
 def _leaves(experiment: Experiment) -> list[Any]:

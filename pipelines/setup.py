@@ -1,6 +1,5 @@
 """From a configuration to everything a run needs, with every mistake found before anything is compiled."""
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from fedjax_core import (
     Array,
     ClientTable,
     Examples,
+    HostPopulation,
     Key,
     LossFn,
     Plan,
@@ -26,9 +26,11 @@ from fedjax_core import (
     checks,
     samplers,
 )
-from pipelines import data, methods, partition
+from pipelines import data, methods
+from pipelines import federation as federations
 from pipelines.config import Config
 from pipelines.data import Dataset
+from pipelines.federation import Federation
 from pipelines.names import pick
 
 EVAL_BATCH = 256
@@ -39,9 +41,9 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: the configuration.
-      dataset: the data set.
-      population: its training part, split over the clients.
-      test: its test part, leaves [m, ...].
+      federation: who holds which examples of the data set.
+      population: the clients' training examples, on the device or, staged, on the host.
+      test: the data set's test part, leaves [m, ...].
       model: the model.
       metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
       loss_fn: `loss_fn(params, batch, key) -> [B]`.
@@ -52,8 +54,8 @@ class Experiment(NamedTuple):
     """
 
     config: Config
-    dataset: Dataset
-    population: Population
+    federation: Federation
+    population: Population | HostPopulation
     test: Examples
     model: models.Model
     metric_fn: Callable[[Any, Any], dict[str, Array]]
@@ -64,16 +66,22 @@ class Experiment(NamedTuple):
     keys: Key
 
     @property
+    def dataset(self) -> Dataset:
+        """The data set, inputs as the clients see them."""
+        return self.federation.dataset
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds, in the order of `keys`."""
         return list(range(self.config.first_seed, self.config.first_seed + self.config.seeds))
 
 
 def _token_model(name: str, build: Callable[[int, int], models.Model], dataset: Dataset) -> models.Model:
-    if not np.issubdtype(dataset.train["x"].dtype, np.integer):
+    if not dataset.is_sequence:
         raise ValueError(
-            f"model {name!r} reads tokens, but the inputs of {dataset.name} are {dataset.train['x'].dtype}"
-            f"{list(dataset.input_shape)}: take mlp or logistic_regression, or a data set of text"
+            f"model {name!r} predicts the next token, but the inputs of {dataset.name} are "
+            f"{dataset.train['x'].dtype}{list(dataset.input_shape)} with one label each: take mlp or "
+            "logistic_regression, or a data set of text"
         )
     return build(dataset.num_classes, dataset.input_shape[0])
 
@@ -90,7 +98,7 @@ MODELS: dict[str, Callable[[Dataset, Config], models.Model]] = {
 }
 """Name to `build(dataset, config) -> Model`; the first paragraph of `models.<name>` describes it."""
 
-SAMPLERS: dict[str, Callable[[Config, Population], Sampler]] = {
+SAMPLERS: dict[str, Callable[[Config, Population | HostPopulation], Sampler]] = {
     "uniform": lambda c, p: samplers.uniform(p.num_clients, c.cohort_size),
     "weighted": lambda c, p: samplers.weighted(np.asarray(p.sizes), c.cohort_size),
     "full": lambda c, p: samplers.full(p.num_clients),
@@ -123,15 +131,22 @@ def prepare(config: Config) -> Experiment:
         )
     pick("model", config.model, MODELS)
     pick("sampler", config.sampler, SAMPLERS)
-    pick("partition", config.partition, partition.PARTITIONS)
     pick("client optimizer", config.client_optimizer, OPTIMIZERS)
-    dataset = in_precision(data.load(config.dataset))
-    population = partition.federate(dataset, split(config, dataset))
+    federation = federate(config)
+    dataset = federation.dataset
+    population = federation.host_population("train") if config.staged else federation.population("train")
     model = MODELS[config.model](dataset, config)
+    inputs = data.normalized(model, dataset.normalization)
     mesh = _mesh(config.mesh)
-    sequence = dataset.is_sequence
-    loss_fn = models.losses.sequence_cross_entropy(model) if sequence else models.losses.cross_entropy(model)
-    metric_fn = models.metrics.sequence(model) if sequence else models.metrics.classification(model)
+    if dataset.is_sequence:
+        loss_fn = models.losses.sequence_cross_entropy(inputs, dataset.pad_id)
+        metric_fn = models.metrics.sequence(inputs, dataset.pad_id)
+    else:
+        loss_fn, metric_fn = models.losses.cross_entropy(inputs), models.metrics.classification(inputs)
+
+    def features(params: Any, batch: Any, key: Key) -> Array:
+        return inputs.features(params, batch["x"], key)
+
     local = {
         "batch_size": config.batch_size,
         "num_epochs": config.epochs,
@@ -142,10 +157,10 @@ def prepare(config: Config) -> Experiment:
     }
     experiment = Experiment(
         config=config,
-        dataset=dataset,
+        federation=federation,
         population=population,
         test=jax.tree.map(jnp.asarray, dataset.test),
-        model=model,
+        model=inputs,
         metric_fn=metric_fn,
         loss_fn=loss_fn,
         sampler=SAMPLERS[config.sampler](config, population),
@@ -157,6 +172,7 @@ def prepare(config: Config) -> Experiment:
                 num_clients=population.num_clients,
                 settings=config.method_settings(name),
                 local=local,
+                model_functions={"features": features},
             )
             for name in config.methods
         },
@@ -165,7 +181,7 @@ def prepare(config: Config) -> Experiment:
     )
     for algorithm in experiment.algorithms.values():
         # Tracing one round finds what does not fit together, without compiling.
-        jax.eval_shape(partial(_one_round, experiment, algorithm), population, experiment.keys)
+        jax.eval_shape(partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys)
     return experiment
 
 
@@ -186,17 +202,38 @@ def run_keys(key: Key) -> tuple[Key, Key]:
     return init_key, rounds_key
 
 
-def split(config: Config, dataset: Dataset) -> partition.Assignment:
-    """The clients' examples, by the partition the configuration names."""
-    function = partition.PARTITIONS[pick("partition", config.partition, partition.PARTITIONS)]
-    options = {name: getattr(config, name) for name in partition_options(config.partition)}
-    return function(dataset.train["y"], config.clients, seed=config.partition_seed, **options)
+def federate(config: Config) -> Federation:
+    """The federation that the configuration names or describes, inputs in JAX's current default precision.
+
+    Raises:
+      ValueError: as `pipelines.data.load`, `pipelines.federation.build` and `pipelines.federation.load`; and if a saved
+        federation is not the one of the configuration.
+    """
+    text = {"sequence_length": config.sequence_length, "vocabulary": config.vocabulary}
+    known = data.options(config.dataset, config.data_dir)
+    asked: dict[str, Any] = {name: value for name, value in text.items() if name in known}
+    # Single or double precision must not make another federation: cast what has been built.
+    built = _build_or_load(config, data.load(config.dataset, config.data_dir, **asked))
+    return built._replace(dataset=in_precision(built.dataset))
 
 
-def partition_options(name: str) -> list[str]:
-    """The fields of `Config` that a partition reads: its keyword arguments besides the seed."""
-    parameters = inspect.signature(partition.PARTITIONS[name]).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "seed"]
+def _build_or_load(config: Config, dataset: Dataset) -> Federation:
+    if config.federation is None:
+        return federations.build(config, dataset)
+    fields, digest = federations.read(config.federation)
+    own = config.federation_fields()
+    for name, value in fields.items():
+        if own[name] != value:
+            raise ValueError(
+                f"{name}={own[name]!r}, but the federation in {config.federation} was made with {value!r}: take its "
+                "values, or another federation"
+            )
+    if config.federation_digest not in (None, digest):
+        raise ValueError(
+            f"the federation in {config.federation} has digest {digest}, and {config.federation_digest} is wanted: it "
+            "has been made anew since, restore the other one"
+        )
+    return federations.load(config.federation, dataset)
 
 
 def client_optimizer(config: Config, method: str) -> Any:
@@ -239,6 +276,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     nodes = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, ClientTable))
     rows = jax.tree.leaves([node for node in nodes if isinstance(node, ClientTable)])
     slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
+    staged = isinstance(experiment.population, HostPopulation)
     opt = client_optimizer(config, method)
     opt_state = jax.eval_shape((opt(jnp.int32(0)) if callable(opt) else opt).init, params)
     # One step's program holds the whole mesh's lanes; a device has its share of them.
@@ -254,8 +292,8 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     training = lanes * (3 * model + _bytes(opt_state) + backward) + config.seeds * model
     training += 2 * sum(_bytes(leaf) // num_clients for leaf in rows) * slots
     return {
-        "data": _bytes(experiment.population) + _bytes(experiment.test),
-        "state": _bytes(states),
+        "data": _training_bytes(experiment, slots) + _bytes(experiment.test),
+        "state": _bytes(states) - (_bytes(rows) if staged else 0),
         "local training": training,
         "evaluation": config.seeds * _traced_bytes(experiment.metric_fn, params, test_batch),
     }
@@ -265,6 +303,23 @@ def _one_round(experiment: Experiment, algorithm: Algorithm, population: Populat
     states = initial_states(experiment, algorithm, keys)
     state = jax.tree.map(lambda leaf: leaf[0], states)
     return algorithm.round(state, population.cohort(experiment.sampler(keys[0], jnp.int32(0))), keys[0])
+
+
+def _shapes(population: Population | HostPopulation) -> Any:
+    """What tracing a round needs to know of a population."""
+    of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+    offsets: Any = jax.ShapeDtypeStruct((population.num_clients + 1,), jnp.int32)
+    return Population(jax.tree.map(of, population.examples), offsets)
+
+
+def _training_bytes(experiment: Experiment, slots: int) -> int:
+    """Bytes of training examples on the device: all of them, or two of the largest cohorts that there can be."""
+    population = experiment.population
+    if not isinstance(population, HostPopulation):
+        return _bytes(population)
+    largest = np.sort(population.sizes)[::-1][: slots * experiment.config.seeds].sum()
+    each = sum(leaf.dtype.itemsize * math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(population.examples))
+    return 2 * int(largest) * each
 
 
 def _mesh(num_devices: int | None) -> Mesh | None:

@@ -31,9 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fedjax_core import Algorithm, Population, continue_rounds, evaluate, evaluate_clients, evaluate_examples
-from pipelines import checkpoint, files, history, methods, report
+from fedjax_core import (
+    Algorithm,
+    HostPopulation,
+    continue_rounds,
+    continue_staged,
+    evaluate,
+    evaluate_examples,
+    init_on_host,
+    map_tables,
+)
+from pipelines import checkpoint, files, heterogeneity, history, methods, report
 from pipelines.config import Config
+from pipelines.federation import Federation
 from pipelines.history import History
 from pipelines.progress import Progression, Reporter, duration, silent, size
 from pipelines.setup import EVAL_BATCH, Experiment, initial_states, prepare, run_keys
@@ -187,17 +197,14 @@ def _run_method(
     stop_signal: Callable[[], int],
 ) -> Result:
     config, algorithm, folder = experiment.config, experiment.algorithms[name], _folder(out, name)
-    place = _placement(experiment)
-    population, test, keys = place((experiment.population, experiment.test, experiment.keys))
-    start = jax.jit(partial(initial_states, experiment, algorithm))
-    expected = jax.eval_shape(start, keys)
+    engine = (_staged_engine if config.staged else _engine)(experiment, algorithm)
+    expected = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
 
     def first() -> tuple[Any, History, int, dict[str, Any]]:
         saved = checkpoint.restore_latest(folder, expected, f"the state of {name}")
         if saved is None:
-            return place(start(keys)), {}, 0, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0}
-        # A copy: the arrays that come from numpy are not XLA's to give away.
-        return place(jax.tree.map(jnp.copy, saved.state)), saved.arrays, saved.round, saved.info
+            return engine.start(), {}, 0, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0}
+        return engine.place(saved.state), saved.arrays, saved.round, saved.info
 
     state, measured, round, info = first()
     if round >= config.rounds:
@@ -211,12 +218,13 @@ def _run_method(
     grid = [0, *history.evaluated_rounds(config.rounds, config.eval_every).tolist()]
     lengths = {after - before for before, after in pairwise(grid) if after > round}
     begin = time.monotonic()
-    reporter.say(f"{name}: compiling ...")
-    chunks = {length: _compile(experiment, algorithm, length, (state, population, test, keys)) for length in lengths}
+    reporter.say(f"{name}: compiles with its first round" if config.staged else f"{name}: compiling ...")
+    chunks = {length: engine.compile(length, state) for length in sorted(lengths)}
     seconds = time.monotonic() - begin
     info["compile_seconds"] += seconds
-    info["memory"] = max(_needed(chunk) for chunk in chunks.values())
-    reporter.say(f"{name}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
+    info["memory"] = max(chunk.needed for chunk in chunks.values())
+    if not config.staged:
+        reporter.say(f"{name}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
     def save() -> None:
         checkpoint.save(folder, round, state, measured, info)
@@ -229,7 +237,7 @@ def _run_method(
         if after <= round:
             continue
         since = time.monotonic()
-        state, metrics, scores, is_finite = _wait(chunks[after - before](state, population, test, keys))
+        state, metrics, scores, is_finite = _wait(chunks[after - before].run(state))
         new = history.from_rounds(metrics, scores)
         if history.first_bad_round(new) or not bool(is_finite):
             good_history, good_round = measured, round
@@ -237,7 +245,7 @@ def _run_method(
             for left, right in pairwise(grid):
                 # The state before this chunk was given away to it, so it is computed again from the last checkpoint.
                 if round <= left and right <= good_round:
-                    state = chunks[right - left](state, population, test, keys)[0]
+                    state = chunks[right - left].run(state)[0]
             measured, round = good_history, good_round
             save()
             cause = diagnose(
@@ -259,29 +267,110 @@ def _run_method(
     return Result(measured, info)
 
 
-def _chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable[..., Any]:
-    """`length` rounds and an evaluation, for all seeds.
+class _Chunk(NamedTuple):
+    """Some rounds and an evaluation, compiled.
 
-    Returns:
-      `chunk(state, population, test, keys) -> (state, metrics, scores, whether the models are finite)`, pure.
+    Attributes:
+      run: `run(state) -> (state, metrics, scores, whether the models are finite)`, for all seeds; it takes the state
+        over.
+      needed: bytes that the compiled program needs on one device, 0 if that is not known.
     """
+
+    run: Callable[[Any], Any]
+    needed: int
+
+
+class _Engine(NamedTuple):
+    """How the rounds are run.
+
+    Attributes:
+      start: `start() -> state`, before the first round.
+      place: `place(restored state) -> state`, where the chunks want it.
+      compile: `compile(number of rounds, state) -> _Chunk`.
+    """
+
+    start: Callable[[], Any]
+    place: Callable[[Any], Any]
+    compile: Callable[[int, Any], _Chunk]
+
+
+def _engine(experiment: Experiment, algorithm: Algorithm) -> _Engine:
+    """Everything on the device; a chunk is one compiled call."""
+    move = _placement(experiment)
+    population, test, keys = move((experiment.population, experiment.test, experiment.keys))
+    sharding = None if experiment.mesh is None else NamedSharding(experiment.mesh, PartitionSpec())
+
+    def start() -> Any:
+        return move(jax.jit(partial(initial_states, experiment, algorithm))(keys))
+
+    def place(state: Any) -> Any:
+        # A copy: the arrays that come from numpy are not XLA's to give away.
+        return move(jax.tree.map(jnp.copy, state))
+
+    def compile(length: int, state: Any) -> _Chunk:
+        # It takes the state over, so that there are never two of it.
+        jitted = jax.jit(_chunk(experiment, algorithm, length), donate_argnums=0, out_shardings=sharding)
+        compiled = jitted.lower(state, population, test, keys).compile()
+        return _Chunk(lambda state: compiled(state, population, test, keys), _needed(compiled))
+
+    return _Engine(start, place, compile)
+
+
+def _chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable[..., Any]:
+    """`chunk(state, population, test, keys)`: what `_Chunk.run` returns, as a pure function."""
     rounds = jax.vmap(continue_rounds(algorithm, experiment.sampler, length), (0, None, 0))
-    score = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
+    score = _scoring(experiment, algorithm)
 
     def chunk(state: Any, population: Any, test: Any, keys: Any) -> Any:
-        state, metrics = rounds(state, population, jax.vmap(lambda key: run_keys(key)[1])(keys))
-        params = jax.vmap(algorithm.params)(state)
-        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return state, metrics, score(params, test), jnp.all(jnp.stack([jnp.bool_(True), *finite]))
+        state, metrics = rounds(state, population, _round_keys(keys))
+        return state, metrics, *score(state, test)
 
     return chunk
 
 
-def _compile(experiment: Experiment, algorithm: Algorithm, length: int, args: tuple[Any, ...]) -> Any:
-    """The compiled chunk; it takes the state over, so that there are never two of it."""
-    sharding = None if experiment.mesh is None else NamedSharding(experiment.mesh, PartitionSpec())
-    chunk = _chunk(experiment, algorithm, length)
-    return jax.jit(chunk, donate_argnums=0, out_shardings=sharding).lower(*args).compile()
+def _staged_engine(experiment: Experiment, algorithm: Algorithm) -> _Engine:
+    """Examples and client state on the host; a chunk is a loop of compiled rounds, which compile with the first."""
+    move, config, population = _placement(experiment), experiment.config, experiment.population
+    assert isinstance(population, HostPopulation)
+    test, keys = move((experiment.test, experiment.keys))
+    keys_of_rounds = jax.jit(_round_keys)(keys)
+
+    def start() -> Any:
+        states = partial(initial_states, experiment, algorithm)
+        state = init_on_host(states, keys, num_clients=population.num_clients, axis=1)
+        return _without_tables(move, state)
+
+    def place(state: Any) -> Any:
+        return _without_tables(move, map_tables(partial(jax.tree.map, np.array), state))
+
+    def compile(length: int, state: Any) -> _Chunk:
+        rounds = continue_staged(algorithm, experiment.sampler, length, horizon=config.rounds, mesh=experiment.mesh)
+        score = jax.jit(_scoring(experiment, algorithm))
+
+        def chunk(state: Any) -> Any:
+            state, metrics = rounds(state, population, keys_of_rounds)
+            return state, metrics, *score(map_tables(lambda rows: None, state), test)
+
+        return _Chunk(chunk, 0)
+
+    return _Engine(start, place, compile)
+
+
+def _round_keys(keys: Any) -> Any:
+    """The keys of the rounds, of every seed."""
+    return jax.vmap(lambda key: run_keys(key)[1])(keys)
+
+
+def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """`score(state, test) -> (scores, whether the models are finite)`, for all seeds."""
+    score = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
+
+    def scoring(state: Any, test: Any) -> tuple[Any, Any]:
+        params = jax.vmap(algorithm.params)(state)
+        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return score(params, test), jnp.all(jnp.stack([jnp.bool_(True), *finite]))
+
+    return scoring
 
 
 def _placement(experiment: Experiment) -> Callable[[Any], Any]:
@@ -290,6 +379,14 @@ def _placement(experiment: Experiment) -> Callable[[Any], Any]:
         return lambda tree: tree
     everywhere = NamedSharding(experiment.mesh, PartitionSpec())
     return lambda tree: jax.device_put(tree, everywhere)
+
+
+def _without_tables(move: Callable[[Any], Any], state: Any) -> Any:
+    """Moves all of a state but the rows of its tables."""
+    tables: list[Any] = []
+    moved = move(map_tables(tables.append, state))
+    rows = iter(tables)
+    return map_tables(lambda _: next(rows), moved)
 
 
 def _needed(chunk: Any) -> int:
@@ -302,25 +399,27 @@ def _needed(chunk: Any) -> int:
 
 
 def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> History:
-    """How the global model does for every client, "client/<metric>" and "client/train_<metric>", [S, N].
+    """How the final global model does for every client, [S, N], and for clients that took no part, [S, N'].
 
-    The first is held out: the metric of each class of the test examples, averaged with the client's shares of the
-    classes. The second is on the client's own training examples. Sequences have no class, so there both are the same.
+    "client/<metric>" is held out: on the client's own test examples where it has some. Where the federation has no such
+    part it is the metric of each class of the test examples, averaged with the client's shares of the classes.
+    "client/train_<metric>" is on the client's own training examples. Sequences have no class, so there both are the
+    same. "validation/<metric>" and "new/<metric>" are there with such a part.
     """
-    on_clients = jax.vmap(partial(evaluate_clients, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-    on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-
-    def score(state: Any, population: Population, test: Any) -> tuple[Any, Any]:
-        params = jax.vmap(algorithm.params)(state)
-        return on_clients(params, population), on_examples(params, test)
-
-    place = _placement(experiment)
-    own, tested = jax.jit(score)(state, *place((experiment.population, experiment.test)))
-    found = {f"client/train_{name}": np.asarray(value) for name, value in own.items()}
+    params = jax.vmap(algorithm.params)(map_tables(lambda rows: None, state))
+    parts = experiment.federation.parts
+    found = {f"client/train_{name}": value for name, value in _on_part(experiment, params, "train").items()}
+    for part in ("validation", "new"):
+        if part in parts:
+            found |= {f"{part}/{name}": value for name, value in _on_part(experiment, params, part).items()}
+    if "test" in parts:
+        return found | {f"client/{name}": value for name, value in _on_part(experiment, params, "test").items()}
     if experiment.dataset.is_sequence:
-        return found | {f"client/{name}": np.asarray(value) for name, value in own.items()}
-    shares = class_shares(experiment.population, experiment.dataset.num_classes)
-    labels = np.asarray(experiment.test["y"])
+        return found | {name.replace("train_", ""): value for name, value in found.items() if "train_" in name}
+    on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
+    tested = jax.jit(on_examples)(params, _placement(experiment)(experiment.test))
+    shares = class_shares(experiment.federation)
+    labels = np.asarray(experiment.dataset.test["y"])
     classes = np.unique(labels)  # a class without test examples cannot count
     weights = shares[:, classes]
     with np.errstate(invalid="ignore"):
@@ -331,21 +430,44 @@ def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> His
     return found
 
 
-def class_shares(population: Population, num_classes: int) -> np.ndarray:
+def _on_part(experiment: Experiment, params: Any, part: str) -> History:
+    """Metrics of models [S, ...] on a part of the federation, mean over each client's examples, [S, N]."""
+    host = experiment.federation.host_population(part)
+    rows, block = host.rows_of(np.arange(host.num_clients)), 64 * EVAL_BATCH
+    score = jax.jit(jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None)))
+    place = _placement(experiment)
+    values: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(rows), block):
+        chosen = rows[start : start + block]
+        if len(rows) > block:  # one shape for all blocks: the last begins earlier
+            chosen = rows[min(start, len(rows) - block) :][:block]
+        examples = {name: leaf[chosen] for name, leaf in host.examples.items()}
+        for name, value in score(params, place(examples)).items():
+            fresh = min(block, len(rows) - start)
+            values.setdefault(name, []).append(np.asarray(value)[:, -fresh:])
+    return {name: _means(np.concatenate(blocks, axis=1), host.offsets) for name, blocks in values.items()}
+
+
+def _means(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Means over each client's values, [S, N] of [S, n]; NaN for a client without any."""
+    sums = np.concatenate([np.zeros((len(values), 1)), np.cumsum(values, axis=1, dtype=np.float64)], axis=1)
+    with np.errstate(invalid="ignore"):
+        return ((sums[:, offsets[1:]] - sums[:, offsets[:-1]]) / np.diff(offsets)).astype(values.dtype)
+
+
+def class_shares(federation: Federation) -> np.ndarray:
     """float[N, K]: the share of each class in a client's training examples; NaN for a client without any."""
-    labels, offsets = np.asarray(population.examples["y"]), np.asarray(population.offsets)
-    client = np.repeat(np.arange(population.num_clients), np.diff(offsets))
-    counts = np.zeros((population.num_clients, num_classes))
-    np.add.at(counts, (client, labels), 1)
+    assignment, dataset = federation.parts["train"].assignment, federation.dataset
+    counts = heterogeneity.label_counts(assignment, dataset.train["y"], dataset.num_classes)
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(axis=1, keepdims=True)
 
 
 def _losses(experiment: Experiment, algorithm: Algorithm, state: Any) -> np.ndarray:
     """Mean training loss of the models of a state, [S]."""
-    score = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-    examples = _placement(experiment)(experiment.population.examples)
-    return np.asarray(score(jax.vmap(algorithm.params)(state), examples)["loss"])
+    params = jax.vmap(algorithm.params)(map_tables(lambda rows: None, state))
+    weights = experiment.federation.sizes
+    return np.average(np.nan_to_num(_on_part(experiment, params, "train")["loss"], nan=0.0), axis=1, weights=weights)
 
 
 def diagnose(experiment: Experiment, name: str, measured: History, good_round: int, good_losses: np.ndarray) -> str:
@@ -450,7 +572,8 @@ def _stop_requests(reporter: Reporter) -> Iterator[Callable[[], int]]:
 
 def _wait(outputs: Any) -> Any:
     """Waits for a computation in Python, so that signals are handled meanwhile, and returns it."""
-    for leaf in jax.tree.leaves(outputs):
+    on_device: list[Any] = [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
+    for leaf in on_device:
         while not leaf.is_ready():
             time.sleep(0.002)
     return outputs

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,37 +12,71 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
+REAL = Path(os.environ.get("FEDJAX_CORE_DATA") or ROOT.parent / "shared" / "data")
+
+# Examples on prepared data: what of it they read, and how little of it will do.
+PREPARED = {
+    "cifar10.py": ("tfds/cifar10", ["--rounds", "1", "--clients", "1000", "--cohort-size", "2"]),
+    "fashion_mnist.py": ("tfds/fashion_mnist", ["--rounds", "1", "--clients", "1000", "--cohort-size", "2"]),
+    "shakespeare.py": ("shakespeare", ["--rounds", "2", "--clients", "20", "--cohort-size", "2"]),
+}
+
 # What the last line of an example looks like.
+SPREAD = r"mean \d+\.\d%, s\.d\. \d+\.\d%, worst tenth \d+\.\d%"
 LAST_LINE = {
+    "cifar10.py": f"clients on their own examples: {SPREAD}",
+    "fashion_mnist.py": f"clients on their own examples: {SPREAD}",
     "quickstart.py": r"round +2 +training loss \d+\.\d+ +test accuracy \d+\.\d%",
+    "shakespeare.py": f"roles on the end of their text: {SPREAD}",
     "sweep_seeds_and_rates.py": r" +1\.00 +\d+\.\d+ +\d+\.\d% \+- \d+\.\d%",
     "write_your_own_method.py": r"bound 0\.1: \d+% of the uploads shortened, last training loss \d+\.\d+ .*",
 }
 
 
-def run_example(name: str, folder: Path) -> str:
+@pytest.fixture(scope="module")
+def cache():
+    """A cache for the prepared data that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def run_example(name: str, folder: Path, cache: str, *options: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)],
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *options],
         cwd=folder,  # an example must not depend on the folder it is started from, nor leave files in the project
-        env={**os.environ, "PYTHONPATH": path, "FEDJAX_CORE_EXAMPLE_ROUNDS": "2"},
+        env={**os.environ, "PYTHONPATH": path, "FEDJAX_CORE_EXAMPLE_ROUNDS": "2", "XDG_CACHE_HOME": cache},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.quick if name == "quickstart.py" else ()) for name in EXAMPLES],
 )
-def test_example_runs(name: str, tmp_path: Path):
-    output = run_example(name, tmp_path)
+def test_example_runs(name: str, tmp_path: Path, cache: str):
+    needed, options = PREPARED.get(name, ("", []))
+    if needed:
+        if not (REAL / needed).is_dir():
+            pytest.skip(f"no prepared data in {REAL / needed}")
+        options = ["--data-dir", str(REAL), *options]
+    done = run_example(name, tmp_path, cache, *options)
+    assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr}"
     assert name in LAST_LINE, f"add the last line of examples/{name} to LAST_LINE"
-    last = output.rstrip("\n").split("\n")[-1]
+    last = done.stdout.rstrip("\n").split("\n")[-1]
     assert re.fullmatch(LAST_LINE[name], last), f"{name} ended with {last!r}"
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_without_data_an_example_says_what_to_put_where(name: str, tmp_path: Path, cache: str):
+    done = run_example(name, tmp_path, cache, "--data-dir", str(tmp_path))
+    assert done.returncode == 2
+    dataset = name.removesuffix(".py")
+    assert re.search(rf"{dataset}\b.*is not downloaded: put .+ at {re.escape(str(tmp_path / dataset))}", done.stderr)
+    assert "FEDJAX_CORE_DATA" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_readme_lists_every_example():

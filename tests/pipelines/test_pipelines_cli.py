@@ -4,8 +4,9 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
-from pipelines import Config, cli, data, methods, partition, setup
+from pipelines import Config, cli, data, federation, methods, setup, skew
 from pipelines import train as driver
+from pipelines.config import FEDERATION_FIELDS
 
 
 def call(*words):
@@ -70,7 +71,8 @@ def test_help_reads_well():
     text = call("train", "--help").output
     headings = [
         "Examples:",
-        "Data and clients:",
+        "Data:",
+        "Clients:",
         "Methods and model:",
         "Participation:",
         "Local training:",
@@ -86,12 +88,15 @@ def test_help_reads_well():
     assert "fedavg, scaffold, fedadam" in text
     assert max(map(len, text.splitlines())) <= 110
     names = {field.name for field in dataclasses.fields(Config)}
-    assert names <= {parameter.name for parameter in cli.train.params}, "every choice is an option"
+    options = {parameter.name for parameter in cli.train.params}
+    assert names - {"federation_digest"} <= options, "every choice is an option"
+    assert set(FEDERATION_FIELDS) <= {parameter.name for parameter in cli.federate.params}
+    assert max(map(len, call("federate", "--help").output.splitlines())) <= 110
 
 
 def test_list_shows_everything():
     text = " ".join(call("list").output.split())
-    for name in [*methods.names(), *setup.MODELS, *data.DATASETS, *partition.PARTITIONS, *setup.SAMPLERS]:
+    for name in [*methods.names(), *setup.MODELS, *data.DATASETS, *federation.PARTITIONS, *skew.SKEWS, *setup.SAMPLERS]:
         assert name in text
     assert "McMahan" in text
     assert "[num_clients]" in text, "square brackets are text, not markup"
@@ -199,3 +204,62 @@ def test_a_whole_run(tmp_path):
     assert (tmp_path / "run" / "summary.md").exists()
     quiet = call("train", "--no-cache", *SMALL, *words, "--out", tmp_path / "run", "--quiet")
     assert (quiet.exit_code, quiet.output) == (0, "")
+
+
+SKEWED = ["--dataset", "iris", "--clients", 6, "--min-size", 2, "--new-clients", 2, "--test-share", 0.25]
+
+
+def test_federate_writes_and_says_what_it_built(tmp_path):
+    result = call("federate", *SKEWED, "--compare", "iid", "--out", tmp_path / "f")
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in (tmp_path / "f").iterdir()}
+    assert names == {"federation.md", "federation.png", "federation.json", "train.npz", "test.npz", "new.npz"}
+    text = (tmp_path / "f" / "federation.md").read_text()
+    for said in (result.output, text):
+        for word in ("iris", "dirichlet", "iid", "new clients: 2", "size gini", "label entropy", "JS of pairs"):
+            assert word in said
+    for warning in [line for line in result.output.splitlines() if line.startswith("warning: ")]:
+        assert warning.removeprefix("warning: ") in text
+    digest = federation.read(tmp_path / "f")[1]
+    assert digest in result.output
+
+
+def test_a_saved_federation_is_trained_on(tmp_path, parsed):
+    saved = tmp_path / "f"
+    assert call("federate", *SKEWED, "--out", saved).exit_code == 0
+    config, _ = parsed("--federation", saved)
+    digest = federation.read(saved)[1]
+    assert config == Config(
+        dataset="iris", clients=6, min_size=2, new_clients=2, test_share=0.25, federation=str(saved),
+        federation_digest=digest,
+    )  # fmt: skip
+    again, _ = parsed(*shlex.split(config.command("out"))[2:])
+    assert again == config
+    other = call("train", "--federation", saved, "--alpha", 7)
+    assert other.exit_code == 2
+    assert "--alpha 7" in other.output
+    assert "leave --alpha out" in other.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--partition", "dirichlett"], "did you mean 'dirichlet'"),
+        (["--compare", "dirichlet"], "unknown partition to compare with 'dirichlet'"),
+        (["--partition", "natural"], "digits has no groups"),
+        (["--clients", "all"], "only natural clients can be counted"),
+        (["--clients", "few"], "write one, or all"),
+        (["--feature-skew", "blurr"], "did you mean 'blur'"),
+        (["--dataset", "wine", "--feature-skew", "blur"], "blur"),
+        (["--clients", 2000], "num_clients=2000"),
+        (["--gap", 2], "gap=2 without"),
+        (["--new-clients", 50], "at most 49"),
+        (["--test-share", 1.0], "test_share"),
+    ],
+)
+def test_mistakes_in_a_federation_are_told_in_one_line(words, message, tmp_path):
+    result = call("federate", *words, "--out", tmp_path / "f")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "f").exists()

@@ -29,12 +29,15 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
         **{"dataset": "wine", "partition": "iid", "methods": ("fedavg",), "settings": {"fedavg": {"client_lr": 1.0}}},
         **{"model": "cnn", "hidden": (7,), "sampler": "full", "order": "replacement", "weights": "examples"},
         **{"client_optimizer": "adam", "x64": True, "lanes": 3, "mesh": 3, "eval_every": 25, "checkpoint_every": 50},
-        **{"client_momentum": 0.5, "client_lr_decay": 0.5},
+        **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
+        **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
+        **{"federation_digest": "0123"},
     }
+    places = ("data_dir", "federation")
     slugs = {Config().slug()}
     for field in dataclasses.fields(Config):
         value = other.get(field.name)
-        if field.name in ("epochs", "steps"):
+        if field.name in ("epochs", "steps", *places):
             continue
         if value is None:
             value = getattr(Config(), field.name) * 2
@@ -43,7 +46,12 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
         changed = dataclasses.replace(Config(), **{field.name: value})
         assert list(changed.differences(Config())) == [field.name]
         slugs.add(changed.slug())
-    assert len(slugs) == len(dataclasses.fields(Config)) - 2 + 1
+    assert len(slugs) == len(dataclasses.fields(Config)) - 4 + 1
+    for place in places:  # the same data in another folder is the same run
+        moved = dataclasses.replace(Config(), **{place: "elsewhere"})
+        assert not moved.differences(Config())
+        assert moved.slug() == Config().slug()
+        assert f"--{place.replace('_', '-')} elsewhere" in moved.command("out")
     assert dataclasses.replace(Config(), epochs=None, steps=2).differences(Config()) == {
         "epochs": (None, 5),
         "steps": (2, None),

@@ -63,6 +63,25 @@ def broken(**changes):
     return dataset._replace(train=train, **changes)
 
 
+def images(normalization):
+    part = {"x": np.zeros((2, 4, 4, 3), np.uint8), "y": np.zeros(2, np.int32)}
+    return data.Dataset("pictures", part, part, 2, normalization=normalization)
+
+
+def tokens(**changes):
+    part = {"x": np.zeros((2, 3), np.int32), "y": np.array([[1, 2, -1], [4, -1, -1]], np.int32)}
+    broken = {name: leaf.copy() for name, leaf in part.items()}
+    for name, value in changes.items():
+        broken[name][1, 1] = value
+    return data.Dataset("words", broken, part, 5, pad_id=-1, vocabulary_size=5)
+
+
+def test_padded_positions_are_no_bad_labels():
+    assert data.check(tokens()).pad_id == -1
+    with pytest.raises(ValueError, match=r"\['y'\] must lie in \[0, 5\), got -1"):
+        data.check(tokens()._replace(pad_id=None))
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
@@ -75,8 +94,44 @@ def broken(**changes):
         (lambda: broken(test={"x": np.zeros((2, 5), np.float32), "y": np.zeros(2, np.int32)}), r"iris.test\['x'\] is"),
         (lambda: broken(test={"x": np.zeros((2, 4), np.float32), "y": np.zeros(3, np.int32)}), "leading axes"),
         (lambda: broken(test={"x": np.zeros((2, 4), np.float32), "y": np.zeros(2)}), "must be integers"),
+        (lambda: broken(test={"x": np.zeros((2, 4), np.float32)}), "iris.test has no 'y'"),
+        (lambda: broken(groups=np.zeros(119, np.int32)), r"groups of iris.train must be int\[120\].*got int32\[119\]"),
+        (lambda: broken(groups=np.zeros(120)), r"groups of iris.train must be int\[120\].*got float64"),
+        (lambda: broken(test_groups=np.full(30, -1)), r"groups of iris.test must lie in \[0, .*got -1 at position 0"),
+        (
+            lambda: broken(groups=np.full(120, 2), group_names=("a", "b")),
+            r"groups of iris.train must lie in \[0, 2\), got 2 at position 0",
+        ),
+        (lambda: broken(normalization=data.Normalization((0.5,), (0.5,))), "iris has a normalization, but its inputs"),
+        (lambda: images(data.Normalization((0.5,), (0.5,))), r"each of its 3 channels, got .*mean=\(0.5,\)"),
+        (lambda: images(data.Normalization((0.5,) * 3, (0.5, 0, 1))), "a std above 0"),
+        (lambda: tokens(x=-1), r"words.train\['x'\] must lie in \[0, 5\), got -1 at position 4"),
+        (lambda: tokens(x=5), r"words.train\['x'\] must lie in \[0, 5\), got 5 at position 4"),
+        (lambda: tokens(y=-2), r"words.train\['y'\] must lie in \[0, 5\), got -2"),
     ],
 )
 def test_bad_data_is_named(dataset, message):
     with pytest.raises(ValueError, match=message):
         data.check(dataset())
+
+
+def test_a_set_that_is_not_prepared_says_what_to_do_in_its_description():
+    for name in ("shakespeare", "har", "usps"):
+        assert f"holds `{name}/" in data.DATASETS[name].__doc__
+
+
+def test_options_are_those_of_the_function(monkeypatch):
+    def noisy(*, noise=0.0):
+        """Iris with an offset."""
+        dataset = data.load("iris")
+        return dataset._replace(name="noisy", train={**dataset.train, "x": dataset.train["x"] + np.float32(noise)})
+
+    monkeypatch.setitem(data.DATASETS, "noisy", noisy)
+    assert data.options("noisy") == ["noise"]
+    assert data.options("iris") == []
+    assert data.options("noisy+iris") == []
+    np.testing.assert_allclose(data.load("noisy", noise=2).train["x"], data.load("iris").train["x"] + 2)
+    with pytest.raises(ValueError, match="unknown option of data set noisy 'noize': did you mean 'noise'"):
+        data.load("noisy", noize=2)
+    with pytest.raises(ValueError, match="NaN"):
+        data.load("noisy", noise=np.nan)

@@ -13,7 +13,13 @@ def loss_fn(params, batch, key):
 
 def build(name, settings=None, **local):
     return methods.build(
-        name, loss_fn, optax.sgd(0.1), num_clients=4, settings=settings or {}, local={"batch_size": 2, **local}
+        name,
+        loss_fn,
+        optax.sgd(0.1),
+        num_clients=4,
+        settings=settings or {},
+        local={"batch_size": 2, **local},
+        model_functions={"features": lambda params, batch, key: params * batch["x"]},
     )
 
 

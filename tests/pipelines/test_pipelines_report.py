@@ -7,6 +7,9 @@ import pytest
 
 from fedjax_core import evaluate_clients
 from pipelines import checkpoint, report, setup, train
+from pipelines.assignment import Assignment
+from pipelines.data import Dataset
+from pipelines.federation import Federation, Part
 from pipelines.history import evaluated_rounds
 
 
@@ -55,10 +58,9 @@ def test_clients_csv_is_what_the_final_model_does(finished, small, experiment):
 
 
 def test_class_shares():
-    from fedjax_core import Population
-
-    population = Population.from_sizes({"y": np.asarray([0, 0, 2, 1], np.int32)}, np.asarray([3, 0, 1]))
-    shares = train.class_shares(population, 3)
+    examples = {"x": np.zeros((4, 1)), "y": np.asarray([0, 0, 2, 1], np.int32)}
+    dealt = Assignment.from_parts([[0, 1, 2], [], [3]])
+    shares = train.class_shares(Federation(Dataset("four", examples, examples, 3), {"train": Part("train", dealt)}))
     np.testing.assert_allclose(shares, [[2 / 3, 0, 1 / 3], [np.nan] * 3, [0, 1, 0]])
 
 
@@ -105,8 +107,8 @@ def test_worst_decile_leaves_out_empty_clients():
     assert report.worst_decile(values) == pytest.approx(0.1)
 
 
-def test_curves_show_means_and_bands(small, histories):
-    figure = report.curves(small, histories, evaluated_rounds(small.rounds, small.eval_every))
+def test_curves_show_means_and_bands(small, experiment, histories):
+    figure = report.curves(experiment, histories, evaluated_rounds(small.rounds, small.eval_every))
     accuracy, loss = figure.axes
     lines = {line.get_label(): line for line in accuracy.lines}
     assert {"fedavg", "scaffold"} <= set(lines)
@@ -121,16 +123,17 @@ def test_curves_show_means_and_bands(small, histories):
     assert accuracy.get_xlabel() == "round"
 
 
-def test_one_seed_has_no_band(small, histories):
+def test_one_seed_has_no_band(small, experiment, histories):
     import dataclasses
 
     one = {name: {key: value[:1] for key, value in h.items()} for name, h in histories.items()}
-    figure = report.curves(dataclasses.replace(small, seeds=1), one, evaluated_rounds(12, 2))
+    alone = experiment._replace(config=dataclasses.replace(small, seeds=1))
+    figure = report.curves(alone, one, evaluated_rounds(12, 2))
     assert not figure.axes[0].collections
 
 
-def test_histogram_counts_every_client(small, histories):
-    figure = report.client_histogram(small, histories)
+def test_histogram_counts_every_client(small, experiment, histories):
+    figure = report.client_histogram(experiment, histories)
     for axis, name in zip(figure.axes, histories, strict=True):
         assert axis.get_title() == name
         assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(small.clients)

@@ -103,7 +103,7 @@ def test_every_model_fits_some_data(name, monkeypatch):
         ({"client_optimizer": "adam", "client_momentum": 0.9}, "client_momentum=0.9 means nothing to .*'adam'"),
         ({"mesh": 4096}, r"mesh=4096 but there are \d+ cpu devices"),
         ({"mesh": 2, "lanes": 3}, "does not divide lanes=3: use a multiple of 2"),
-        ({"model": "char_lstm"}, r"model 'char_lstm' reads tokens, but the inputs of iris are float32\[4\]"),
+        ({"model": "char_lstm"}, r"model 'char_lstm' predicts the next token, but the inputs of iris are float32\[4\]"),
         ({"model": "cnn"}, r"input_shape must be \(height, width, channels\)"),
         ({"settings": {"fedavg": {"server_lr": -1.0}}}, "server_lr must lie in"),
         ({"settings": {"scaffold": {"option": "III"}}}, "option must be one of"),
