@@ -9,6 +9,7 @@ all rates and seeds run in one compile. The table goes to benchmarks/results/cla
 """
 
 import argparse
+import inspect
 import json
 import sys
 from functools import cache
@@ -24,6 +25,7 @@ import optax
 
 import algorithms
 import models
+from algorithms.optimization.fal import pgd, robust
 from benchmarks import _measure
 from fedjax_core import Population, continue_rounds, evaluate, samplers
 from models import losses, metrics
@@ -54,8 +56,11 @@ class Claim(NamedTuple):
 
 
 @cache
-def quadratics(heterogeneity: float = 3.0, rank: int = 10):
-    """Populations and optima stacked over seeds; below full rank all clients share a minimizer (interpolation)."""
+def quadratics(heterogeneity: float = 3.0, rank: int = 10, noise: float = 0.0):
+    """Populations and optima stacked over seeds; below full rank all clients share a minimizer (interpolation).
+
+    With noise a client has eight examples, whose minimizers scatter around its own.
+    """
     populations, optima = [], []
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
@@ -65,7 +70,10 @@ def quadratics(heterogeneity: float = 3.0, rank: int = 10):
         if rank < 10:
             a = rotations[:, :, :rank] @ (rng.uniform(0.2, 2.0, (20, rank, 1)) * rotations[:, :, :rank].swapaxes(1, 2))
             b[:] = b[0]
-        populations.append(Population.from_clients([{"a": a[i : i + 1], "b": b[i : i + 1]} for i in range(20)]))
+        scatter = noise * rng.normal(size=(20, 8 if noise else 1, 10))
+        points = b[:, None] + scatter - scatter.mean(1, keepdims=True)
+        clients = [{"a": np.repeat(a[i : i + 1], len(points[i]), 0), "b": points[i]} for i in range(20)]
+        populations.append(Population.from_clients(clients))
         optima.append(np.linalg.solve(a.sum(0), np.einsum("nij,nj->i", a, b)))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *populations), jnp.asarray(np.stack(optima))
 
@@ -75,14 +83,15 @@ def quadratic_loss(params, batch, key):
     return 0.5 * jnp.einsum("bi,bij,bj->b", d, batch["a"], d)
 
 
-def distance(name, rounds=200, cohort=10, lr=0.1, heterogeneity=3.0, rank=10, **settings):
-    """Distance to the optimum after the rounds, for every seed."""
-    populations, optima = quadratics(heterogeneity, rank)
+def distance(name, rounds=200, cohort=10, lr=0.1, heterogeneity=3.0, rank=10, noise=0.0, sampler=None, **settings):
+    """Distance to the optimum after the rounds, for every seed; cohorts are uniform without a sampler."""
+    populations, optima = quadratics(heterogeneity, rank, noise)
     settings = {"batch_size": 1} | settings
-    if name in ("scaffold", "feddyn"):
+    factory = getattr(algorithms, name)
+    if "num_clients" in inspect.signature(factory).parameters:
         settings["num_clients"] = 20
-    algorithm = getattr(algorithms, name)(quadratic_loss, optax.sgd(lr), **settings)
-    run = continue_rounds(algorithm, samplers.uniform(20, cohort), rounds)
+    algorithm = factory(quadratic_loss, optax.sgd(lr), **settings)
+    run = continue_rounds(algorithm, sampler or samplers.uniform(20, cohort), rounds)
 
     def final(population, optimum, key):
         state, _ = run(algorithm.init(jnp.zeros(10)), population, key)
@@ -153,6 +162,8 @@ def _late(name, settings=()):
         else:
             extra = {"server_lr": server_lr * factor}
         factory = getattr(algorithms, name)
+        if "num_clients" in inspect.signature(factory).parameters:
+            extra["num_clients"] = 50
         return factory(loss_fn, optax.sgd(rate), batch_size=10, num_epochs=2, **extra, **settings)
 
     accuracy, params = accuracy_curve(make)
@@ -186,6 +197,42 @@ def sharpness(name, settings=()):
     return np.asarray(rise(params))
 
 
+def features(params, batch, key):
+    return digits()[2].features(params, batch["x"], key)
+
+
+def agreement(mu, rounds=30):
+    """Mean cosine of the representations of test inputs under a global model and five local models trained from it."""
+    population, dataset, model = digits()
+    settings = {"features": features, "num_clients": 50, "mu": mu, "batch_size": 10, "num_epochs": 2}
+    algorithm = algorithms.moon(losses.cross_entropy(model), optax.sgd(0.1), **settings)
+    sampler = samplers.uniform(50, 5)
+    run = continue_rounds(algorithm, sampler, rounds)
+    test = {"x": jnp.asarray(dataset.test["x"])}
+
+    def cosine(population, key):
+        before, _ = run(algorithm.init(model.init(key)), population, key)
+        ids = sampler(key, rounds)
+        after, _ = algorithm.round(before, population.cohort(ids), key)
+        local = jax.tree.map(lambda rows: rows[ids], after.client_models.rows)
+        z = jax.vmap(features, (0, None, None))(local, test, None)
+        return jnp.mean(optax.losses.cosine_similarity(z, features(algorithm.params(before), test, None), epsilon=1e-6))
+
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    return np.asarray(jax.jit(jax.vmap(cosine, (None, 0)))(population, keys))
+
+
+def robust_accuracy(name, settings=()):
+    """Test accuracy under 20 steps of projected gradient ascent within 0.1 of every pixel, for every seed."""
+    _, dataset, model = digits()
+    _, params = _late(name, settings)
+    attack = pgd(losses.cross_entropy(model), rho=0.1, step_size=0.02, attack_steps=20)
+    metric_fn = robust(metrics.classification(model), attack)
+    test = jax.tree.map(jnp.asarray, dict(dataset.test))
+    under_attack = jax.vmap(lambda params, test: evaluate(metric_fn, params, test)["accuracy"], (0, None))
+    return np.asarray(jax.jit(under_attack)(params, test))
+
+
 def fedavg_against_fedsgd():
     def needed(factory, **settings):
         def make(loss_fn, rate, factor):
@@ -200,6 +247,8 @@ def fedavg_against_fedsgd():
 LATE = "test accuracy, last 10 of 60 rounds"
 DISTANCE = "distance to the optimum"
 UNEQUAL = np.tile([1, 2, 4, 8, 16], 4)
+PRESENCE = np.tile([0.9, 0.5, 0.2, 0.1], 5)
+RARE = np.tile([0.95, 0.95, 0.05, 0.05], 5)
 
 
 def claims():
@@ -214,6 +263,12 @@ def claims():
         return lambda: Claim(text, DISTANCE, True, distance(name, **common, **settings), distance(baseline, **common))
 
     many = {"num_steps": 10}
+    noisy = many | {"noise": 3.0, "order": "replacement"}
+    absent = {"num_steps": 1, "lr": 0.02, "rounds": 1000, "sampler": samplers.bernoulli(PRESENCE)}
+    rare = noisy | {"noise": 6.0, "num_steps": 5, "lr": 0.02, "rounds": 400}
+    rare |= {"sampler": samplers.bernoulli(RARE), "probabilities": RARE}
+    asynchronous = samplers.deliveries(np.tile([1, 2, 4, 8, 16], 4), 4000, buffer=1)
+    one_by_one = {"num_steps": 1, "lr": 0.02, "rounds": 4000, "sampler": samplers.schedule(asynchronous.cohorts)}
     flat = "finds flatter minima than FedAvg"
     rise = "rise of the loss at distance 0.5"
     return {
@@ -258,7 +313,117 @@ def claims():
             "fedexp",
             common={"num_steps": 20, "cohort": 20, "rounds": 40, "rank": 1},
         ),
+        "fedamd": exact(
+            "converges with partial participation, where FedAvg stalls", "fedamd", common=many | {"lr": 0.03}
+        ),
+        "fedfix": lambda: Claim(
+            "asynchronous, with weights from delivery rates goes to the optimum, with identical ones to a wrong point",
+            DISTANCE,
+            True,
+            distance("fedfix", probabilities=asynchronous.shares, **one_by_one),
+            distance("fedfix", probabilities=1 / 20, **one_by_one),
+        ),
+        "afa_cd": exact(
+            "removes most of the bias that unequal local work gives FedAvg, from models of earlier rounds",
+            "afa_cd",
+            common={"num_steps": UNEQUAL, "lr": 0.02, "rounds": 600},
+        ),
+        "afa_cs": exact(
+            "goes to the optimum when clients come unequally often, AFA-CD to a wrong point",
+            "afa_cs",
+            "afa_cd",
+            common={"num_steps": UNEQUAL, "lr": 0.01, "rounds": 1000, "sampler": samplers.bernoulli(PRESENCE)},
+        ),
+        "fedau": exact(
+            "goes to the optimum under unequal participation that it does not know, FedAvg to a wrong point",
+            "fedau",
+            common=absent,
+        ),
+        "fedavg_ipw": exact(
+            "goes to the optimum under unequal participation, FedAvg to a wrong point",
+            "fedavg_ipw",
+            common=absent,
+            probabilities=PRESENCE,
+        ),
+        "mifa": exact(
+            "converges under unequal participation that it does not know, where FedAvg goes to a wrong point",
+            "mifa",
+            common=absent,
+        ),
+        "fedvarp": exact(
+            "converges with partial participation and one local step, where the choice of cohorts keeps FedAvg moving",
+            "fedvarp",
+            common={"num_steps": 1},
+        ),
+        "fedstale": lambda: Claim(
+            "with half the weight on stale updates gets closer than FedVARP under rare participation and small batches",
+            DISTANCE,
+            True,
+            distance("fedstale", beta=0.5, **rare),
+            distance("fedstale", beta=1.0, **rare),
+        ),
         "fedcm": server("fedcm", alpha=0.2),
+        "fedavg_m": exact(
+            "with everyone taking part it stalls much closer to the optimum than FedAvg",
+            "fedavg_m",
+            common=many | {"cohort": 20},
+            beta=0.1,
+        ),
+        "fedavg_m_vr": exact(
+            "is held up less by the noise of small batches than FedAvg-M, when clients are alike",
+            "fedavg_m_vr",
+            "fedavg_m",
+            common=noisy | {"cohort": 20, "lr": 0.02, "heterogeneity": 0.1},
+        ),
+        "scaffold_m": exact(
+            "takes server steps, with 2 of 20 clients a round, that are too long for SCAFFOLD",
+            "scaffold_m",
+            "scaffold",
+            common=many | {"cohort": 2, "rounds": 100, "server_lr": 2.0},
+            beta=0.3,
+        ),
+        "scaffold_m_vr": exact(
+            "is held up less by the noise of small batches than SCAFFOLD-M, with 2 of 20 clients a round",
+            "scaffold_m_vr",
+            "scaffold_m",
+            common=noisy | {"cohort": 2},
+        ),
+        "fedspeed": exact(
+            "converges with partial participation, where FedAvg stalls", "fedspeed", common=many, lam=2.0, rho=0.1
+        ),
+        "fedgamma": exact(
+            "converges with partial participation, where FedSAM stalls",
+            "fedgamma",
+            "fedsam",
+            common=many | {"rho": 0.1},
+        ),
+        "fedsmoo": exact(
+            "converges with partial participation, where FedSAM stalls",
+            "fedsmoo",
+            "fedsam",
+            common=many | {"rho": 0.1},
+            lam=2.0,
+        ),
+        "mime": exact(
+            "with everyone it goes on to the optimum, where FedAvg stalls", "mime", common=many | {"cohort": 20}
+        ),
+        "mimelite": exact(
+            "with everyone it stalls closer to the optimum than FedAvg", "mimelite", common=many | {"cohort": 20}
+        ),
+        "moon": lambda: Claim(
+            "keeps the representations of local models closer to the global model's than FedAvg (its mu = 0)",
+            "cosine of the representations before and after local training",
+            False,
+            agreement(1.0),
+            agreement(0.0),
+        ),
+        "fal": lambda: Claim(
+            "is right more often than FedAvg when its inputs are attacked",
+            "test accuracy under attack, rho = 0.1",
+            False,
+            robust_accuracy("fal", (("attack_steps", 3), ("step_size", 0.05))),
+            robust_accuracy("fedavg"),
+        ),
         "fedsam": lambda: Claim(flat, rise, True, sharpness("fedsam", (("rho", 0.2),)), sharpness("fedavg")),
         "fedasam": lambda: Claim(flat, rise, True, sharpness("fedasam", (("rho", 1.0),)), sharpness("fedavg")),
         "mofedsam": lambda: Claim(

@@ -32,6 +32,10 @@ def softmax_loss(params, batch, key):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], 1)[:, 0]
 
 
+def softmax_features(params, batch, key):
+    return jnp.tanh(batch["x"] @ params["w"])
+
+
 def softmax_params(dim=5, classes=3, dtype=np.float64, seed=0):
     rng = np.random.default_rng(seed)
     return {"w": jnp.asarray(rng.normal(size=(dim, classes)) * 0.3, dtype), "b": jnp.zeros(classes, dtype)}

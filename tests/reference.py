@@ -41,10 +41,12 @@ def for_each_client(
         summands.append(aggregator.lift(upload, jnp.asarray(weight[slot])))
         outputs[slot] = output
         losses[slot] = loss_sum / count
-    if not summands:  # nobody took part: shapes only
-        return None
+    if not summands:  # nobody took part: zeros, shaped like the results of a client that has taken no step
+        first = jax.tree.map(lambda leaf: leaf[0], client_inputs)
+        upload, output = program.final(shared, program.init(shared, first, key))
+        summands.append(jax.tree.map(jnp.zeros_like, aggregator.lift(upload, jnp.asarray(weight[0]))))
     total = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *summands)
-    blank = jax.tree.map(jnp.zeros_like, next(iter(outputs.values())))
+    blank = jax.tree.map(jnp.zeros_like, output)
     rows = [outputs.get(slot, blank) for slot in range(len(ids))]
     return clients.ClientResults(
         aggregate=aggregator.finish(total),

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import algorithms
+from algorithms.optimization.fal import pgd
 from fedjax_core import (
     ClientProgram,
     HostPopulation,
@@ -23,7 +24,7 @@ from fedjax_core import (
     simulate_staged,
 )
 from pipelines import config, data, methods, partition, setup, train
-from tests.problems import softmax_loss, softmax_params, softmax_population
+from tests.problems import softmax_features, softmax_loss, softmax_params, softmax_population
 
 SGD = optax.sgd(0.1)
 
@@ -34,6 +35,14 @@ def population():
 
 def fedavg(loss=softmax_loss, optimizer=SGD, **settings):
     return algorithms.fedavg(loss, optimizer, **settings)
+
+
+def moon(features=softmax_features, **settings):
+    return algorithms.moon(softmax_loss, SGD, features=features, num_clients=3, **settings)
+
+
+def fedstale(**settings):
+    return algorithms.fedstale(softmax_loss, SGD, num_clients=3, **settings)
 
 
 def one_round(algorithm, params=None, ids=(0, 1)):
@@ -98,6 +107,8 @@ TABLE = [
     ("probability NaN", lambda: samplers.periodic(np.nan, 10, 3), ["probabilities", "nan", "[0, 1]"]),
     ("one probability, unknown clients", lambda: samplers.bernoulli(0.5), ["probabilities", "num_clients"]),
     ("chain that never moves", lambda: samplers.markov(0.0, 0.0, 3), ["turn_on", "turn_off", "positive"]),
+    ("half a tick", lambda: samplers.deliveries([0.5, 1.0], 3, buffer=1), ["times", "float64", "0.5", "ticks"]),
+    ("buffer and interval", lambda: samplers.deliveries([1, 2], 3, buffer=1, interval=2), ["buffer=1", "interval=2"]),
     ("negative sampling weight", lambda: samplers.weighted([1.0, -1.0], 1), ["weights", "-1", "at least 0"]),
     ("too few positive weights", lambda: samplers.weighted([1.0, 0.0], 2), ["cohort_size=2", "1", "lower"]),
     # populations
@@ -156,6 +167,34 @@ TABLE = [
     ("negative server_lr", lambda: fedavg(server_lr=-1.0), ["server_lr", "-1", "[0, inf]"]),
     ("momentum of 1", lambda: algorithms.fedavgm(softmax_loss, SGD, momentum=1.0), ["momentum", "1", "[0, 1)"]),
     ("alpha of 0", lambda: algorithms.fedcm(softmax_loss, SGD, alpha=0.0), ["alpha", "0", "(0, 1]"]),
+    ("momentum of 1 in Mime", lambda: algorithms.mime(softmax_loss, SGD, momentum=1.0), ["momentum", "1", "[0, 1)"]),
+    ("lam of 0", lambda: algorithms.fedspeed(softmax_loss, SGD, num_clients=3, lam=0.0), ["lam", "0", "(0, inf]"]),
+    ("negative rho", lambda: algorithms.fedgamma(softmax_loss, SGD, num_clients=3, rho=-0.1), ["rho", "-0.1"]),
+    ("rho NaN", lambda: algorithms.fedsmoo(softmax_loss, SGD, num_clients=3, rho=np.nan), ["rho", "nan", "choose"]),
+    (
+        "unknown corrections",
+        lambda: algorithms.fedspeed(softmax_loss, SGD, num_clients=3, corrections="some"),
+        ["corrections", "'some'", "'cohort'"],
+    ),
+    ("beta of 0", lambda: algorithms.fedavg_m(softmax_loss, SGD, beta=0.0), ["beta", "0", "(0, 1]"]),
+    ("unknown norm", lambda: algorithms.fal(softmax_loss, SGD, norm="l1"), ["norm", "'l1'", "'l2'"]),
+    ("box upside down", lambda: algorithms.fal(softmax_loss, SGD, low=2.0), ["high", "[2, inf]", "1"]),
+    (
+        "attack on tokens",
+        lambda: pgd(softmax_loss, rho=0.1, step_size=0.1, attack_steps=1)(0, examples(x=np.zeros((4, 2), int)), None),
+        ["batch['x']", "int64", "uint8"],
+    ),
+    ("temperature of 0", lambda: moon(temperature=0.0), ["temperature", "0", "(0, inf]"]),
+    (
+        "features averaged over the batch",
+        lambda: one_round(moon(features=lambda p, b, k: jnp.mean(b["x"], axis=0))),
+        ["features", "float[20, ...]", "[5]", "do not average"],
+    ),
+    ("probability of 0", lambda: fedstale(probabilities=[0.5, 0.0, 1.0]), ["probabilities", "0.0", "(0, 1]", "leave"]),
+    ("probabilities of other clients", lambda: fedstale(probabilities=[0.5]), ["probabilities", "[1]", "float[3]"]),
+    ("unknown probabilities", lambda: fedstale(probabilities="known"), ["probabilities", "'known'", "'estimated'"]),
+    ("period of -1", lambda: algorithms.fedamd(softmax_loss, SGD, num_clients=3, period=-1), ["period", "-1", "or 0"]),
+    ("cutoff of 0", lambda: algorithms.fedau(softmax_loss, SGD, num_clients=3, cutoff=0), ["cutoff", "0", "one round"]),
     ("hyper-parameter NaN", lambda: algorithms.fedprox(softmax_loss, SGD, mu=np.nan), ["mu", "nan", "choose"]),
     ("hyper-parameter a list", lambda: algorithms.fedsam(softmax_loss, SGD, rho=[0.1]), ["rho", "[0.1]", "number"]),
     (

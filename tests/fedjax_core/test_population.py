@@ -48,6 +48,15 @@ def test_cohort_marks_empty_slots_and_empty_clients():
     assert cohort.starts[0] == 3
 
 
+def test_part_of_a_cohort_has_the_same_slots():
+    cohort = make([3, 0, 2, 1]).cohort([3, -1, 0, 1, 2])
+    part = cohort.only(np.array([True, True, True, True, False]))
+    np.testing.assert_array_equal(part.ids, [3, -1, 0, 1, -1])
+    np.testing.assert_array_equal(part.mask, [True, False, True, False, False])
+    np.testing.assert_array_equal(part.starts, cohort.starts)
+    assert part.num_participants == 2
+
+
 def test_ids_out_of_range_are_empty_slots_inside_jit():
     population = make([3, 2])
     cohort = jax.jit(lambda p, ids: p.cohort(ids))(population, jnp.array([1, 2, -7]))

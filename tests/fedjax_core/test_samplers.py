@@ -140,3 +140,28 @@ def test_markov_long_run_share_and_holding_times():
 def test_schedule_replays_and_then_stops():
     ids = rounds(ALL["schedule"], 4)
     np.testing.assert_array_equal(ids, [[0, 1, -1], [5, 2, 8], [-1, -1, -1], [-1, -1, -1]])
+
+
+def test_deliveries_in_order_of_time():
+    one_by_one = samplers.deliveries([1, 2, 3], 7, buffer=1)
+    np.testing.assert_array_equal(one_by_one.cohorts[:, 0], [0, 0, 1, 0, 2, 0, 1])
+    np.testing.assert_array_equal(one_by_one.ticks, [1, 2, 2, 3, 3, 4, 4])
+    pairs = samplers.deliveries([1, 2, 3], 4, buffer=2)
+    np.testing.assert_array_equal(pairs.cohorts, [[0, 1], [0, 2], [0, 1], [0, 1]])
+    np.testing.assert_array_equal(pairs.ticks, [2, 3, 4, 6])
+    fixed = samplers.deliveries([2, 4, 6], 2, interval=3)
+    np.testing.assert_array_equal(fixed.cohorts, [[0, -1, -1], [0, 1, 2]])
+    np.testing.assert_array_equal(samplers.deliveries([5, 5], 2, interval=4).cohorts, [[-1, -1], [0, 1]])
+
+
+def test_deliveries_come_as_often_as_their_times_allow():
+    times = np.array([1, 2, 3, 5, 8])
+    np.testing.assert_allclose(
+        samplers.deliveries(times, 4000, buffer=1).shares, 1 / times / np.sum(1 / times), atol=1e-3
+    )
+    for interval in (1, 2, 3, 8):
+        shares = samplers.deliveries(times, 840, interval=interval).shares
+        np.testing.assert_allclose(shares, 1 / np.ceil(times / interval))
+    synchronous = samplers.deliveries(times, 3, buffer=5)
+    np.testing.assert_array_equal(np.sort(synchronous.cohorts), np.tile(np.arange(5), (3, 1)))
+    np.testing.assert_array_equal(synchronous.ticks, [8, 16, 24])

@@ -1,0 +1,161 @@
+"""Anarchic federated averaging, AFA-CD and AFA-CS."""
+
+from typing import NamedTuple, Unpack
+
+import jax.numpy as jnp
+import optax
+
+from algorithms.optimization.fedavg import plain_gradient
+from algorithms.optimization.fedfix import FedFixState, stale_metrics, stale_program
+from algorithms.optimization.fedstale import UNSUMMED, keep_displacement, remember
+from fedjax_core import (
+    Algorithm,
+    Array,
+    ClientOptimizer,
+    ClientTable,
+    Cohort,
+    Key,
+    LocalOptions,
+    LocalWork,
+    LossFn,
+    Metrics,
+    Params,
+    Scalar,
+    checks,
+    client_table,
+    gather,
+    global_client_params,
+    local_training,
+    move,
+    round_metrics,
+    scatter,
+)
+
+
+class AFACSState(NamedTuple):
+    """Global model x, the model x_i that each client received last, its last G_i, their mean, and the steps done."""
+
+    params: Params
+    starts: ClientTable
+    updates: ClientTable
+    mean: Params
+    round: Array
+
+
+def afa_cd(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    num_clients: int,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """AFA-CD: clients come when they like, with as many local steps as they like, from the model they had.
+
+    Client, from y = x_i:  y <- y - lr g_i(y), K_i times;  G_i = (y_i - x_i) / K_i;  x_i is the model that it received
+                           when it came last.
+    Server:                x <- x + server_lr mean_S G_i over the m clients S that have come;  x_i <- x for them.
+
+    A round is one step of the server and its cohort are the clients that have come (`samplers.deliveries`, or any
+    other sampler). All clients begin with the first model.
+
+    Down: x to those who came (1P). Up: G_i (1P). In a simulation the x_i take N models.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      num_clients: size of the population, N.
+      server_lr: step size of the server, in local steps: with equal work K makes it FedAvg.
+      **local: batch_size, num_epochs or num_steps (an array gives every client its own K_i), order, weights, plan; see
+        `LocalOptions`.
+
+    Differences: the paper's G_i is divided by the local rate too, and its server step multiplied by it. Its clients may
+    pull the model at any time, and may come twice in one step; here they receive it when they deliver. No code of the
+    authors was found to compare with.
+
+    Paper: Yang, Zhang, Khanduri, Liu, "Anarchic Federated Learning", 2022, AFA-CD.
+    """
+    checks.positive_int("num_clients", num_clients, "the size of the population")
+    checks.scalar("server_lr", server_lr, low=0)
+    clients = local_training(**local)
+    gradient = plain_gradient(loss_fn)
+
+    def init(params: Params) -> FedFixState:
+        return FedFixState(params, client_table(num_clients, params), jnp.int32(0))
+
+    def round(state: FedFixState, cohort: Cohort, key: Key) -> tuple[FedFixState, Metrics]:
+        program = stale_program(gradient, client_optimizer, state.round)
+        inputs = gather(state.starts, cohort), one_over_steps(clients.work, cohort)
+        results = clients.run(program, (), inputs, cohort, key)
+        params = move(state.params, server_lr, results.aggregate)
+        starts = scatter(state.starts, cohort, global_client_params(params, cohort.ids))
+        metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
+        return FedFixState(params, starts, state.round + 1), metrics
+
+    def client_params(state: FedFixState, ids: Array) -> Params:
+        return global_client_params(state.params, ids)
+
+    return Algorithm(init, round, lambda state: state.params, client_params)
+
+
+def afa_cs(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    num_clients: int,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """AFA-CS: AFA-CD that averages the last contributions of all clients, whenever they came.
+
+    Client, from y = x_i:  y <- y - lr g_i(y), K_i times;  G_i <- (y_i - x_i) / K_i;  x_i is the model that it received
+                           when it came last.
+    Server:                x <- x + server_lr sum_i p_i G_i over all N clients;  x_i <- x for those who came.
+
+    A round is one step of the server and its cohort are the clients that have come (`samplers.deliveries`, or any
+    other sampler). All clients begin with the first model and G_i = 0.
+
+    Down: x to those who came (1P). Up: the change of G_i (1P). Clients keep G_i; in a simulation it takes 2 N models.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      num_clients: size of the population, N.
+      server_lr: step size of the server, in local steps.
+      **local: batch_size, num_epochs or num_steps (an array gives every client its own K_i), order, weights, plan; see
+        `LocalOptions`. The weights give p_i.
+
+    Differences: those of `afa_cd`. When nobody comes the model stays.
+
+    Paper: Yang, Zhang, Khanduri, Liu, "Anarchic Federated Learning", 2022, AFA-CS.
+    """
+    checks.positive_int("num_clients", num_clients, "the size of the population")
+    checks.scalar("server_lr", server_lr, low=0)
+    clients = local_training(**local)
+    gradient = plain_gradient(loss_fn)
+
+    def init(params: Params) -> AFACSState:
+        zeros = optax.tree.zeros_like(params)
+        starts, updates = client_table(num_clients, params), client_table(num_clients, zeros)
+        return AFACSState(params, starts, updates, zeros, jnp.int32(0))
+
+    def round(state: AFACSState, cohort: Cohort, key: Key) -> tuple[AFACSState, Metrics]:
+        program = keep_displacement(stale_program(gradient, client_optimizer, state.round))
+        inputs = gather(state.starts, cohort), one_over_steps(clients.work, cohort)
+        results = clients.run(program, (), inputs, cohort, key, aggregator=UNSUMMED)
+        p = results.weights / num_clients
+        updates, mean = remember(state.updates, state.mean, cohort, results.outputs, p)
+        params = optax.tree.where(cohort.num_participants > 0, move(state.params, server_lr, mean), state.params)
+        starts = scatter(state.starts, cohort, global_client_params(params, cohort.ids))
+        metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
+        return AFACSState(params, starts, updates, mean, state.round + 1), metrics
+
+    def client_params(state: AFACSState, ids: Array) -> Params:
+        return global_client_params(state.params, ids)
+
+    return Algorithm(init, round, lambda state: state.params, client_params)
+
+
+def one_over_steps(work: LocalWork, cohort: Cohort) -> Array:
+    """float[C], 1 / K_i of each slot's client."""
+    return 1 / jnp.maximum(work.steps(cohort.ids, cohort.sizes), 1).astype(jnp.result_type(float))

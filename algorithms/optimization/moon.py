@@ -1,0 +1,144 @@
+"""MOON."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_core import (
+    Algorithm,
+    Array,
+    Batch,
+    ClientOptimizer,
+    ClientProgram,
+    ClientTable,
+    Cohort,
+    Examples,
+    Key,
+    LocalOptions,
+    LossFn,
+    Metrics,
+    Params,
+    Scalar,
+    checks,
+    client_table,
+    descend,
+    gather,
+    global_client_params,
+    local_training,
+    move,
+    optimizer_at,
+    round_metrics,
+    scatter,
+    value_and_grad,
+)
+
+
+class MoonState(NamedTuple):
+    """Global model x, every client's previous local model v_i, and the number of rounds done."""
+
+    params: Params
+    client_models: ClientTable
+    round: Array
+
+
+def moon(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    features: Callable[[Params, Examples, Key], Array],
+    num_clients: int,
+    mu: Scalar = 1.0,
+    temperature: Scalar = 0.5,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """MOON: representations are drawn to the global model's and pushed off those of the client's last local model.
+
+    Client, from y = x:  z, z_g, z_p = features of the batch under y, x and v_i (x and v_i are constants);
+                         l_con = -log(e^(cos(z, z_g) / T) / (e^(cos(z, z_g) / T) + e^(cos(z, z_p) / T)));
+                         y <- y - lr grad_y (loss + mu l_con), K times;  v_i <- y_i.
+    Server:              x <- x + server_lr sum_S w_i (y_i - x).
+
+    Down: x (1P). Up: y_i - x (1P). One gradient and two more passes forward per step. The clients remember 1P.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      features: `features(params, batch, key) -> float[B, ...]`, the representation of each example; all axes but the
+        first are taken as one vector. With a model of `models` it is
+        `lambda params, batch, key: model.features(params, batch["x"], key)`.
+      num_clients: size of the population, N.
+      mu: weight of the contrast; 0 is FedAvg.
+      temperature: T, above 0.
+      server_lr: 1 replaces the model by the average.
+      **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
+
+    The training loss that is reported includes mu l_con.
+
+    Differences: v_i starts as the first global model (released code: as an initial model of the client's own), so the
+    first step of the first round sees no contrast. Only the latest local model is remembered. The paper weighs
+    clients by their number of examples (`weights="examples"`) and adds a projection head to the model, which is
+    the model's business here. A representation of zeros has cosine 0 with everything.
+
+    Paper: Li, He, Song, "Model-Contrastive Federated Learning", 2021, algorithm 1.
+    """
+    checks.positive_int("num_clients", num_clients, "the size of the population")
+    checks.scalar("mu", mu, low=0)
+    checks.scalar("temperature", temperature, low=0, low_open=True)
+    checks.scalar("server_lr", server_lr, low=0)
+    clients = local_training(**local)
+
+    def directions(params: Params, examples: Examples, key: Key) -> Array:
+        """The representations [B, d], scaled to length 1."""
+        z = features(params, examples, key)
+        size = checks.leading_axis(examples)
+        if jnp.ndim(z) < 2 or z.shape[0] != size:
+            raise ValueError(
+                f"features must return one representation per example, float[{size}, ...], but returned shape "
+                f"{list(jnp.shape(z))}: do not average over the batch"
+            )
+        z = z.reshape(size, -1)
+        square = jnp.sum(jnp.square(z), axis=1, keepdims=True)
+        return z / jnp.sqrt(jnp.where(square > 0, square, 1))
+
+    def init(params: Params) -> MoonState:
+        return MoonState(params, client_table(num_clients, params), jnp.int32(0))
+
+    def round(state: MoonState, cohort: Cohort, key: Key) -> tuple[MoonState, Metrics]:
+        optimizer = optimizer_at(client_optimizer, state.round)
+
+        def client_init(x: Params, v_i: Params, key: Key) -> Any:
+            return x, optimizer.init(x), v_i
+
+        def client_step(x: Params, carry: Any, batch: Batch) -> Any:
+            y, opt_state, v_i = carry
+            z_g = directions(x, batch.examples, batch.key)
+            z_p = directions(v_i, batch.examples, batch.key)
+
+            def contrastive_loss(y: Params, examples: Examples, key: Key) -> Array:
+                z = directions(y, examples, key)
+                l_con = jax.nn.softplus(jnp.sum(z * (z_p - z_g), axis=1) / temperature)
+                return loss_fn(y, examples, key) + mu * l_con
+
+            loss, g = value_and_grad(contrastive_loss)(y, batch)
+            y, opt_state = descend(optimizer, y, opt_state, g)
+            return (y, opt_state, v_i), loss
+
+        def client_final(x: Params, carry: Any) -> Any:
+            y, _, _ = carry
+            return optax.tree.sub(y, x), y
+
+        program = ClientProgram(client_init, client_step, client_final)
+        results = clients.run(program, state.params, gather(state.client_models, cohort), cohort, key)
+        params = move(state.params, server_lr, results.aggregate)
+        client_models = scatter(state.client_models, cohort, results.outputs)
+        metrics = round_metrics(results, cohort, state.params, params)
+        return MoonState(params, client_models, state.round + 1), metrics
+
+    def client_params(state: MoonState, ids: Array) -> Params:
+        return global_client_params(state.params, ids)
+
+    return Algorithm(init, round, lambda state: state.params, client_params)
