@@ -15,13 +15,12 @@ from sklearn.datasets import load_digits
 
 import algorithms
 from fedjax_core import (
-    Algorithm,
     Array,
     ClientProgram,
     Params,
     Population,
     descend,
-    global_client_params,
+    global_algorithm,
     local_training,
     round_metrics,
     samplers,
@@ -81,9 +80,7 @@ def clipped_fedavg(loss_fn, client_optimizer, *, max_norm, **local):
         metrics = round_metrics(results, cohort, state.params, params, extra=ClippedMetrics(clipped))
         return ClippedState(params, state.round + 1), metrics
 
-    return Algorithm(
-        init, round, lambda state: state.params, lambda state, ids: global_client_params(state.params, ids)
-    )
+    return global_algorithm(init, round)  # all clients use `state.params`
 
 
 # From here on: use it like any method of the library.

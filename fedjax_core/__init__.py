@@ -14,11 +14,12 @@ from fedjax_core.clients import (
     client_table,
     for_each_client,
     gather,
+    join_tables,
     local_training,
-    map_tables,
     num_scalars,
     round_metrics,
     scatter,
+    split_tables,
 )
 from fedjax_core.evaluation import (
     Spread,
@@ -53,6 +54,7 @@ from fedjax_core.types import (
     Params,
     PyTree,
     Scalar,
+    global_algorithm,
     global_client_params,
 )
 
@@ -96,11 +98,12 @@ __all__ = [
     "for_each_client",
     "full_gradient_program",
     "gather",
+    "global_algorithm",
     "global_client_params",
     "init_on_host",
+    "join_tables",
     "local_training",
     "local_work",
-    "map_tables",
     "mapped",
     "move",
     "num_scalars",
@@ -111,6 +114,7 @@ __all__ = [
     "shuffle",
     "simulate",
     "simulate_staged",
+    "split_tables",
     "spread",
     "value_and_grad",
     "weighted_mean",

@@ -224,9 +224,19 @@ def client_table(num_clients: int, row: PyTree) -> ClientTable:
     return ClientTable(jax.tree.map(repeat, row))
 
 
-def map_tables(function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
-    """The state with `function(rows)` in the place of the rows of each of its tables of per-client state."""
+def split_tables(state: PyTree) -> tuple[PyTree, list[PyTree]]:
+    """(the state with its tables of per-client state empty, the rows of these tables)."""
+    rows: list[PyTree] = []
+    return _map_tables(rows.append, state), rows
 
+
+def join_tables(state: PyTree, rows: list[PyTree]) -> PyTree:
+    """Puts rows into the tables that `split_tables` has left empty."""
+    remaining = iter(rows)
+    return _map_tables(lambda _: next(remaining), state)
+
+
+def _map_tables(function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
     def replace(node: Any) -> Any:
         return ClientTable(function(node.rows)) if isinstance(node, ClientTable) else node
 

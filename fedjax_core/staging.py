@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
-from fedjax_core.clients import map_tables
+from fedjax_core.clients import join_tables, split_tables
 from fedjax_core.plans import auto_mesh
 from fedjax_core.population import Cohort, Population, check_ids, check_offsets, offsets_of
 from fedjax_core.samplers import Sampler
@@ -210,7 +210,7 @@ def continue_staged(
         first, last = int(done[0]), int(done[0]) + num_rounds
         cohorts.prepare(population, keys, range(first, max(last, horizon or 0)))
         on_host = _has_host_tables(state)
-        device, tables = _split(state) if on_host else (state, None)
+        device, tables = split_tables(state) if on_host else (state, None)
         for leaf in jax.tree.leaves(tables):
             if leaf.shape[int(batched)] != population.num_clients:
                 raise ValueError(
@@ -243,7 +243,7 @@ def continue_staged(
                 staged = stage(t + 1, staged_before.ids)
         assert running is not None
         _finish(running, tables)
-        state = device if tables is None else _join(device, tables)
+        state = device if tables is None else join_tables(device, tables)
         return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=int(batched)), *metrics)
 
     return run
@@ -277,7 +277,7 @@ def init_on_host(
         if any(folder.iterdir()):
             raise ValueError(f"directory {folder} is not empty: choose a new one, files are not written over")
 
-    _, shapes = _split(jax.eval_shape(init, *args))
+    _, shapes = split_tables(jax.eval_shape(init, *args))
     for leaf in jax.tree.leaves(shapes):
         if len(leaf.shape) <= axis or leaf.shape[axis] != num_clients:
             raise ValueError(
@@ -286,7 +286,7 @@ def init_on_host(
             )
 
     def one_row(*args: Any) -> tuple[Any, Any]:
-        device, tables = _split(init(*args))
+        device, tables = split_tables(init(*args))
         return device, jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, 1, axis=axis), tables)
 
     # Inside one compiled function a slice of a repeated row is that row; the table is never made.
@@ -304,7 +304,7 @@ def init_on_host(
             table[...] = row
         return table
 
-    return _join(device, jax.tree.map(allocate, shapes, first))
+    return join_tables(device, jax.tree.map(allocate, shapes, first))
 
 
 class _Cohorts:
@@ -459,8 +459,8 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
             found = (before >= 0).reshape(-1, *[1] * (row.ndim - 1))
             return jnp.where(found, newer[jnp.maximum(before, 0)], row)
 
-        state, info = algorithm.round(_join(device, jax.tree.map(newest, tables, changed)), cohort, key)
-        return *_split(state), info
+        state, info = algorithm.round(join_tables(device, jax.tree.map(newest, tables, changed)), cohort, key)
+        return *split_tables(state), info
 
     return jax.vmap(round, (0, 1, None, 0, 0, None, 0)) if batched else round
 
@@ -482,20 +482,8 @@ def _finish(running: tuple[_Staged, Any, Metrics], tables: Any) -> None:
     jax.tree.map(write, tables, changed)
 
 
-def _split(state: Any) -> tuple[Any, list[Any]]:
-    """(the state with empty tables, the rows of its tables)."""
-    rows: list[Any] = []
-    return map_tables(rows.append, state), rows
-
-
-def _join(device: Any, tables: list[Any]) -> Any:
-    """Puts the rows back where `_split` took them from."""
-    rows = iter(tables)
-    return map_tables(lambda _: next(rows), device)
-
-
 def _has_host_tables(state: Any) -> bool:
-    leaves = jax.tree.leaves(_split(state)[1])
+    leaves = jax.tree.leaves(split_tables(state)[1])
     on_host = [isinstance(leaf, np.ndarray) for leaf in leaves]
     if any(on_host) and not all(on_host):
         raise ValueError(

@@ -62,3 +62,12 @@ class Algorithm(NamedTuple):
 def global_client_params(params: Params, ids: Array) -> Params:
     """The global model once per client: leaves [...] become [C, ...] for ids [C]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (ids.shape[0], *jnp.shape(leaf))), params)
+
+
+def global_algorithm(
+    init: Callable[[Params], Any],
+    round: Callable[[Any, Any, Key], tuple[Any, Metrics]],
+    params: Callable[[Any], Params] = lambda state: state.params,
+) -> Algorithm:
+    """A method without a personal part: every client would use the global model."""
+    return Algorithm(init, round, params, lambda state, ids: global_client_params(params(state), ids))

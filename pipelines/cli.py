@@ -362,21 +362,21 @@ def federate(ctx: click.Context, out: Path | None, compare: tuple[str, ...], **v
     with _usage_errors(ctx):
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file: choose a directory")
-        federations.save(built, config, out)
-    portrait.write(out, config, built, others)
+        saved = federations.save(built, config, out)
+    rows = portrait.comparison(config, built, others)
+    portrait.write(out, config, built, rows, saved["warnings"])
     console = Console(soft_wrap=True, highlight=False)
     for line in portrait.described(config, built):
         console.print(Text(line))
-    rows = portrait.comparison(config, built, others)
     table = _table(*rows[0])
     for row in rows:
         table.add_row(*[heterogeneity.shown(value) for value in row.values()])
     console.print()
     console.print(table)
     console.print()
-    for line in built.warnings(config.batch_size):
+    for line in saved["warnings"]:
         console.print(Text(f"warning: {line}"))
-    console.print(Text(f"digest: {built.digest()}"))
+    console.print(Text(f"digest: {saved['digest']}"))
     console.print(Text(f"written: {out / 'federation.md'}, federation.png, federation.json and the assignments"))
 
 

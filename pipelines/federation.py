@@ -152,10 +152,13 @@ def build(config: Config, dataset: Dataset) -> Federation:
     return Federation(_skewed(config, dataset, parts), parts)
 
 
-def save(federation: Federation, config: Config, directory: str | Path) -> Path:
-    """Saves a federation in a directory, which is made if need be, and returns it.
+def save(federation: Federation, config: Config, directory: str | Path) -> dict[str, Any]:
+    """Saves a federation in a directory, which is made if need be.
 
     The examples are not in it, only who holds which; what is there of a federation is replaced.
+
+    Returns:
+      The content of federation.json; "digest" and "warnings" take a pass over all examples.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,7 @@ def save(federation: Federation, config: Config, directory: str | Path) -> Path:
         "warnings": federation.warnings(config.batch_size),
     }
     files.write_text(folder / _FILE, json.dumps(content, indent=2) + "\n")
-    return folder
+    return content
 
 
 def read(directory: str | Path) -> tuple[dict[str, Any], str]:

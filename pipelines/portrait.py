@@ -3,7 +3,7 @@
 Letters: N clients, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,21 @@ _SHOWN = 60  # clients that a bubble plot has room for
 _SHOWN_CLASSES = 30
 
 
-def write(out: Path, config: Config, federation: Federation, compared: Mapping[str, Assignment] | None = None) -> None:
+def write(
+    out: Path, config: Config, federation: Federation, table: list[dict[str, Any]], warnings: Sequence[str]
+) -> None:
     """Writes federation.md and federation.png into the directory `out`.
 
     Args:
       out: the directory, which exists.
       config: what the federation was built from.
       federation: the federation.
-      compared: other partitions of the same training examples by name, measured beside it.
+      table: from `comparison`.
+      warnings: from `Federation.warnings`.
     """
     with figures.style():
         figures.write(out / "federation.png", figure(config, federation))
-    files.write_text(out / "federation.md", text(config, federation, compared or {}))
+    files.write_text(out / "federation.md", text(config, federation, table, warnings))
 
 
 def described(config: Config, federation: Federation) -> list[str]:
@@ -66,10 +69,8 @@ def described(config: Config, federation: Federation) -> list[str]:
     return lines
 
 
-def text(config: Config, federation: Federation, compared: Mapping[str, Assignment]) -> str:
+def text(config: Config, federation: Federation, table: list[dict[str, Any]], warnings: Sequence[str]) -> str:
     """The federation as Markdown."""
-    table = comparison(config, federation, compared)
-    found = federation.warnings(config.batch_size)
     lines = [
         f"# {title(config, federation)}",
         "",
@@ -79,7 +80,7 @@ def text(config: Config, federation: Federation, compared: Mapping[str, Assignme
         "",
         "## What would spoil a study",
         "",
-        *([f"- {line}" for line in found] or ["Nothing was found."]),
+        *([f"- {line}" for line in warnings] or ["Nothing was found."]),
         "",
         "## Heterogeneity",
         "",

@@ -15,7 +15,6 @@ import models
 from fedjax_core import (
     Algorithm,
     Array,
-    ClientTable,
     Examples,
     HostPopulation,
     Key,
@@ -25,6 +24,7 @@ from fedjax_core import (
     Sampler,
     checks,
     samplers,
+    split_tables,
 )
 from pipelines import data, methods
 from pipelines import federation as federations
@@ -273,8 +273,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     states = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
     num_clients = experiment.population.num_clients
-    nodes = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, ClientTable))
-    rows = jax.tree.leaves([node for node in nodes if isinstance(node, ClientTable)])
+    rows = jax.tree.leaves(split_tables(states)[1])
     slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
     staged = isinstance(experiment.population, HostPopulation)
     opt = client_optimizer(config, method)

@@ -39,7 +39,8 @@ from fedjax_core import (
     evaluate,
     evaluate_examples,
     init_on_host,
-    map_tables,
+    join_tables,
+    split_tables,
 )
 from pipelines import checkpoint, files, heterogeneity, history, methods, report
 from pipelines.config import Config
@@ -337,11 +338,12 @@ def _staged_engine(experiment: Experiment, algorithm: Algorithm) -> _Engine:
 
     def start() -> Any:
         states = partial(initial_states, experiment, algorithm)
-        state = init_on_host(states, keys, num_clients=population.num_clients, axis=1)
-        return _without_tables(move, state)
+        device, tables = split_tables(init_on_host(states, keys, num_clients=population.num_clients, axis=1))
+        return join_tables(move(device), tables)
 
     def place(state: Any) -> Any:
-        return _without_tables(move, map_tables(partial(jax.tree.map, np.array), state))
+        device, tables = split_tables(state)
+        return join_tables(move(device), jax.tree.map(np.array, tables))  # of our own: they are changed in place
 
     def compile(length: int, state: Any) -> _Chunk:
         rounds = continue_staged(algorithm, experiment.sampler, length, horizon=config.rounds, mesh=experiment.mesh)
@@ -349,7 +351,7 @@ def _staged_engine(experiment: Experiment, algorithm: Algorithm) -> _Engine:
 
         def chunk(state: Any) -> Any:
             state, metrics = rounds(state, population, keys_of_rounds)
-            return state, metrics, *score(map_tables(lambda rows: None, state), test)
+            return state, metrics, *score(split_tables(state)[0], test)
 
         return _Chunk(chunk, 0)
 
@@ -381,14 +383,6 @@ def _placement(experiment: Experiment) -> Callable[[Any], Any]:
     return lambda tree: jax.device_put(tree, everywhere)
 
 
-def _without_tables(move: Callable[[Any], Any], state: Any) -> Any:
-    """Moves all of a state but the rows of its tables."""
-    tables: list[Any] = []
-    moved = move(map_tables(tables.append, state))
-    rows = iter(tables)
-    return map_tables(lambda _: next(rows), moved)
-
-
 def _needed(chunk: Any) -> int:
     """Bytes a compiled chunk needs on one device; 0 where the backend does not say."""
     analysis = chunk.memory_analysis()
@@ -406,7 +400,7 @@ def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> His
     "client/train_<metric>" is on the client's own training examples. Sequences have no class, so there both are the
     same. "validation/<metric>" and "new/<metric>" are there with such a part.
     """
-    params = jax.vmap(algorithm.params)(map_tables(lambda rows: None, state))
+    params = jax.vmap(algorithm.params)(split_tables(state)[0])
     parts = experiment.federation.parts
     found = {f"client/train_{name}": value for name, value in _on_part(experiment, params, "train").items()}
     for part in ("validation", "new"):
@@ -450,9 +444,12 @@ def _on_part(experiment: Experiment, params: Any, part: str) -> History:
 
 def _means(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Means over each client's values, [S, N] of [S, n]; NaN for a client without any."""
-    sums = np.concatenate([np.zeros((len(values), 1)), np.cumsum(values, axis=1, dtype=np.float64)], axis=1)
+    sizes = np.diff(offsets)
+    client = np.repeat(np.arange(len(sizes)), sizes)
+    # Not differences of a running sum: a NaN of one client would be in those of all that come after it.
+    sums = np.stack([np.bincount(client, weights=row, minlength=len(sizes)) for row in values])
     with np.errstate(invalid="ignore"):
-        return ((sums[:, offsets[1:]] - sums[:, offsets[:-1]]) / np.diff(offsets)).astype(values.dtype)
+        return (sums / sizes).astype(values.dtype)
 
 
 def class_shares(federation: Federation) -> np.ndarray:
@@ -465,9 +462,10 @@ def class_shares(federation: Federation) -> np.ndarray:
 
 def _losses(experiment: Experiment, algorithm: Algorithm, state: Any) -> np.ndarray:
     """Mean training loss of the models of a state, [S]."""
-    params = jax.vmap(algorithm.params)(map_tables(lambda rows: None, state))
-    weights = experiment.federation.sizes
-    return np.average(np.nan_to_num(_on_part(experiment, params, "train")["loss"], nan=0.0), axis=1, weights=weights)
+    params = jax.vmap(algorithm.params)(split_tables(state)[0])
+    sizes = experiment.federation.sizes
+    held = sizes > 0  # a client without examples has no loss
+    return np.average(_on_part(experiment, params, "train")["loss"][:, held], axis=1, weights=sizes[held])
 
 
 def diagnose(experiment: Experiment, name: str, measured: History, good_round: int, good_losses: np.ndarray) -> str:

@@ -24,6 +24,7 @@ from fedjax_core import (
     checks,
     client_table,
     gather,
+    global_algorithm,
     global_client_params,
     local_training,
     move,
@@ -92,10 +93,7 @@ def afa_cd(
         metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
         return FedFixState(params, starts, state.round + 1), metrics
 
-    def client_params(state: FedFixState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def afa_cs(
@@ -150,10 +148,7 @@ def afa_cs(
         metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
         return AFACSState(params, starts, updates, mean, state.round + 1), metrics
 
-    def client_params(state: AFACSState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def one_over_steps(work: LocalWork, cohort: Cohort) -> Array:

@@ -27,7 +27,7 @@ from fedjax_core import (
     descend,
     full_gradient_program,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     local_work,
     move,
@@ -159,10 +159,7 @@ def fedamd(
         metrics = round_metrics(results, cohort, state.params, params, counts)
         return FedAMDState(params, bullseyes, total, weight, state.round + 1), metrics
 
-    def client_params(state: FedAMDState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def draw_anchors(key: Key, cohort: Cohort, probability: Any) -> Array:

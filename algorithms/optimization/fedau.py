@@ -24,7 +24,7 @@ from fedjax_core import (
     checks,
     client_table,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -101,10 +101,7 @@ def fedau(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedAUState(params, scatter(state.intervals, cohort, intervals), state.round + 1), metrics
 
-    def client_params(state: FedAUState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def fedavg_ipw(
@@ -154,10 +151,7 @@ def fedavg_ipw(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedAvgState(params, state.round + 1), metrics
 
-    def client_params(state: FedAvgState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def weighted_program(gradient: Gradient, client_optimizer: ClientOptimizer, round: Array) -> ClientProgram:

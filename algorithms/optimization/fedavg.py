@@ -22,7 +22,7 @@ from fedjax_core import (
     checks,
     descend,
     full_gradient_program,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -83,7 +83,7 @@ def averaging(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedAvgState(params, state.round + 1), metrics
 
-    return Algorithm(init, round, _params, _client_params)
+    return global_algorithm(init, round)
 
 
 def fedavg(
@@ -175,12 +175,4 @@ def fedsgd(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedAvgState(params, state.round + 1), metrics
 
-    return Algorithm(init, round, _params, _client_params)
-
-
-def _params(state: FedAvgState) -> Params:
-    return state.params
-
-
-def _client_params(state: FedAvgState, ids: Array) -> Params:
-    return global_client_params(state.params, ids)
+    return global_algorithm(init, round)

@@ -23,7 +23,7 @@ from fedjax_core import (
     Scalar,
     checks,
     descend,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -113,7 +113,4 @@ def client_momentum(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedCMState(params, direction, state.round + 1), metrics
 
-    def client_params(state: FedCMState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

@@ -25,7 +25,7 @@ from fedjax_core import (
     client_weights,
     descend,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -117,7 +117,4 @@ def feddyn(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedDynState(params, shift, client_shifts, state.round + 1), metrics
 
-    def client_params(state: FedDynState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

@@ -19,7 +19,7 @@ from fedjax_core import (
     Params,
     Scalar,
     checks,
-    global_client_params,
+    global_algorithm,
     local_training,
     mapped,
     move,
@@ -96,7 +96,4 @@ def fedexp(
     def params(state: FedExPState) -> Params:
         return optax.tree.scale(0.5, optax.tree.add(state.params, state.previous))
 
-    def client_params(state: FedExPState, ids: Array) -> Params:
-        return global_client_params(params(state), ids)
-
-    return Algorithm(init, round, params, client_params)
+    return global_algorithm(init, round, params)

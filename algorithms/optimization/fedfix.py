@@ -24,6 +24,7 @@ from fedjax_core import (
     checks,
     client_table,
     gather,
+    global_algorithm,
     global_client_params,
     local_training,
     move,
@@ -99,10 +100,7 @@ def fedfix(
         metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
         return FedFixState(params, starts, state.round + 1), metrics
 
-    def client_params(state: FedFixState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def stale_program(gradient: Gradient, client_optimizer: ClientOptimizer, round: Array) -> ClientProgram:

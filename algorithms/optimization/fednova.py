@@ -22,7 +22,7 @@ from fedjax_core import (
     Scalar,
     checks,
     descend,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -118,7 +118,4 @@ def fednova(
         metrics = round_metrics(results, cohort, state.params, params, FedNovaMetrics(effective_length))
         return FedNovaState(params, velocity, state.round + 1), metrics
 
-    def client_params(state: FedNovaState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

@@ -20,7 +20,7 @@ from fedjax_core import (
     Scalar,
     checks,
     descend,
-    global_client_params,
+    global_algorithm,
     local_training,
     optimizer_at,
     round_metrics,
@@ -76,10 +76,7 @@ def fedopt(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedOptState(params, opt_state, state.round + 1), metrics
 
-    def client_params(state: FedOptState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def fedavgm(

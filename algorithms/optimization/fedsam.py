@@ -48,7 +48,7 @@ def fedsam(
     algorithm 1; Caldarola, Caputo, Ciccone, "Improving Generalization in Federated Learning by Seeking Flat
     Minima", 2022.
     """
-    return averaging(_sam_gradient(loss_fn, rho), client_optimizer, server_lr=server_lr, **local)
+    return averaging(sam_gradient(loss_fn, rho), client_optimizer, server_lr=server_lr, **local)
 
 
 def fedasam(
@@ -82,7 +82,7 @@ def fedasam(
     section 4.
     """
     checks.scalar("eta", eta, low=0)
-    return averaging(_sam_gradient(loss_fn, rho, eta), client_optimizer, server_lr=server_lr, **local)
+    return averaging(sam_gradient(loss_fn, rho, eta), client_optimizer, server_lr=server_lr, **local)
 
 
 def mofedsam(
@@ -113,10 +113,10 @@ def mofedsam(
     Paper: Qu, Li, Duan, Liu, Tang, Lu, "Generalized Federated Learning via Sharpness Aware Minimization", 2022,
     algorithm 2.
     """
-    return client_momentum(_sam_gradient(loss_fn, rho), client_optimizer, alpha=alpha, server_lr=server_lr, **local)
+    return client_momentum(sam_gradient(loss_fn, rho), client_optimizer, alpha=alpha, server_lr=server_lr, **local)
 
 
-def _sam_gradient(loss_fn: LossFn, rho: Scalar, eta: Scalar | None = None) -> Gradient:
+def sam_gradient(loss_fn: LossFn, rho: Scalar, eta: Scalar | None = None) -> Gradient:
     """The gradient at the perturbed point; adaptive if `eta` is given."""
     checks.scalar("rho", rho, low=0)
     gradient = value_and_grad(loss_fn)

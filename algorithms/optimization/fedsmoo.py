@@ -24,7 +24,7 @@ from fedjax_core import (
     client_table,
     descend,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -133,7 +133,4 @@ def fedsmoo(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedSmooState(params, perturbation, dual, client_duals, state.round + 1), metrics
 
-    def client_params(state: FedSmooState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

@@ -24,7 +24,7 @@ from fedjax_core import (
     client_table,
     descend,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -137,7 +137,4 @@ def fedspeed(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedSpeedState(params, mean, client_corrections, state.round + 1), metrics
 
-    def client_params(state: FedSpeedState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

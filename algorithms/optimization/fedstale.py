@@ -31,7 +31,7 @@ from fedjax_core import (
     checks,
     client_table,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -129,10 +129,7 @@ def fedstale(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedStaleState(params, updates, mean, intervals, state.round + 1), metrics
 
-    def client_params(state: FedStaleState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 def fedvarp(

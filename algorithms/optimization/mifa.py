@@ -21,7 +21,7 @@ from fedjax_core import (
     Scalar,
     checks,
     client_table,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -85,7 +85,4 @@ def mifa(
         metrics = round_metrics(results, cohort, state.params, params)
         return MIFAState(params, updates, mean, state.round + 1), metrics
 
-    def client_params(state: MIFAState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

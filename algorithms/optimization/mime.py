@@ -21,7 +21,7 @@ from fedjax_core import (
     Scalar,
     checks,
     full_gradient_program,
-    global_client_params,
+    global_algorithm,
     local_training,
     local_work,
     move,
@@ -164,7 +164,4 @@ def _mime(
         metrics = round_metrics(results, cohort, state.params, params)
         return MimeState(params, opt_state, state.round + 1), metrics
 
-    def client_params(state: MimeState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

@@ -27,7 +27,7 @@ from fedjax_core import (
     client_table,
     descend,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -154,10 +154,7 @@ def fedavg_m_vr(
         metrics = round_metrics(results, cohort, state.params, params)
         return FedAvgMVRState(params, direction, step, state.round + 1), metrics
 
-    def client_params(state: FedAvgMVRState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)
 
 
 class ScaffoldMState(NamedTuple):
@@ -315,7 +312,4 @@ def _scaffold_momentum(
         metrics = round_metrics(results, cohort, state.params, params)
         return ScaffoldMState(params, direction, step, control, client_controls, state.round + 1), metrics
 
-    def client_params(state: ScaffoldMState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

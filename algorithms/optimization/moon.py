@@ -26,7 +26,7 @@ from fedjax_core import (
     client_table,
     descend,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     move,
     optimizer_at,
@@ -138,7 +138,4 @@ def moon(
         metrics = round_metrics(results, cohort, state.params, params)
         return MoonState(params, client_models, state.round + 1), metrics
 
-    def client_params(state: MoonState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

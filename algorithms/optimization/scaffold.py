@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from algorithms.optimization.fedavg import Gradient, plain_gradient
 from fedjax_core import (
     Algorithm,
     Array,
@@ -25,14 +26,13 @@ from fedjax_core import (
     descend,
     full_gradient_program,
     gather,
-    global_client_params,
+    global_algorithm,
     local_training,
     local_work,
     move,
     optimizer_at,
     round_metrics,
     scatter,
-    value_and_grad,
 )
 
 
@@ -77,11 +77,30 @@ def scaffold(
     Paper: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated
     Learning", 2020, algorithm 1.
     """
+    checks.one_of("option", option, ("I", "II"))
+    return controlled_averaging(
+        plain_gradient(loss_fn),
+        client_optimizer,
+        num_clients=num_clients,
+        server_lr=server_lr,
+        new_control=full_gradient_program(loss_fn) if option == "I" else None,
+        **local,
+    )
+
+
+def controlled_averaging(
+    gradient: Gradient,
+    client_optimizer: ClientOptimizer,
+    *,
+    num_clients: int,
+    server_lr: Scalar,
+    new_control: ClientProgram | None = None,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """SCAFFOLD along any local direction g; c_i+ is the mean of the K g, or the output of `new_control` at x."""
     checks.positive_int("num_clients", num_clients, "the size of the population")
     checks.scalar("server_lr", server_lr, low=0)
-    checks.one_of("option", option, ("I", "II"))
     clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
 
     def init(params: Params) -> ScaffoldState:
         zeros = optax.tree.zeros_like(params)
@@ -93,34 +112,33 @@ def scaffold(
 
         def client_init(shared: Any, client_input: Any, key: Key) -> Any:
             x, _ = shared
-            c_i, full_gradient = client_input
-            c_i_new = full_gradient if option == "I" else optax.tree.zeros_like(x)
+            c_i, given = client_input
+            c_i_new = optax.tree.zeros_like(x) if new_control is None else given
             return x, optimizer.init(x), c_i, c_i_new, jnp.int32(0)
 
         def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            _, c = shared
+            x, c = shared
             y, opt_state, c_i, c_i_new, k = carry
-            loss, g = gradient(y, batch)
+            loss, g = gradient(x, y, batch)
             corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
             y, opt_state = descend(optimizer, y, opt_state, corrected)
-            if option == "II":  # a sum of gradients until client_final
+            if new_control is None:  # a sum of gradients until client_final
                 c_i_new = optax.tree.add(c_i_new, g)
             return (y, opt_state, c_i, c_i_new, k + 1), loss
 
         def client_final(shared: Any, carry: Any) -> Any:
             x, _ = shared
             y, _, c_i, c_i_new, k = carry
-            if option == "II":
+            if new_control is None:
                 c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), c_i_new)
             return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
 
-        if option == "I":
-            full = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-            inputs = controls, full.run(full_gradient_program(loss_fn), state.params, (), cohort, key).outputs
-        else:
-            inputs = controls, ()
+        given: Any = ()
+        if new_control is not None:
+            whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
+            given = whole.run(new_control, state.params, (), cohort, key).outputs
         program = ClientProgram(client_init, client_step, client_final)
-        results = clients.run(program, (state.params, state.control), inputs, cohort, key)
+        results = clients.run(program, (state.params, state.control), (controls, given), cohort, key)
         displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
         # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
@@ -130,7 +148,4 @@ def scaffold(
         metrics = round_metrics(results, cohort, state.params, params)
         return ScaffoldState(params, control, client_controls, state.round + 1), metrics
 
-    def client_params(state: ScaffoldState, ids: Array) -> Params:
-        return global_client_params(state.params, ids)
-
-    return Algorithm(init, round, lambda state: state.params, client_params)
+    return global_algorithm(init, round)

@@ -135,7 +135,8 @@ def test_the_digest_tells_federations_apart():
 def test_what_is_wrong_with_a_saved_federation_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no federation"):
         federation.read(tmp_path)
-    folder = federation.save(built(), IRIS, tmp_path / "f")
+    folder = tmp_path / "f"
+    federation.save(built(), IRIS, folder)
     other = data.load("iris")
     with pytest.raises(ValueError, match="was made of other examples"):
         federation.load(folder, other._replace(train={**other.train, "x": other.train["x"] + 1}))
@@ -154,7 +155,8 @@ def test_what_is_wrong_with_a_saved_federation_is_said(tmp_path):
 
 
 def test_a_run_refuses_another_federation_than_its_own(tmp_path):
-    folder = str(federation.save(built(), IRIS, tmp_path / "f"))
+    folder = str(tmp_path / "f")
+    federation.save(built(), IRIS, folder)
     own = dataclasses.replace(IRIS, federation=folder)
     assert setup.federate(own).sizes.tolist() == built().sizes.tolist()
     with pytest.raises(ValueError, match=r"alpha=0\.9, but the federation"):
@@ -241,6 +243,12 @@ def test_clients_are_scored_on_their_own_examples(runs):
     text = (folder / "False" / "summary.md").read_text()
     assert "| validation part | new clients |" in text
     assert "its own test examples" in text
+
+
+def test_a_loss_that_is_no_number_stays_with_its_client():
+    values = np.array([[1.0, 3.0, np.nan, 5.0, 7.0], [2.0, 2.0, np.inf, 4.0, 4.0]])
+    means = driver._means(values, np.array([0, 2, 3, 3, 5]))
+    np.testing.assert_array_equal(means, [[2, np.nan, np.nan, 6], [2, np.inf, np.nan, 4]])
 
 
 def test_staged_experiments_keep_the_examples_on_the_host():
