@@ -39,11 +39,13 @@ from fedjax_core.gradients import (
     optimizer_at,
     value_and_grad,
 )
+from fedjax_core.placement import client_mesh, everywhere, place, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
 from fedjax_core.samplers import Sampler
 from fedjax_core.simulation import continue_rounds, simulate
 from fedjax_core.staging import HostPopulation, continue_staged, init_on_host, simulate_staged
+from fedjax_core.tuning import Trial, needed_memory, out_of_memory, try_plans
 from fedjax_core.types import (
     Algorithm,
     Array,
@@ -84,8 +86,10 @@ __all__ = [
     "Sampler",
     "Scalar",
     "Spread",
+    "Trial",
     "batch_loss",
     "checks",
+    "client_mesh",
     "client_table",
     "client_weights",
     "continue_rounds",
@@ -95,6 +99,7 @@ __all__ = [
     "evaluate_clients",
     "evaluate_examples",
     "evaluate_personal",
+    "everywhere",
     "for_each_client",
     "full_gradient_program",
     "gather",
@@ -106,16 +111,21 @@ __all__ = [
     "local_work",
     "mapped",
     "move",
+    "needed_memory",
     "num_scalars",
     "optimizer_at",
+    "out_of_memory",
+    "place",
     "round_metrics",
     "samplers",
     "scatter",
+    "shardings",
     "shuffle",
     "simulate",
     "simulate_staged",
     "split_tables",
     "spread",
+    "try_plans",
     "value_and_grad",
     "weighted_mean",
     "weighted_sum",

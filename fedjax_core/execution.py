@@ -187,6 +187,7 @@ def _spread(
         mesh=mesh,
         in_specs=(split, whole, whole),
         out_specs=(whole, split, split, whole),
+        axis_names={axis},  # along other axes, such as the model's, the compiler splits the work
         check_vma=False,  # the loops start from constants, which the check would ask to mark by hand
     )(slots, leaves, examples)
     back = jnp.argsort(dealt)[:num_slots]

@@ -35,7 +35,8 @@ def permute(seed: Array, index: Array, size: Array) -> Array:
     Returns:
       int32[...], each in [0, size).
     """
-    size = jnp.maximum(size, 1).astype(jnp.uint32)
+    # Hidden from the compiler: for a size known to be 1 the processor's, of jaxlib 0.10, fails on what it simplifies.
+    size = jax.lax.optimization_barrier(jnp.maximum(size, 1).astype(jnp.uint32))
     rounds = jnp.arange(NUM_SWAPS, dtype=jnp.uint32)
     offsets = _mix(_mix(rounds * np.uint32(0x9E3779B9) + seed[0]) ^ seed[1]) % size
     tweaks = _mix(_mix(rounds * np.uint32(0x85EBCA6B) + seed[1]) + seed[0])

@@ -1,6 +1,6 @@
 """Flax models as pure functions, their losses and metrics, and nothing federated."""
 
-from models import convolution, losses, metrics
+from models import capture, convolution, heads, losses, metrics
 from models._common import Model, num_parameters
 from models.cnn import cnn
 from models.dense import logistic_regression, mlp
@@ -10,9 +10,11 @@ from models.transformer import transformer
 
 __all__ = [
     "Model",
+    "capture",
     "char_lstm",
     "cnn",
     "convolution",
+    "heads",
     "logistic_regression",
     "losses",
     "metrics",

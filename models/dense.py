@@ -12,17 +12,19 @@ from models._common import PARAM_DTYPE, Array, Model, build, check_inputs, check
 class _Perceptron(nn.Module):
     hidden: tuple[int, ...]
     num_classes: int
+    dropout: tuple[float, ...]
 
     def setup(self) -> None:
         self.dense = [nn.Dense(width, param_dtype=PARAM_DTYPE) for width in self.hidden]
+        self.drop = [nn.Dropout(rate) for rate in self.dropout]
         # The convex case starts at zero, the usual start of logistic regression, so that no seed matters.
         kernel_init = nn.initializers.lecun_normal() if self.hidden else nn.initializers.zeros
         self.head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=PARAM_DTYPE)
 
     def features(self, x: Array, train: bool = False) -> Array:
         x = x.reshape(x.shape[0], -1)
-        for layer in self.dense:
-            x = nn.relu(layer(x))
+        for layer, drop in zip(self.dense, self.drop, strict=True):
+            x = drop(nn.relu(layer(x)), deterministic=not train)
         return x
 
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -44,7 +46,12 @@ def logistic_regression(input_shape: Sequence[int] = (8, 8, 1), num_classes: int
     return mlp(input_shape, num_classes, hidden=())
 
 
-def mlp(input_shape: Sequence[int] = (28, 28, 1), num_classes: int = 10, hidden: Sequence[int] = (200, 200)) -> Model:
+def mlp(
+    input_shape: Sequence[int] = (28, 28, 1),
+    num_classes: int = 10,
+    hidden: Sequence[int] = (200, 200),
+    dropout: Sequence[float] | None = None,
+) -> Model:
     """Multi-layer perceptron: flatten, dense layers with ReLU, a dense head.
 
     The defaults are the "2NN" of McMahan, Moore, Ramage, Hampson and Aguera y Arcas, "Communication-Efficient
@@ -55,10 +62,18 @@ def mlp(input_shape: Sequence[int] = (28, 28, 1), num_classes: int = 10, hidden:
       input_shape: shape of one example, any rank; `apply` takes [B, *input_shape].
       num_classes: number of logits.
       hidden: widths of the hidden layers; none makes it a logistic regression.
+      dropout: rate at training after each hidden layer, in [0, 1); none unless given.
 
     Returns:
       A `Model` with outputs [B, num_classes] and features [B, hidden[-1]].
     """
     shape = check_sizes("input_shape", input_shape)
-    module = _Perceptron(check_sizes("hidden", hidden), check_positive("num_classes", num_classes))
+    hidden = check_sizes("hidden", hidden)
+    rates = (0.0,) * len(hidden) if dropout is None else tuple(dropout)
+    if len(rates) != len(hidden) or not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(
+            f"dropout must hold a rate in [0, 1) for each of the {len(hidden)} hidden layers, got {dropout!r}; 0 turns "
+            "it off."
+        )
+    module = _Perceptron(hidden, check_positive("num_classes", num_classes), rates)
     return build(module, (1, math.prod(shape)), PARAM_DTYPE, partial(check_inputs, input_shape=shape))

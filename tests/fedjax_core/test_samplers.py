@@ -165,3 +165,8 @@ def test_deliveries_come_as_often_as_their_times_allow():
     synchronous = samplers.deliveries(times, 3, buffer=5)
     np.testing.assert_array_equal(np.sort(synchronous.cohorts), np.tile(np.arange(5), (3, 1)))
     np.testing.assert_array_equal(synchronous.ticks, [8, 16, 24])
+
+
+def test_the_only_client_is_drawn():
+    sample = jax.jit(samplers.uniform(1, 1))
+    assert [sample(KEY, t).tolist() for t in range(3)] == [[0]] * 3

@@ -1,0 +1,144 @@
+"""Packed lanes: the share of executed steps that is of use, and what packing costs.
+
+    python benchmarks/packing.py [--repeats 7]
+
+Log-normal sizes (mean 600, sigma 0.8), batches of 20, one epoch, 4 times as many clients as lanes. Useful share: real
+steps over executed ones, against padding every client to the longest, and against the best there can be: no order ends
+before the longest client alone, or before all steps divided by the lanes. Cost of packing: a round in lanes against a
+bare `fori_loop` that executes as many steps in as many lanes, each from one client's examples, without queue, start or
+end of a client.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import models
+from algorithms.optimization.fedavg import displacement_program, plain_gradient
+from benchmarks import _measure
+from fedjax_core import Plan, Population, local_work, shuffle
+from fedjax_core.batching import draw_batch
+from fedjax_core.clients import for_each_client
+from models import losses
+
+BATCH, PER_LANE = 20, 4
+WORK = local_work(batch_size=BATCH, num_epochs=1)
+
+
+def sizes_of(num_clients: int, seed: int) -> np.ndarray:
+    sigma = 0.8
+    return np.exp(np.random.default_rng(seed).normal(np.log(600) - sigma**2 / 2, sigma, num_clients)).astype(int) + 1
+
+
+def population_of(sizes: np.ndarray) -> Population:
+    rng, total = np.random.default_rng(0), int(sizes.sum())
+    examples = {"x": rng.random((total, 28, 28, 1), np.float32), "y": rng.integers(0, 10, total).astype(np.int32)}
+    return Population.from_flat(examples, np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def packed(program, plan):
+    @jax.jit
+    def round_fn(params, cohort, key):
+        results = for_each_client(program, params, (), cohort, key, work=WORK, plan=plan)
+        return results.aggregate, results.executed_steps
+
+    return round_fn
+
+
+def bare(program, lanes, steps):
+    """`steps` steps in each of the lanes, and nothing else."""
+
+    @jax.jit
+    def run(params, cohort, key):
+        keys = jax.random.split(key, lanes)
+        seeds = jax.vmap(shuffle.seed)(keys)
+        starts, sizes = cohort.starts[:lanes], cohort.sizes[:lanes]
+        carry = jax.vmap(lambda key: program.init(params, (), key))(keys)
+
+        def step(t, carry):
+            def one(carry, start, size, seed, key):
+                batch = draw_batch(WORK, cohort.examples, start, size, seed, key, t % (size // BATCH + 1))
+                return program.step(params, carry, batch)[0]
+
+            return jax.vmap(one)(carry, starts, sizes, seeds, keys)
+
+        return jax.lax.fori_loop(0, steps, step, carry)
+
+    return run
+
+
+def useful_share(lanes: int, seeds: range) -> dict:
+    """Of a queue in lanes, longest client first, and of padding, over federations of several seeds."""
+    # The queue's own count: a model of one number makes the steps cheap.
+    program = displacement_program(plain_gradient(lambda w, batch, key: w * batch["x"][:, 0, 0, 0]), optax.sgd(0.0))
+    shares, padding, best = [], [], []
+    for seed in seeds:
+        sizes = sizes_of(lanes * PER_LANE, seed)
+        population = population_of(sizes)
+        cohort = population.cohort(np.arange(len(sizes)))
+        _, executed = packed(program, Plan(lanes=lanes))(jnp.float32(0), cohort, jax.random.key(0))
+        steps = -(-sizes // BATCH)
+        shares.append(steps.sum() / int(executed))
+        padding.append(steps.sum() / (len(steps) * steps.max()))
+        best.append(steps.sum() / (lanes * max(steps.max(), -(-steps.sum() // lanes))))
+    return {
+        "mean": float(np.mean(shares)),
+        "lowest": float(np.min(shares)),
+        "best_possible_mean": float(np.mean(best)),
+        "padded_mean": float(np.mean(padding)),
+        "federations": len(shares),
+    }
+
+
+def cost(name: str, lanes: int, repeats: int) -> dict:
+    """Seconds of a packed round and of the bare loop with as many steps."""
+    shape = (28, 28, 1)
+    model = models.logistic_regression(shape, 10) if name == "logistic" else models.mlp(shape, 10)
+    program = displacement_program(plain_gradient(losses.cross_entropy(model)), optax.sgd(0.05))
+    population = population_of(sizes_of(lanes * PER_LANE, 0))
+    cohort, key = population.cohort(np.arange(population.num_clients)), jax.random.key(1)
+    params = model.init(jax.random.key(0))
+    queue = packed(program, Plan(lanes=lanes))
+    executed = int(queue(params, cohort, key)[1])
+    loop = bare(program, lanes, executed // lanes)
+    jax.block_until_ready(loop(params, cohort, key))
+    contenders = {"packed": partial(queue, params, cohort, key), "bare": partial(loop, params, cohort, key)}
+    times = _measure.take_turns(contenders, repeats)
+    rows = {label: _measure.summary(seconds) for label, seconds in times.items()}
+    ratios = np.asarray(times["packed"]) / np.asarray(times["bare"]) - 1
+    return rows | {"steps": executed, "cost_share": float(np.median(ratios))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--save", default="packing")
+    args = parser.parse_args()
+    result = {"machine": _measure.machine(), "useful": {}, "cost": {}}
+    for lanes in (4, 8, 16):
+        row = result["useful"][str(lanes)] = useful_share(lanes, range(args.seeds))
+        print(
+            f"{lanes:2d} lanes, {PER_LANE * lanes} clients: useful share {row['mean']:.3f} (lowest of "
+            f"{row['federations']}: {row['lowest']:.3f}), best possible {row['best_possible_mean']:.3f}, padded to the "
+            f"longest {row['padded_mean']:.3f}"
+        )
+    for name in ("logistic", "mlp"):
+        row = result["cost"][name] = cost(name, 4, args.repeats)
+        print(
+            f"{name:8s} 4 lanes, {row['steps']} steps: {row['packed']['median_s'] * 1e3:.1f} ms packed, "
+            f"{row['bare']['median_s'] * 1e3:.1f} ms bare: packing costs {100 * row['cost_share']:.1f} %"
+        )
+    print(f"saved {_measure.save(args.save, result)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""This library on all there is: `jax.jit` of a round, the clients spread over a mesh of all devices.
+
+A CPU is a device for every core here. XLA makes one of it unless `jax_num_cpu_devices` says otherwise before JAX is
+used.
+"""
+
+import os
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import algorithms
+from benchmarks.peers import jax_models
+from benchmarks.peers.worker import Recorder, Task
+from fedjax_core import (
+    ClientProgram,
+    Plan,
+    Population,
+    client_mesh,
+    everywhere,
+    for_each_client,
+    local_work,
+    place,
+    shardings,
+)
+
+
+def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
+    """Runs the task on so many devices, all unless given."""
+    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
+    mesh = client_mesh(num_devices)
+    plan = Plan(mesh=mesh)
+    workload, federation = task.workload, task.federation
+    model = jax_models.make_model(workload, task.dropout)
+    fedavg = algorithms.fedavg(
+        jax_models.make_loss(workload, model),
+        optax.sgd(workload.learning_rate),
+        batch_size=workload.batch_size,
+        order="shuffled" if task.shuffled else "sequential",
+        weights="examples",
+        plan=plan,
+    )
+    population = Population.from_flat({"x": federation.x, "y": federation.y}, federation.offsets)
+    population = place(population, everywhere(mesh))
+    state = fedavg.init(jax_models.load(model, task.parameters))
+    state = place(state, shardings(state, mesh))
+    round_fn = jax.jit(fedavg.round)
+    recorder.ready(jax.default_backend(), jax_models.versions())
+
+    for t, ids in enumerate(task.cohorts):
+        state, metrics = round_fn(state, population.cohort(ids), jax.random.key(t))
+        jax.block_until_ready((state, metrics))
+        executed = partial(executed_steps, task, population, ids, plan)
+        if not recorder.round_done(partial(jax_models.unload, state.params), executed):
+            break
+
+
+def executed_steps(task: Task, population: Population, ids, plan: Plan) -> int:
+    """Steps that the plan executes for this cohort, idle ones included, counted with clients that do nothing."""
+    idle = ClientProgram(lambda *_: (), lambda shared, carry, batch: (carry, jnp.zeros(())), lambda *_: ((), ()))
+    work = local_work(task.workload.batch_size, order="sequential")
+    results = for_each_client(idle, (), (), population.cohort(ids), jax.random.key(0), work=work, plan=plan)
+    return int(results.executed_steps)

@@ -1,0 +1,136 @@
+"""State and clients spread over a mesh give the numbers of one device, and no device holds more than its part."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import algorithms
+from fedjax_core import (
+    Plan,
+    Population,
+    client_mesh,
+    client_table,
+    continue_rounds,
+    everywhere,
+    place,
+    samplers,
+    shardings,
+    simulate,
+)
+from tests.problems import assert_trees_close, softmax_loss, softmax_params, softmax_population
+
+SIZES = (1, 9, 4, 0, 13, 6, 2, 5)
+KEY = jax.random.key(2)
+SAMPLER = samplers.uniform(len(SIZES), 5)  # a cohort that no number of devices divides
+ROUNDS = 3
+
+
+def params():
+    return softmax_params(dim=6, classes=4)
+
+
+@cache
+def population():
+    return softmax_population(SIZES, dim=6, classes=4)
+
+
+def scaffold(plan=None):
+    return algorithms.scaffold(
+        softmax_loss, optax.sgd(0.1, 0.9), num_clients=len(SIZES), batch_size=4, num_epochs=2, plan=plan
+    )
+
+
+@cache
+def on_one_device():
+    return jax.jit(simulate(scaffold(), SAMPLER, ROUNDS))(params(), population(), KEY)
+
+
+def on_mesh(mesh, lanes=None):
+    """(compiled, arguments) of rounds with state and population placed."""
+    algorithm = scaffold(Plan(lanes=lanes, mesh=mesh))
+    state = algorithm.init(params())
+    where = shardings(state, mesh)
+    arguments = place(state, where), *place((population(), KEY), everywhere(mesh))
+    run = jax.jit(continue_rounds(algorithm, SAMPLER, ROUNDS), out_shardings=(where, everywhere(mesh)))
+    return run.lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize(("num_devices", "model", "lanes"), [(8, 1, None), (2, 1, 4), (4, 2, None)])
+def test_a_mesh_gives_the_numbers_of_one_device(num_devices, model, lanes):
+    run, arguments = on_mesh(client_mesh(num_devices, model=model), lanes)
+    got = run(*arguments)
+    assert_trees_close(got, on_one_device(), rtol=1e-12, atol=1e-13)
+    rows = jax.tree.leaves(got[0].client_controls)[0]
+    clients = num_devices // model
+    assert rows.addressable_shards[0].data.shape[0] == len(SIZES) // clients
+    assert got[0].params["w"].addressable_shards[0].data.size == got[0].params["w"].size // model
+    assert len(got[1].loss.sharding.device_set) == num_devices
+
+
+def test_a_round_never_gathers_a_table():
+    num_clients, width, cohort = 4096, 64, 4
+    mesh = client_mesh(8)
+    model = {"w": np.zeros((width,), np.float32)}
+
+    def loss_fn(params, batch, key):
+        return batch["x"] @ params["w"]
+
+    algorithm = algorithms.scaffold(
+        loss_fn, optax.sgd(0.1), num_clients=num_clients, batch_size=1, num_steps=1, plan=Plan(mesh=mesh)
+    )
+    clients = Population({"x": np.zeros((num_clients, width), np.float32)}, np.arange(num_clients + 1, dtype=np.int32))
+    state = jax.eval_shape(algorithm.init, model)
+    where = shardings(state, mesh)
+    shape = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), state, where)
+    run = continue_rounds(algorithm, samplers.uniform(num_clients, cohort), 2)
+    compiled = jax.jit(run, donate_argnums=0, out_shardings=(where, everywhere(mesh))).lower(shape, clients, KEY)
+    table = num_clients * width * 4
+    analysis = compiled.compile().memory_analysis()
+    # The population is whole on each device; what is left of the arguments is an eighth of the table, in place.
+    assert analysis.argument_size_in_bytes < table + table / 4
+    assert analysis.temp_size_in_bytes < table / 4
+
+
+def test_rows_are_split_by_client_or_else_inside():
+    mesh = client_mesh(4)
+    model = {"w": np.zeros((3, 8)), "b": np.zeros(5)}
+    by_client = shardings(client_table(8, model), mesh).rows
+    assert by_client["w"].spec == PartitionSpec("clients", None, None)
+    assert by_client["b"].spec == PartitionSpec("clients", None)
+    inside = shardings(client_table(7, model), mesh).rows
+    assert inside["w"].spec == PartitionSpec(None, None, "clients")
+    assert inside["b"].spec == PartitionSpec(None, None)  # nothing to split
+    batched = jax.eval_shape(jax.vmap(lambda _: client_table(8, model)), jnp.arange(3))
+    assert shardings(batched, mesh, batch_axes=1).rows["w"].spec == PartitionSpec(None, "clients", None, None)
+
+
+def test_an_axis_for_the_model_splits_matrices():
+    mesh = client_mesh(8, model=2)
+    assert dict(mesh.shape) == {"clients": 4, "model": 2}
+    model = {"w": np.zeros((3, 8)), "b": np.zeros(8), "key": jax.random.key(0), "odd": np.zeros((3, 5))}
+    spec = {name: sharding.spec for name, sharding in shardings(model, mesh).items()}
+    assert spec["w"] == PartitionSpec(None, "model")
+    assert spec["b"] == PartitionSpec(None)
+    assert spec["key"] == PartitionSpec()
+    assert spec["odd"] == PartitionSpec(None, None)
+    rows = shardings(client_table(8, {"w": model["w"]}), mesh).rows
+    assert rows["w"].spec == PartitionSpec("clients", None, "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_devices": 4096}, r"num_devices=4096 but there are \d+ cpu devices: lower it"),
+        ({"num_devices": 0}, "num_devices"),
+        ({"num_devices": 4, "model": 3}, "model=3 does not divide num_devices=4"),
+        ({"model": 0}, "model"),
+    ],
+)
+def test_a_mesh_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        client_mesh(**arguments)
