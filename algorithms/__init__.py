@@ -1,6 +1,9 @@
 """Federated methods as pure functions: `algorithms.fedavg(loss_fn, optax.sgd(0.1), batch_size=20)`."""
 
+from algorithms.continual.ewc import ewc
+from algorithms.continual.fot import fot
 from algorithms.optimization.anarchic import afa_cd, afa_cs
+from algorithms.optimization.autoflip import autoflip
 from algorithms.optimization.fal import fal
 from algorithms.optimization.fedamd import fedamd
 from algorithms.optimization.fedau import fedau, fedavg_ipw
@@ -10,6 +13,8 @@ from algorithms.optimization.feddyn import feddyn
 from algorithms.optimization.fedexp import fedexp
 from algorithms.optimization.fedfix import fedfix
 from algorithms.optimization.fedgamma import fedgamma
+from algorithms.optimization.fedld import fedld
+from algorithms.optimization.fedlex import fedlex
 from algorithms.optimization.fednova import fednova
 from algorithms.optimization.fedopt import fedadagrad, fedadam, fedavgm, fedopt, fedyogi
 from algorithms.optimization.fedprox import fedprox
@@ -22,10 +27,14 @@ from algorithms.optimization.mime import mime, mimelite
 from algorithms.optimization.momentum import fedavg_m, fedavg_m_vr, scaffold_m, scaffold_m_vr
 from algorithms.optimization.moon import moon
 from algorithms.optimization.scaffold import scaffold
+from algorithms.zeroth_order.fedzo import fedprox_zo, fedzo, scaffold_zo
+from algorithms.zeroth_order.fzoos import fzoos
 
 __all__ = [
     "afa_cd",
     "afa_cs",
+    "autoflip",
+    "ewc",
     "fal",
     "fedadagrad",
     "fedadam",
@@ -42,9 +51,12 @@ __all__ = [
     "fedexp",
     "fedfix",
     "fedgamma",
+    "fedld",
+    "fedlex",
     "fednova",
     "fedopt",
     "fedprox",
+    "fedprox_zo",
     "fedsam",
     "fedsgd",
     "fedsmoo",
@@ -52,6 +64,9 @@ __all__ = [
     "fedstale",
     "fedvarp",
     "fedyogi",
+    "fedzo",
+    "fot",
+    "fzoos",
     "local_sgd",
     "mifa",
     "mime",
@@ -61,4 +76,5 @@ __all__ = [
     "scaffold",
     "scaffold_m",
     "scaffold_m_vr",
+    "scaffold_zo",
 ]

@@ -25,11 +25,14 @@ import optax
 
 import algorithms
 import models
+from algorithms.optimization.autoflip import masked
 from algorithms.optimization.fal import pgd, robust
+from algorithms.optimization.fedavg import FedAvgState
 from benchmarks import _measure
 from fedjax_core import Population, continue_rounds, evaluate, samplers
 from models import losses, metrics
-from pipelines import data, partition
+from pipelines import continual, data, partition
+from pipelines.continual_config import Continual
 
 SEEDS = 20
 RATES = (0.03, 0.1, 0.3, 1.0)  # client learning rates tried on digits
@@ -222,6 +225,78 @@ def agreement(mu, rounds=30):
     return np.asarray(jax.jit(jax.vmap(cosine, (None, 0)))(population, keys))
 
 
+def logits(params, batch, key):
+    return digits()[2].apply(params, batch["x"], key)
+
+
+def explored_accuracy(name, where, lr, rounds=60, shuffle=False, **settings):
+    """Mean test accuracy over the last ten rounds after an exploration by all clients, for every seed.
+
+    Args:
+      name: a method with an exploration.
+      where: `where(state) -> tree`, what the exploration has found, and `where(state, tree) -> state`, with another.
+      lr: of the clients.
+      rounds: number of rounds.
+      shuffle: shuffle what it has found, every leaf by itself.
+      **settings: of the method.
+    """
+    population, dataset, model = digits()
+    local = {"batch_size": 10, "num_epochs": 2, "explore_epochs": 5, "momentum": 0.0}
+    algorithm = getattr(algorithms, name)(losses.cross_entropy(model), optax.sgd(lr), **local, **settings)
+    one = continue_rounds(algorithm, samplers.uniform(50, 5), 1)
+    test = jax.tree.map(jnp.asarray, dict(dataset.test))
+
+    def late(population, key):
+        start = algorithm.init(model.init(key))
+        state = algorithm.explore(start, population.cohort(jnp.arange(50)), key)
+        if shuffle:
+            found, treedef = jax.tree.flatten(where(state))
+            shuffled = [jax.random.permutation(key, leaf.reshape(-1)).reshape(leaf.shape) for leaf in found]
+            # From the first model, of which the exploration may have pruned other parameters.
+            state = where(start, jax.tree.unflatten(treedef, shuffled))
+
+        def body(state, _):
+            state, _ = one(state, population, key)
+            return state, evaluate(metrics.classification(model), algorithm.params(state), test)["accuracy"]
+
+        return jnp.mean(jax.lax.scan(body, state, length=rounds)[1][-10:])
+
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    return np.asarray(jax.jit(jax.vmap(late, (None, 0)))(population, keys))
+
+
+def guidance_of(state, new=None):
+    """The mean map of FedLEx's explorers; with `new` the state that has that one instead."""
+    return state.maps.mean if new is None else state._replace(maps=state.maps._replace(mean=new))
+
+
+def mask_of(state, new=None):
+    """The mask of AutoFLIP; with `new` the state that has that one instead."""
+    return state.mask if new is None else state._replace(mask=new, params=masked(new, state.params))
+
+
+def shift_loss(lam, rounds=30, clients=10):
+    """Mean loss on the test examples of local models, each trained by one client from a model that FedAvg has made."""
+    population, dataset, model = digits()
+    loss_fn = losses.cross_entropy(model)
+    local = {"batch_size": 10, "num_epochs": 2}
+    run = continue_rounds(algorithms.fedavg(loss_fn, optax.sgd(0.1), **local), samplers.uniform(50, 5), rounds)
+    algorithm = algorithms.fedld(loss_fn, optax.sgd(0.1), logits=logits, lam=lam, **local)
+    test = jax.tree.map(jnp.asarray, dict(dataset.test))
+
+    def loss(population, key):
+        start, _ = run(FedAvgState(model.init(key), jnp.int32(0)), population, key)
+
+        def of_client(i):
+            after, _ = algorithm.round(algorithm.init(start.params), population.cohort(i[None]), key)
+            return evaluate(metrics.classification(model), algorithm.params(after), test)["loss"]
+
+        return jnp.mean(jax.lax.map(of_client, jnp.arange(clients)))
+
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    return np.asarray(jax.jit(jax.vmap(loss, (None, 0)))(population, keys))
+
+
 def robust_accuracy(name, settings=()):
     """Test accuracy under 20 steps of projected gradient ascent within 0.1 of every pixel, for every seed."""
     _, dataset, model = digits()
@@ -231,6 +306,32 @@ def robust_accuracy(name, settings=()):
     test = jax.tree.map(jnp.asarray, dict(dataset.test))
     under_attack = jax.vmap(lambda params, test: evaluate(metric_fn, params, test)["accuracy"], (0, None))
     return np.asarray(jax.jit(under_attack)(params, test))
+
+
+@cache
+def forgetting(name):
+    """Forgetting after three tasks of permuted digits, for every seed."""
+    config = Continual(scenario="permuted", dataset="digits", tasks=3, rounds=30)
+    tasks = continual.scenario(config)
+    method = continual.build(config, name, tasks)
+    sampler = samplers.uniform(config.clients, config.cohort_size)
+    run = jax.jit(continue_rounds(method, sampler, config.rounds))  # compiled once for all tasks, not once for each
+    end_task = jax.jit(method.end_task) if hasattr(method, "end_task") else None
+    metric_fn = metrics.classification(tasks.model)
+
+    def matrix(populations, tests, key):
+        state, rows = method.init(tasks.model.init(key)), []
+        for population in populations:
+            state, _ = run(state, population, key)
+            if end_task is not None:
+                state = end_task(state, population.cohort(sampler(key, state.round)), key)
+            rows.append([evaluate(metric_fn, method.params(state), test)["accuracy"] for test in tests])
+        return jnp.asarray(rows)
+
+    populations, tests = zip(*((tasks.population(t), tasks.test(t)) for t in range(config.tasks)), strict=True)
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    matrices = np.asarray(jax.jit(jax.vmap(matrix, (None, None, 0)))(populations, tests, keys))
+    return np.array([continual.measures(each, np.zeros(config.tasks))["forgetting"] for each in matrices])
 
 
 def fedavg_against_fedsgd():
@@ -262,13 +363,24 @@ def claims():
         common = dict(common)
         return lambda: Claim(text, DISTANCE, True, distance(name, **common, **settings), distance(baseline, **common))
 
+    def forgets_less(name):
+        text, measure = "forgets less of earlier tasks than FedAvg", "accuracy lost on two tasks after three"
+        return lambda: Claim(text, measure, True, forgetting(name), forgetting("fedavg"))
+
     many = {"num_steps": 10}
     noisy = many | {"noise": 3.0, "order": "replacement"}
     absent = {"num_steps": 1, "lr": 0.02, "rounds": 1000, "sampler": samplers.bernoulli(PRESENCE)}
     rare = noisy | {"noise": 6.0, "num_steps": 5, "lr": 0.02, "rounds": 400}
     rare |= {"sampler": samplers.bernoulli(RARE), "probabilities": RARE}
+    # The mean of an estimate from values is the gradient over its 10 dimensions, and the rate 10 times the usual one.
+    values = many | {"cohort": 20, "lr": 1.0, "num_directions": 10}
+    few = {"rounds": 10, "cohort": 20, "lr": 1.0, "heterogeneity": 0.1}
     asynchronous = samplers.deliveries(np.tile([1, 2, 4, 8, 16], 4), 4000, buffer=1)
     one_by_one = {"num_steps": 1, "lr": 0.02, "rounds": 4000, "sampler": samplers.schedule(asynchronous.cohorts)}
+    short = {"rounds": 10, "cohort": 20, "heterogeneity": 1.0, "num_steps": 5}
+    surrogates = {"radius": 0.1, "feature_lengthscale": 3.0, "capacity": 300, "neighbors": 30, "num_features": 200}
+    surrogates |= {"survey": 10, "survey_candidates": 40, "active": 2, "active_candidates": 20, "feature_neighbors": 60}
+    surrogates |= {"noise": 1e-5}
     flat = "finds flatter minima than FedAvg"
     rise = "rise of the loss at distance 0.5"
     return {
@@ -417,12 +529,51 @@ def claims():
             agreement(1.0),
             agreement(0.0),
         ),
+        "fot": forgets_less("fot"),
+        "ewc": forgets_less("ewc"),
         "fal": lambda: Claim(
             "is right more often than FedAvg when its inputs are attacked",
             "test accuracy under attack, rho = 0.1",
             False,
             robust_accuracy("fal", (("attack_steps", 3), ("step_size", 0.05))),
             robust_accuracy("fedavg"),
+        ),
+        "fedld": lambda: Claim(
+            "its penalty makes local models lose less on everybody's examples than FedAvg's (lam = 0)",
+            "loss of local models on the test examples",
+            True,
+            shift_loss(0.1),
+            shift_loss(0.0),
+        ),
+        "fedlex": lambda: Claim(
+            "its guidance is worth more than the same values on other parameters",
+            LATE,
+            False,
+            explored_accuracy("fedlex", guidance_of, 0.3),
+            explored_accuracy("fedlex", guidance_of, 0.3, shuffle=True),
+        ),
+        "autoflip": lambda: Claim(
+            "loses less by pruning than a random mask that prunes as much of every leaf",
+            LATE,
+            False,
+            explored_accuracy("autoflip", mask_of, 0.3, threshold=0.7),
+            explored_accuracy("autoflip", mask_of, 0.3, threshold=0.7, shuffle=True),
+        ),
+        "fedzo": lambda: Claim(
+            "with 10 local steps gets closer in 10 rounds than with 1, when clients are alike",
+            DISTANCE,
+            True,
+            distance("fedzo", num_steps=10, num_directions=5, **few),
+            distance("fedzo", num_steps=1, num_directions=5, **few),
+        ),
+        "fedprox_zo": exact("stalls closer to the optimum than FedZO", "fedprox_zo", "fedzo", values, proximal=0.1),
+        "scaffold_zo": exact("converges with everyone, where FedZO stalls", "scaffold_zo", "fedzo", values),
+        "fzoos": lambda: Claim(
+            "gets closer than FedZO in 10 rounds of 5 steps, from 260 queries a client instead of 550",
+            DISTANCE,
+            True,
+            distance("fzoos", lr=0.1, **surrogates, **short),
+            distance("fedzo", lr=1.0, num_directions=10, **short),
         ),
         "fedsam": lambda: Claim(flat, rise, True, sharpness("fedsam", (("rho", 0.2),)), sharpness("fedavg")),
         "fedasam": lambda: Claim(flat, rise, True, sharpness("fedasam", (("rho", 1.0),)), sharpness("fedavg")),

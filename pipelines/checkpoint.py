@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fedjax_core import checks
+from pipelines import processes
 
 _PREFIX = "round-"
 _TEMPORARY = "unfinished-"
@@ -35,7 +36,8 @@ class Saved(NamedTuple):
 
     Attributes:
       round: rounds done.
-      state: pytree like the one that was saved; numpy arrays, and typed keys where there were such.
+      state: pytree like the one that was saved; numpy arrays (on a mesh: see `restore_latest`), and typed keys where
+        there were such.
       arrays: name to array, as saved.
       info: what the caller wrote down beside, JSON values.
     """
@@ -57,6 +59,9 @@ def save(
 ) -> Path:
     """Saves a checkpoint and removes all but the `keep` latest up to this round.
 
+    With several processes, all of them call this, each writes its part of what is spread over them, and the first one
+    the rest; the folder must be one that they share.
+
     Args:
       folder: holds the checkpoints of one run of one method.
       round: rounds done.
@@ -68,16 +73,23 @@ def save(
     Returns:
       The folder of this checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
-    temporary = folder / f"{_TEMPORARY}{round:08d}"
-    leaves = {name: np.asarray(leaf) for name, (leaf, _) in _flat(state).items()}
+    temporary, final = folder / f"{_TEMPORARY}{round:08d}", folder / f"{_PREFIX}{round:08d}"
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+
+    leaves = {name: _whole(leaf) for name, (leaf, _) in _flat(state).items()}
     # orbax refuses arrays without elements; there is nothing in them to save.
     filled = {name: leaf for name, leaf in leaves.items() if leaf.size}
-    temporary.mkdir()
+    processes.first_does(prepare)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save((temporary / "state").resolve(), filled)
+    processes.wait_for_all("checkpoint")
+    if not processes.is_first():
+        return final
     np.savez(temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]
     manifest = {
         "format": _FORMAT,
@@ -87,7 +99,6 @@ def save(
         "sha256": {str(p.relative_to(temporary).as_posix()): _digest(p) for p in _files(temporary)},
     }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    final = folder / f"{_PREFIX}{round:08d}"
     if final.exists():  # damaged, or we would have gone on from it
         _remove(final)
     temporary.rename(final)
@@ -104,21 +115,23 @@ def restore_latest(folder: Path, expected: Any, expected_name: str = "the state 
     Args:
       folder: as for `save`.
       expected: pytree with the structure, shapes and dtypes of the saved state (arrays or `jax.ShapeDtypeStruct`).
+        Where such a struct has a sharding the array is put there, and no process reads more than its part.
       expected_name: for the error.
 
     Raises:
       ValueError: if a whole checkpoint holds a state of another structure, with the first leaf that differs.
     """
-    if not folder.exists():
-        return None
-    for path in reversed(_folders(folder)):
+    name = processes.first_does(lambda: _latest_whole(folder))
+    return None if name is None else _restore(folder / name, expected, expected_name)
+
+
+def _latest_whole(folder: Path) -> str | None:
+    """Name of the latest checkpoint that is whole."""
+    for path in reversed(_folders(folder)):  # none where there is no folder
         damage = verify(path)
-        if damage:
-            warnings.warn(
-                f"checkpoint {path} is damaged ({damage}): using the one before", CheckpointWarning, stacklevel=2
-            )
-            continue
-        return _restore(path, expected, expected_name)
+        if not damage:
+            return path.name
+        warnings.warn(f"checkpoint {path} is damaged ({damage}): using the one before", CheckpointWarning, stacklevel=3)
     return None
 
 
@@ -160,9 +173,17 @@ def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
             )
     filled = [name for name, leaf in got.items() if np.prod(leaf.shape)]
     template = {name: np.zeros((), got[name].dtype) for name in filled}
-    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in filled}
+
+    def how(name: str) -> ocp.RestoreArgs:
+        leaf, kind = wanted[name]
+        sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) and kind == "array" else None
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape)
+
+    restore_args = {name: how(name) for name in filled}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        loaded = checkpointer.restore((path / "state").resolve(), item=template, restore_args=as_numpy)
+        loaded = checkpointer.restore((path / "state").resolve(), item=template, restore_args=restore_args)
     leaves = []
     for name, (_, kind) in wanted.items():
         leaf: Any = loaded[name] if name in loaded else np.zeros(got[name].shape, got[name].dtype)
@@ -171,6 +192,12 @@ def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
     with np.load(path / "arrays.npz", allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     return Saved(int(manifest["round"]), state, arrays, manifest["info"])
+
+
+def _whole(leaf: Any) -> Any:
+    """The array as numpy's, or as it is where it is spread over processes."""
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
+    return leaf if spread else np.asarray(leaf)
 
 
 def _flat(tree: Any) -> dict[str, tuple[Any, str]]:

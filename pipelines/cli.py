@@ -1,4 +1,4 @@
-"""The command line: `fedjax-core train`, `fedjax-core federate` and `fedjax-core list`."""
+"""The command line: `fedjax-core train`, `fedjax-core federate`, `fedjax-core continual` and `fedjax-core list`."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,15 @@ from rich.text import Text
 
 from fedjax_core import samplers
 from pipelines import cache as kept
-from pipelines import data, heterogeneity, methods, progress
+from pipelines import continual_config, data, heterogeneity, methods, progress
+from pipelines import processes as several
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.names import pick
 from pipelines.progress import duration, size
+from pipelines.zeroth_order_command import zeroth_order
 
 _DEFAULTS = Config()
+_LOST = 3
 
 
 class _Option(click.Option):
@@ -141,9 +144,14 @@ def main() -> None:
     \b
     fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
     fedjax-core federate         describe and draw a federation before anything is trained
+    fedjax-core continual        learn one task after another, and see what is forgotten
     fedjax-core list             what there is to choose from
     fedjax-core list scaffold    a method's card and hyper-parameters
+    fedjax-core zeroth-order     compare methods that have function values and no gradients
     """
+
+
+main.add_command(zeroth_order)
 
 
 _EXAMPLES = """
@@ -158,10 +166,12 @@ Examples:
   fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
 
 A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. Exit codes: 0 done,
-1 the loss or the model is no longer finite, 2 a mistake in the arguments, 130 stopped by Ctrl-C.
+1 the loss or the model is no longer finite, 2 a mistake in the arguments, 3 another process of the run is gone, 130
+stopped by Ctrl-C.
 """
 
 _CPU = "on the processor"
+_PROCESSES = "Join the other processes of a run on several machines; each gives the same command."
 
 
 @main.command(
@@ -229,10 +239,27 @@ _CPU = "on the processor"
     "Run", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
 )
 @_option("Run", "--quiet", is_flag=True, help="Print nothing but errors.")
-@_option("Machine", "--lanes", type=int, metavar="N", help=f"Clients trained at the same time.  [default: 1 {_CPU}]")
 @_option(
-    "Machine", "--mesh", type=int, metavar="N", help=f"Devices to spread the cohort over ({_CPU} they are threads)."
+    "Machine",
+    "--mesh",
+    type=int,
+    metavar="N",
+    help=f"Devices to spread the cohort over; {_CPU} cores stand in for them.  [default: all]",
 )
+@_option(
+    "Machine",
+    "--lanes",
+    type=int,
+    metavar="N",
+    help=f"Clients trained at the same time.  [default: one a core {_CPU}, else tried out once]",
+)
+@_option("Machine", "--model-parallel", type=int, metavar="N", help="Devices of the mesh that share a client's model.")
+@_option("Machine", "--convolution", metavar="NAME", help="auto (tried out off the processor), dots or native.")
+@_option("Machine", "--memory", type=float, metavar="GIB", help="What one device may use.  [default: what it has]")
+@_option("Machine", "--processes", is_flag=True, show_default=False, help=_PROCESSES)
+@_option("Machine", "--coordinator", metavar="HOST:PORT", help="--processes: the first one, where no cluster says.")
+@_option("Machine", "--num-processes", type=int, metavar="N", help="--processes: how many, where no cluster says.")
+@_option("Machine", "--process-id", type=int, metavar="I", help="--processes: which this is, where no cluster says.")
 @_option(
     "Machine",
     "--staged",
@@ -248,7 +275,17 @@ _CPU = "on the processor"
     help="Keep compiled programs in the user's cache folder, so that a second run starts at once.",
 )
 @click.pass_context
-def train(ctx: click.Context, out: Path | None, quiet: bool, cache: bool, **values: Any) -> None:
+def train(
+    ctx: click.Context,
+    out: Path | None,
+    quiet: bool,
+    cache: bool,
+    processes: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    **values: Any,
+) -> None:
     """Train and compare federated methods; the help text is given above."""
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if cache:
@@ -264,22 +301,42 @@ def train(ctx: click.Context, out: Path | None, quiet: bool, cache: bool, **valu
         for name in chosen:
             methods.describe(name)
         config = Config(**values | {"methods": tuple(chosen), "settings": parse_settings(values["settings"], chosen)})
-        if config.mesh is not None and config.mesh > 1:
-            with contextlib.suppress(RuntimeError):  # too late in a process that has used JAX already
-                jax.config.update("jax_num_cpu_devices", config.mesh)
+        several.cores_as_devices(None if processes else config.mesh)
+        if processes and not several.is_supervised():
+            sys.exit(_supervised(out or Path("runs") / config.slug()))
+        if processes:
+            several.connect(coordinator, num_processes, process_id)
+        elif coordinator is not None or num_processes is not None or process_id is not None:
+            raise ValueError("--coordinator, --num-processes and --process-id are for --processes: add it")
     out = out or Path("runs") / config.slug()
     console = Console(soft_wrap=True, highlight=False)
+    quiet = quiet or not several.is_first()
     reporter = progress.silent() if quiet else progress.bar(console) if console.is_terminal else progress.plain()
-    sys.exit(_train(ctx, config, out, reporter))
+    status = _train(ctx, config, out, explicit, reporter)
+    if status == _LOST:
+        several.leave(status)
+    sys.exit(status)
 
 
-def _train(ctx: click.Context, config: Config, out: Path, reporter: progress.Reporter) -> int:
+def _supervised(out: Path) -> int:
+    """Runs this command in a process of its own and returns the exit code."""
+    try:
+        return several.supervise(sys.argv[1:], out)
+    except several.Lost as error:
+        click.echo(f"Error: {error}", err=True)
+        return _LOST
+
+
+def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], reporter: progress.Reporter) -> int:
     """Runs a configuration and returns the exit code."""
-    from pipelines import report, setup
+    from pipelines import plans, report, setup
     from pipelines import train as driver
 
     with jax.enable_x64(config.x64), _warnings_as_lines():
         with _usage_errors(ctx):
+            # A run that goes on keeps its plan, and with it its numbers to the last bit.
+            saved = driver.saved_config(out)
+            config = plans.kept(config, saved, explicit) if saved is not None else plans.tuned(config, reporter)
             experiment = setup.prepare(config)
             driver.claim(out, config)
         for line in report.described(experiment):
@@ -292,6 +349,12 @@ def _train(ctx: click.Context, config: Config, out: Path, reporter: progress.Rep
         reporter.say(f"results: {out}")
         try:
             results = driver.run(experiment, out, reporter=reporter)
+        except driver.Refused as error:
+            click.echo(f"Error: {error}", err=True)
+            return 2
+        except several.Lost as error:
+            click.echo(f"Error: {error}", err=True)
+            return _LOST
         except driver.Interrupted as stop:
             click.echo(stop.message, err=True)
             return 128 + stop.signal
@@ -401,6 +464,41 @@ def _saved_federation(values: dict[str, Any], explicit: set[str]) -> dict[str, A
                 f"leave {flag} out, or make another federation"
             )
     return fields | {"federation_digest": digest}
+
+
+@main.command(
+    short_help="Learn one task after another, and see what is forgotten.",
+    help="""Train methods on one task after another and measure what they still know of the tasks before.
+
+\b
+Examples:
+  fedjax-core continual
+  fedjax-core continual --methods fot,fedavg,ewc,fedprox,joint
+  fedjax-core continual --scenario split --dataset cifar10 --model cnn --tasks 5 --rounds 20
+  fedjax-core continual --dataset mnist --data-dir DIR --tasks 10 --rounds 200 --clients 125 --cohort-size 64 \\
+      --hidden 400,400,400 --dropout 0.2,0.5,0.5 --batch-size 64 --client-lr 0.01 --energy 0.96
+
+In the run directory are accuracy.png, the test accuracy on every task after every task, the same as accuracy.csv, and
+summary.json. A run that was stopped goes on when the same command is given again, and other methods may join it. Exit
+codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments.
+""",
+)
+@continual_config.options
+@click.option("--save-every", type=int, default=50, show_default=True, metavar="N", help="Rounds between checkpoints.")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/continual", show_default=True, metavar="DIR")
+@click.pass_context
+def continual(ctx: click.Context, out: Path, save_every: int, **values: Any) -> None:
+    """Learn one task after another; the help text is given above."""
+    from pipelines.continual import run
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with _warnings_as_lines(), _usage_errors(ctx):
+        try:
+            run(continual_config.from_options(values), out, save_every=save_every, reporter=progress.plain())
+        except FloatingPointError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+    click.echo(f"written: {out / 'accuracy.png'}, accuracy.csv, summary.json, checkpoints")
 
 
 @main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers.")

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from fedjax_core import checks
 from pipelines import methods
@@ -73,8 +73,12 @@ class Config:
       client_lr: learning rate of the clients.
       client_momentum: momentum of the clients (sgd only).
       client_lr_decay: factor on the clients' learning rate after every round.
-      lanes: clients trained at the same time, or None for the backend's default.
+      lanes: clients trained at the same time, or None for the backend's default. Like the next four it says how the
+        machine is used: another one is the same run, but for its last bits.
       mesh: number of devices, or None for one without a mesh.
+      model_parallel: devices that share the model of one client, a divisor of `mesh`.
+      convolution: "auto", "dots" or "native" (`models.convolution`).
+      memory: GiB that one device may use; None for what it has.
       x64: double precision.
       target: test accuracy for which the rounds are counted.
     """
@@ -130,6 +134,9 @@ class Config:
     client_lr_decay: float = 1.0
     lanes: int | None = None
     mesh: int | None = None
+    model_parallel: int = 1
+    convolution: Literal["auto", "dots", "native"] = "auto"
+    memory: float | None = None
     x64: bool = False
     target: float = 0.95
 
@@ -146,6 +153,14 @@ class Config:
             checks.scalar(name, getattr(self, name), low=0, high=1)
         checks.scalar("alpha", self.alpha, low=0, low_open=True)
         checks.scalar("imbalance", self.imbalance, low=1)
+        checks.one_of("convolution", self.convolution, ("auto", "dots", "native"))
+        if self.memory is not None:
+            checks.scalar("memory", self.memory, low=0, low_open=True)
+        if (self.mesh or 1) % self.model_parallel:
+            raise ValueError(
+                f"model_parallel={self.model_parallel} does not divide mesh={self.mesh or 1}: a mesh has "
+                "model_parallel devices for every client that is trained at a time"
+            )
         checks.scalar("severity", self.severity, low=0)
         for name in ("validation_share", "test_share"):
             checks.scalar(name, getattr(self, name), low=0, high=1, high_open=True)
@@ -208,7 +223,10 @@ class Config:
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Fields that differ and make another run: name to (here, there)."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in _PLACES]
+        return self._differences(other, (*_PLACES, *MACHINE_FIELDS))
+
+    def _differences(self, other: "Config", but: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+        names = [f.name for f in dataclasses.fields(self) if f.name not in but]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -218,7 +236,7 @@ class Config:
         for place in _PLACES:
             if getattr(self, place) is not None:
                 words += ["--" + place.replace("_", "-"), getattr(self, place)]
-        for name, (value, _) in self.differences(Config()).items():
+        for name, (value, _) in self._differences(Config(), _PLACES).items():
             flag = "--" + name.replace("_", "-")
             if name == "federation_digest" or (self.federation is not None and name in FEDERATION_FIELDS):
                 continue  # the saved federation says it
@@ -242,7 +260,8 @@ class Config:
 
     def slug(self) -> str:
         """A short readable name, the same for the same configuration and for no other."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _PLACES}
+        but = (*_PLACES, *MACHINE_FIELDS)
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in but}
         digest = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.federation_slug()}-{self.model}-{digest}"
 
@@ -282,6 +301,9 @@ FEDERATION_FIELDS = (
 )
 """The fields of `Config` that say what the federation is."""
 
+MACHINE_FIELDS = ("lanes", "mesh", "model_parallel", "convolution", "memory")
+"""The fields of `Config` that say how the machine is used."""
+
 _PLACES = ("data_dir", "federation")
 _COUNTS = {
     "sequence_length": "a window has at least one position",
@@ -300,6 +322,7 @@ _COUNTS = {
     "steps": "to leave clients out, sample fewer",
     "lanes": "1 trains one client after another",
     "mesh": "a mesh has at least one device",
+    "model_parallel": "1 keeps every model whole on one device",
 }
 _OPTIONAL = ("clients", "epochs", "steps", "lanes", "mesh")
 

@@ -116,7 +116,7 @@ def build(
     num_clients: int,
     settings: Mapping[str, Value],
     local: Mapping[str, Any],
-    model_functions: Mapping[str, Callable[..., Any]],
+    model_functions: Mapping[str, Any],
 ) -> Algorithm:
     """Builds a method.
 
@@ -127,8 +127,8 @@ def build(
       num_clients: size of the population, for the methods that keep state for every client.
       settings: hyper-parameters by name; the others are `RECOMMENDED` or the factory's own.
       local: the options every method takes (`fedjax_core.LocalOptions`); entries that are None are left out.
-      model_functions: functions of the model besides its loss, by the name of the argument (`features`), for the
-        methods that have it.
+      model_functions: functions of the model besides its loss, by the name of the argument (`features`, `inputs`,
+        `logits`), and the widths of its layers (`layers`), for the methods that have it.
 
     Raises:
       ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.

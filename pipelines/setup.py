@@ -22,7 +22,7 @@ from fedjax_core import (
     Plan,
     Population,
     Sampler,
-    checks,
+    client_mesh,
     samplers,
     split_tables,
 )
@@ -49,7 +49,8 @@ class Experiment(NamedTuple):
       loss_fn: `loss_fn(params, batch, key) -> [B]`.
       sampler: who takes part.
       algorithms: name to method, in the order they run.
-      mesh: the devices, or None.
+      plan: how the hardware is used.
+      make: `make(method, plan) -> Algorithm`.
       keys: keys[S], one per seed, the same for every method: the same initial models, cohorts and batches.
     """
 
@@ -62,13 +63,19 @@ class Experiment(NamedTuple):
     loss_fn: LossFn
     sampler: Sampler
     algorithms: dict[str, Algorithm]
-    mesh: Mesh | None
+    plan: Plan
+    make: Callable[[str, Plan], Algorithm]
     keys: Key
 
     @property
     def dataset(self) -> Dataset:
         """The data set, inputs as the clients see them."""
         return self.federation.dataset
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices, or None."""
+        return self.plan.mesh
 
     @property
     def seeds(self) -> list[int]:
@@ -89,8 +96,8 @@ def _token_model(name: str, build: Callable[[int, int], models.Model], dataset: 
 MODELS: dict[str, Callable[[Dataset, Config], models.Model]] = {
     "logistic_regression": lambda d, c: models.logistic_regression(d.input_shape, d.num_classes),
     "mlp": lambda d, c: models.mlp(d.input_shape, d.num_classes, hidden=c.hidden),
-    "cnn": lambda d, c: models.cnn(d.input_shape, d.num_classes),
-    "resnet18_gn": lambda d, c: models.resnet18_gn(d.input_shape, d.num_classes),
+    "cnn": lambda d, c: models.cnn(d.input_shape, d.num_classes, convolution=c.convolution),
+    "resnet18_gn": lambda d, c: models.resnet18_gn(d.input_shape, d.num_classes, convolution=c.convolution),
     "char_lstm": lambda d, c: _token_model("char_lstm", lambda vocab, length: models.char_lstm(vocab), d),
     "transformer": lambda d, c: _token_model(
         "transformer", lambda vocab, length: models.transformer(vocab, length, num_layers=2, dim=128, num_heads=4), d
@@ -137,7 +144,7 @@ def prepare(config: Config) -> Experiment:
     population = federation.host_population("train") if config.staged else federation.population("train")
     model = MODELS[config.model](dataset, config)
     inputs = data.normalized(model, dataset.normalization)
-    mesh = _mesh(config.mesh)
+    plan = Plan(config.lanes, _mesh(config.mesh, config.model_parallel))
     if dataset.is_sequence:
         loss_fn = models.losses.sequence_cross_entropy(inputs, dataset.pad_id)
         metric_fn = models.metrics.sequence(inputs, dataset.pad_id)
@@ -147,14 +154,38 @@ def prepare(config: Config) -> Experiment:
     def features(params: Any, batch: Any, key: Key) -> Array:
         return inputs.features(params, batch["x"], key)
 
+    def logits(params: Any, batch: Any, key: Key) -> Array:
+        return inputs.apply(params, batch["x"], key)
+
+    def layer_inputs(params: Any, batch: Any) -> dict[str, Array]:
+        return models.capture.layer_inputs(inputs.apply)(params, batch["x"])
+
+    one = jax.tree.map(lambda leaf: leaf[:1], dataset.test["x"])
+    params = jax.eval_shape(model.init, jax.random.key(0))
     local = {
         "batch_size": config.batch_size,
         "num_epochs": config.epochs,
         "num_steps": config.steps,
         "order": config.order,
         "weights": config.weights,
-        "plan": Plan(config.lanes, mesh),
     }
+
+    def make(name: str, plan: Plan) -> Algorithm:
+        return methods.build(
+            name,
+            loss_fn,
+            client_optimizer(config, name),
+            num_clients=population.num_clients,
+            settings=config.method_settings(name),
+            local=local | {"plan": plan},
+            model_functions={
+                "features": features,
+                "inputs": layer_inputs,
+                "layers": models.capture.layer_widths(inputs.apply, params, one),
+                "logits": logits,
+            },
+        )
+
     experiment = Experiment(
         config=config,
         federation=federation,
@@ -164,22 +195,17 @@ def prepare(config: Config) -> Experiment:
         metric_fn=metric_fn,
         loss_fn=loss_fn,
         sampler=SAMPLERS[config.sampler](config, population),
-        algorithms={
-            name: methods.build(
-                name,
-                loss_fn,
-                client_optimizer(config, name),
-                num_clients=population.num_clients,
-                settings=config.method_settings(name),
-                local=local,
-                model_functions={"features": features},
-            )
-            for name in config.methods
-        },
-        mesh=mesh,
+        algorithms={name: make(name, plan) for name in config.methods},
+        plan=plan,
+        make=make,
         keys=jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds)),
     )
-    for algorithm in experiment.algorithms.values():
+    for name, algorithm in experiment.algorithms.items():
+        if config.staged and hasattr(algorithm, "explore"):
+            raise ValueError(
+                f"{name} explores with all clients before the first round, but staged=True brings only the clients of "
+                "one round to the device: leave out --staged"
+            )
         # Tracing one round finds what does not fit together, without compiling.
         jax.eval_shape(partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys)
     return experiment
@@ -194,6 +220,17 @@ def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> A
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), state)
 
     return jax.vmap(one)(keys)
+
+
+def explored(algorithm: Algorithm, states: Any, population: Population, keys: Key) -> Any:
+    """States [S, ...] after the exploration of a method that has one (`fedlex.explore`); all clients are asked."""
+    explore = getattr(algorithm, "explore", None)
+    if explore is None:
+        return states
+    cohort = population.cohort(jnp.arange(population.num_clients))
+    # A key of its own: the rounds split theirs.
+    keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xE8))(keys)
+    return jax.vmap(explore, (0, None, 0))(states, cohort, keys)
 
 
 def run_keys(key: Key) -> tuple[Key, Key]:
@@ -261,7 +298,7 @@ def in_precision(dataset: Dataset) -> Dataset:
 
 
 def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
-    """Bytes a run of a method will need, by what needs them.
+    """Bytes a run of a method will need on each device, by what needs them.
 
     data: training and test examples. state: global models and rows of all clients, of all seeds. local training: per
     lane the model, its gradient, an update and the optimizer's state, and the values kept for the backward pass; per
@@ -278,8 +315,9 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     staged = isinstance(experiment.population, HostPopulation)
     opt = client_optimizer(config, method)
     opt_state = jax.eval_shape((opt(jnp.int32(0)) if callable(opt) else opt).init, params)
-    # One step's program holds the whole mesh's lanes; a device has its share of them.
-    lanes = Plan(config.lanes, experiment.mesh).lanes_per_device(slots * config.seeds)
+    # One step's program holds the whole mesh's lanes; a device has its share of them, and of the tables' rows.
+    lanes = experiment.plan.lanes_per_device(slots * config.seeds)
+    table = _bytes(rows) - _bytes(rows) // experiment.plan.num_devices
     batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[: config.batch_size], e), experiment.test)
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
@@ -292,7 +330,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     training += 2 * sum(_bytes(leaf) // num_clients for leaf in rows) * slots
     return {
         "data": _training_bytes(experiment, slots) + _bytes(experiment.test),
-        "state": _bytes(states) - (_bytes(rows) if staged else 0),
+        "state": _bytes(states) - (_bytes(rows) if staged else table),
         "local training": training,
         "evaluation": config.seeds * _traced_bytes(experiment.metric_fn, params, test_batch),
     }
@@ -321,17 +359,16 @@ def _training_bytes(experiment: Experiment, slots: int) -> int:
     return 2 * int(largest) * each
 
 
-def _mesh(num_devices: int | None) -> Mesh | None:
-    if num_devices is None:
+def _mesh(num_devices: int | None, model_parallel: int) -> Mesh | None:
+    if num_devices is None and jax.process_count() == 1:
         return None
-    checks.positive_int("mesh", num_devices, "a mesh has at least one device")
     devices = jax.devices()
-    if num_devices > len(devices):
+    if num_devices is not None and num_devices > len(devices):
         raise ValueError(
             f"mesh={num_devices} but there are {len(devices)} {devices[0].platform} devices: lower it (the processor "
             f"can stand in for several with JAX_NUM_CPU_DEVICES={num_devices})"
         )
-    return Mesh(np.asarray(devices[:num_devices]), ("clients",))
+    return client_mesh(num_devices, model=model_parallel)
 
 
 def _bytes(tree: Any) -> int:

@@ -27,27 +27,16 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from filelock import FileLock, Timeout
 
-from fedjax_core import (
-    Algorithm,
-    HostPopulation,
-    continue_rounds,
-    continue_staged,
-    evaluate,
-    evaluate_examples,
-    init_on_host,
-    join_tables,
-    split_tables,
-)
-from pipelines import checkpoint, files, heterogeneity, history, methods, report
-from pipelines.config import Config
+from fedjax_core import Algorithm, evaluate_examples, out_of_memory, split_tables
+from pipelines import checkpoint, engines, files, heterogeneity, history, methods, plans, processes, report
+from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.federation import Federation
 from pipelines.history import History
 from pipelines.progress import Progression, Reporter, duration, silent, size
-from pipelines.setup import EVAL_BATCH, Experiment, initial_states, prepare, run_keys
+from pipelines.setup import EVAL_BATCH, Experiment, initial_states, prepare
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -65,6 +54,14 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 
 class Diverged(Exception):  # noqa: N818 (named for what happened)
     """The loss or the model is no longer finite; the last good state is saved."""
+
+
+class Refused(ValueError):  # noqa: N818 (named for what happened)
+    """The run cannot be made here: memory suffices for no plan, or another process is at work in the directory."""
+
+
+class _OutOfMemory(Exception):  # noqa: N818 (named for what happened)
+    """The compiled rounds need more memory than there is."""
 
 
 class Result(NamedTuple):
@@ -98,13 +95,20 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
 
     Raises:
       ValueError: if the directory belongs to another configuration, or to something else.
+      Refused: if another process is at work in it, or memory suffices for no plan.
       Interrupted: after SIGINT or SIGTERM, once the chunk is done and saved. A second signal ends the process.
       Diverged: if the loss or the model is no longer finite.
+      Lost: if another process of the run is gone.
     """
-    reporter = reporter or silent()
+    reporter = (reporter if processes.is_first() else None) or silent()
     out = Path(out)
     claim(out, experiment.config)
-    for name, then, now in _changed_versions(out):
+    with _sole_use(out), _all_processes(out):
+        return _run(experiment, out, reporter)
+
+
+def _run(experiment: Experiment, out: Path, reporter: Reporter) -> dict[str, Result]:
+    for name, then, now in _changed(out, experiment.config):
         reporter.say(f"note: this run was begun with {name} {then} and goes on with {now}: last bits may differ")
     results: dict[str, Result] = {}
     with _stop_requests(reporter) as stop_signal:
@@ -115,7 +119,9 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
                 reporter.finish()
     histories = {name: result.history for name, result in results.items()}
     info = {name: result.info for name, result in results.items()}
-    report.write(out, experiment, histories, info, versions())
+    if processes.is_first():
+        report.write(out, experiment, histories, info, versions())
+    processes.wait_for_all("report")
     return results
 
 
@@ -157,12 +163,22 @@ def read_config(out: Path) -> Config:
         raise ValueError(f"{path} cannot be read ({error}): choose another --out") from None
 
 
+def saved_config(out: Path) -> Config | None:
+    """The configuration of the run in a directory, or None if there is none."""
+    found = processes.first_does(lambda: read_config(out).to_json() if (out / "config.json").exists() else None)
+    return None if found is None else Config.from_json(found)
+
+
 def claim(out: Path, config: Config) -> None:
     """Makes `out` the run directory of `config`, or checks that it is.
 
     Raises:
       ValueError: if it holds a run of another configuration (with the fields that differ), or something else.
     """
+    processes.first_does(lambda: _claim(out, config))
+
+
+def _claim(out: Path, config: Config) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: choose a directory")
     out.mkdir(parents=True, exist_ok=True)
@@ -183,10 +199,13 @@ def claim(out: Path, config: Config) -> None:
     files.write_text(out / "config.json", json.dumps(content, indent=2) + "\n")
 
 
-def _changed_versions(out: Path) -> list[tuple[str, str, str]]:
-    """(name, version that began the run, version now) of everything that has changed since."""
-    then = json.loads((out / "config.json").read_text()).get("versions", {})
-    return [(name, then[name], now) for name, now in versions().items() if name in then and then[name] != now]
+def _changed(out: Path, config: Config) -> list[tuple[str, Any, Any]]:
+    """(name, version or setting that began the run, the one now) of everything that has changed since."""
+    content = json.loads((out / "config.json").read_text())
+    machine = {name: (content["config"].get(name), getattr(config, name)) for name in MACHINE_FIELDS}
+    then = content.get("versions", {})
+    pairs = {name: (then.get(name), now) for name, now in versions().items()} | machine
+    return [(name, before, now) for name, (before, now) in pairs.items() if before is not None and before != now]
 
 
 def _run_method(
@@ -197,12 +216,38 @@ def _run_method(
     reporter: Reporter,
     stop_signal: Callable[[], int],
 ) -> Result:
+    """Runs a method with the plan of the experiment, or with the first smaller one that memory suffices for."""
+    experiment = plans.fitted(experiment, name, reporter)
+    while True:
+        try:
+            return _run_with_plan(experiment, name, out, finished, reporter, stop_signal)
+        except (_OutOfMemory, jax.errors.JaxRuntimeError) as error:
+            if not (isinstance(error, _OutOfMemory) or out_of_memory(error)) or jax.process_count() > 1:
+                raise
+            less, said = plans.smaller(experiment), str(error).splitlines()[0]
+        # Outside of the except block, where the error would keep the arrays of the failed attempt alive.
+        if less is None:
+            raise Refused(
+                f"{name} does not fit into memory ({said}): keep examples and client state in host memory with "
+                "--staged, or lower --batch-size, --cohort-size or --seeds"
+            )
+        reporter.say(f"{name}: {said}; going on with {plans.described(less)}")
+        experiment = plans.with_plan(experiment, name, less)
+
+
+def _run_with_plan(
+    experiment: Experiment,
+    name: str,
+    out: Path,
+    finished: dict[str, Result],
+    reporter: Reporter,
+    stop_signal: Callable[[], int],
+) -> Result:
     config, algorithm, folder = experiment.config, experiment.algorithms[name], _folder(out, name)
-    engine = (_staged_engine if config.staged else _engine)(experiment, algorithm)
-    expected = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
+    engine = engines.engine(experiment, algorithm)
 
     def first() -> tuple[Any, History, int, dict[str, Any]]:
-        saved = checkpoint.restore_latest(folder, expected, f"the state of {name}")
+        saved = checkpoint.restore_latest(folder, engine.expected, f"the state of {name}")
         if saved is None:
             return engine.start(), {}, 0, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0}
         return engine.place(saved.state), saved.arrays, saved.round, saved.info
@@ -211,8 +256,8 @@ def _run_method(
     if round >= config.rounds:
         reporter.say(f"{name}: complete, {round} rounds")
         return Result(measured, info)
-    if stop_signal():
-        raise _interruption(experiment, out, name, round, stop_signal())
+    if stop := processes.highest(stop_signal()):
+        raise _interruption(experiment, out, name, round, stop)
     if round:
         reporter.say(f"{name}: going on after round {round}")
 
@@ -224,11 +269,18 @@ def _run_method(
     seconds = time.monotonic() - begin
     info["compile_seconds"] += seconds
     info["memory"] = max(chunk.needed for chunk in chunks.values())
+    if info["memory"] > plans.device_memory(experiment):
+        raise _OutOfMemory(
+            f"{plans.described(experiment.plan)} needs {size(info['memory'])} and a device has "
+            f"{size(plans.device_memory(experiment))}"
+        )
     if not config.staged:
         reporter.say(f"{name}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
     def save() -> None:
         checkpoint.save(folder, round, state, measured, info)
+        if not processes.is_first():
+            return
         everything = {**{n: result.history for n, result in finished.items()}, name: measured}
         text = history.to_csv(everything, experiment.seeds, history.evaluated_rounds(config.rounds, config.eval_every))
         files.write_text(out / "metrics.csv", text)
@@ -261,135 +313,12 @@ def _run_method(
         reporter.update(Progression(name, round, config.rounds, speed, loss, accuracy))
         if round == config.rounds:
             measured |= _per_client(experiment, algorithm, state)
-        if round % config.checkpoint_every == 0 or round == config.rounds or stop_signal():
+        stop = processes.highest(stop_signal())
+        if round % config.checkpoint_every == 0 or round == config.rounds or stop:
             save()
-        if stop_signal() and round < config.rounds:
-            raise _interruption(experiment, out, name, round, stop_signal())
+        if stop and round < config.rounds:
+            raise _interruption(experiment, out, name, round, stop)
     return Result(measured, info)
-
-
-class _Chunk(NamedTuple):
-    """Some rounds and an evaluation, compiled.
-
-    Attributes:
-      run: `run(state) -> (state, metrics, scores, whether the models are finite)`, for all seeds; it takes the state
-        over.
-      needed: bytes that the compiled program needs on one device, 0 if that is not known.
-    """
-
-    run: Callable[[Any], Any]
-    needed: int
-
-
-class _Engine(NamedTuple):
-    """How the rounds are run.
-
-    Attributes:
-      start: `start() -> state`, before the first round.
-      place: `place(restored state) -> state`, where the chunks want it.
-      compile: `compile(number of rounds, state) -> _Chunk`.
-    """
-
-    start: Callable[[], Any]
-    place: Callable[[Any], Any]
-    compile: Callable[[int, Any], _Chunk]
-
-
-def _engine(experiment: Experiment, algorithm: Algorithm) -> _Engine:
-    """Everything on the device; a chunk is one compiled call."""
-    move = _placement(experiment)
-    population, test, keys = move((experiment.population, experiment.test, experiment.keys))
-    sharding = None if experiment.mesh is None else NamedSharding(experiment.mesh, PartitionSpec())
-
-    def start() -> Any:
-        return move(jax.jit(partial(initial_states, experiment, algorithm))(keys))
-
-    def place(state: Any) -> Any:
-        # A copy: the arrays that come from numpy are not XLA's to give away.
-        return move(jax.tree.map(jnp.copy, state))
-
-    def compile(length: int, state: Any) -> _Chunk:
-        # It takes the state over, so that there are never two of it.
-        jitted = jax.jit(_chunk(experiment, algorithm, length), donate_argnums=0, out_shardings=sharding)
-        compiled = jitted.lower(state, population, test, keys).compile()
-        return _Chunk(lambda state: compiled(state, population, test, keys), _needed(compiled))
-
-    return _Engine(start, place, compile)
-
-
-def _chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable[..., Any]:
-    """`chunk(state, population, test, keys)`: what `_Chunk.run` returns, as a pure function."""
-    rounds = jax.vmap(continue_rounds(algorithm, experiment.sampler, length), (0, None, 0))
-    score = _scoring(experiment, algorithm)
-
-    def chunk(state: Any, population: Any, test: Any, keys: Any) -> Any:
-        state, metrics = rounds(state, population, _round_keys(keys))
-        return state, metrics, *score(state, test)
-
-    return chunk
-
-
-def _staged_engine(experiment: Experiment, algorithm: Algorithm) -> _Engine:
-    """Examples and client state on the host; a chunk is a loop of compiled rounds, which compile with the first."""
-    move, config, population = _placement(experiment), experiment.config, experiment.population
-    assert isinstance(population, HostPopulation)
-    test, keys = move((experiment.test, experiment.keys))
-    keys_of_rounds = jax.jit(_round_keys)(keys)
-
-    def start() -> Any:
-        states = partial(initial_states, experiment, algorithm)
-        device, tables = split_tables(init_on_host(states, keys, num_clients=population.num_clients, axis=1))
-        return join_tables(move(device), tables)
-
-    def place(state: Any) -> Any:
-        device, tables = split_tables(state)
-        return join_tables(move(device), jax.tree.map(np.array, tables))  # of our own: they are changed in place
-
-    def compile(length: int, state: Any) -> _Chunk:
-        rounds = continue_staged(algorithm, experiment.sampler, length, horizon=config.rounds, mesh=experiment.mesh)
-        score = jax.jit(_scoring(experiment, algorithm))
-
-        def chunk(state: Any) -> Any:
-            state, metrics = rounds(state, population, keys_of_rounds)
-            return state, metrics, *score(split_tables(state)[0], test)
-
-        return _Chunk(chunk, 0)
-
-    return _Engine(start, place, compile)
-
-
-def _round_keys(keys: Any) -> Any:
-    """The keys of the rounds, of every seed."""
-    return jax.vmap(lambda key: run_keys(key)[1])(keys)
-
-
-def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """`score(state, test) -> (scores, whether the models are finite)`, for all seeds."""
-    score = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-
-    def scoring(state: Any, test: Any) -> tuple[Any, Any]:
-        params = jax.vmap(algorithm.params)(state)
-        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return score(params, test), jnp.all(jnp.stack([jnp.bool_(True), *finite]))
-
-    return scoring
-
-
-def _placement(experiment: Experiment) -> Callable[[Any], Any]:
-    """Puts arrays where the compiled chunk wants them: with a mesh, whole on every device."""
-    if experiment.mesh is None:
-        return lambda tree: tree
-    everywhere = NamedSharding(experiment.mesh, PartitionSpec())
-    return lambda tree: jax.device_put(tree, everywhere)
-
-
-def _needed(chunk: Any) -> int:
-    """Bytes a compiled chunk needs on one device; 0 where the backend does not say."""
-    analysis = chunk.memory_analysis()
-    if analysis is None:
-        return 0
-    sizes = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-    return int(sizes - analysis.alias_size_in_bytes)
 
 
 def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> History:
@@ -411,7 +340,9 @@ def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> His
     if experiment.dataset.is_sequence:
         return found | {name.replace("train_", ""): value for name, value in found.items() if "train_" in name}
     on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-    tested = jax.jit(on_examples)(params, _placement(experiment)(experiment.test))
+    tested = jax.jit(on_examples, out_shardings=engines.whole(experiment))(
+        params, engines.placement(experiment)(experiment.test)
+    )
     shares = class_shares(experiment.federation)
     labels = np.asarray(experiment.dataset.test["y"])
     classes = np.unique(labels)  # a class without test examples cannot count
@@ -428,8 +359,9 @@ def _on_part(experiment: Experiment, params: Any, part: str) -> History:
     """Metrics of models [S, ...] on a part of the federation, mean over each client's examples, [S, N]."""
     host = experiment.federation.host_population(part)
     rows, block = host.rows_of(np.arange(host.num_clients)), 64 * EVAL_BATCH
-    score = jax.jit(jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None)))
-    place = _placement(experiment)
+    on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
+    score = jax.jit(on_examples, out_shardings=engines.whole(experiment))
+    place = engines.placement(experiment)
     values: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(rows), block):
         chosen = rows[start : start + block]
@@ -539,6 +471,41 @@ def _interruption(experiment: Experiment, out: Path, name: str, round: int, numb
     command = experiment.config.command(str(out))
     where = f"stopped before {name} began" if round == 0 else f"stopped after round {round} of {name}, which is saved"
     return Interrupted(number, f"{where}. The same command goes on from there:\n  {command}")
+
+
+@contextmanager
+def _sole_use(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the directory.
+
+    Raises:
+      Refused: if there is one already.
+    """
+    lock = FileLock(out / ".lock")
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise Refused(
+                f"another process is at work in {out}: wait until it has ended, or choose another --out"
+            ) from None
+
+    processes.first_does(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _all_processes(out: Path) -> Iterator[None]:
+    """Turns the runtime's error about a process that is gone into `processes.Lost`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or out_of_memory(error):
+            raise
+        raise processes.lost(out, str(error).splitlines()[0][:200]) from None
 
 
 @contextmanager

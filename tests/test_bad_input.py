@@ -41,6 +41,23 @@ def moon(features=softmax_features, **settings):
     return algorithms.moon(softmax_loss, SGD, features=features, num_clients=3, **settings)
 
 
+def fedld(logits=lambda params, batch, key: batch["x"], **settings):
+    return algorithms.fedld(softmax_loss, SGD, logits=logits, **settings)
+
+
+def fot(inputs=lambda params, batch: {"w": batch["x"]}, **settings):
+    return algorithms.fot(softmax_loss, SGD, inputs=inputs, **({"layers": {"w": 5}} | settings))
+
+
+def end_of_task(algorithm):
+    state = algorithm.init(softmax_params())
+    return jax.eval_shape(algorithm.end_task, state, population().cohort(np.array([0, 1])), jax.random.key(0))
+
+
+def fzoos(**settings):
+    return algorithms.fzoos(softmax_loss, SGD, num_clients=3, **settings)
+
+
 def fedstale(**settings):
     return algorithms.fedstale(softmax_loss, SGD, num_clients=3, **settings)
 
@@ -190,8 +207,56 @@ TABLE = [
         lambda: one_round(moon(features=lambda p, b, k: jnp.mean(b["x"], axis=0))),
         ["features", "float[20, ...]", "[5]", "do not average"],
     ),
+    ("nothing kept", lambda: fedld(kept=0.0), ["kept", "0", "(0, 1]"]),
+    ("penalty of nothing", lambda: fedld(penalty="none"), ["penalty", "'none'", "'batch'"]),
+    (
+        "logits averaged over the batch",
+        lambda: one_round(fedld(logits=lambda p, b, k: jnp.mean(b["x"], axis=0))),
+        ["logits", "float[20, C]", "[5]", "do not average"],
+    ),
+    ("unknown mode", lambda: algorithms.fedlex(softmax_loss, SGD, mode="all"), ["mode", "'all'", "'final_delta'"]),
+    ("no patience", lambda: algorithms.fedlex(softmax_loss, SGD, patience=0), ["patience", "0", "one epoch"]),
+    ("share of explorers", lambda: algorithms.fedlex(softmax_loss, SGD, explorers=2.0), ["explorers", "2", "[0, 1]"]),
+    ("no direction", lambda: algorithms.fedzo(softmax_loss, SGD, num_directions=0), ["num_directions", "0", "one"]),
+    ("difference of no length", lambda: algorithms.fedzo(softmax_loss, SGD, mu=0.0), ["mu", "0", "(0, inf]"]),
+    ("negative pull", lambda: algorithms.fedprox_zo(softmax_loss, SGD, proximal=-1.0), ["proximal", "-1", "[0, inf]"]),
+    (
+        "unknown option of SCAFFOLD-ZO",
+        lambda: algorithms.scaffold_zo(softmax_loss, SGD, num_clients=3, option="III"),
+        ["option", "'III'", "'II'"],
+    ),
+    ("unknown kernel", lambda: fzoos(kernel="linear"), ["kernel", "'linear'", "'matern'"]),
+    ("history without room", lambda: fzoos(capacity=50), ["capacity=50", "50 points", "raise"]),
+    ("too few candidates", lambda: fzoos(active_candidates=4), ["active_candidates=4", "active=5", "at least as many"]),
+    ("range of no lengthscale", lambda: fzoos(shortest=2.0, longest=1.0), ["longest", "1", "(2, inf]"]),
+    ("everything pruned", lambda: algorithms.autoflip(softmax_loss, SGD, threshold=1.0), ["threshold", "1", "[0, 1)"]),
+    (
+        "no output layer",
+        lambda: algorithms.autoflip(softmax_loss, SGD, output="last").init({"head": {"kernel": np.zeros((2, 3))}}),
+        ["output='last'", "['head']", "structured=False"],
+    ),
+    ("negative number of maps", lambda: algorithms.fedlex(softmax_loss, SGD, num_maps=-1), ["num_maps", "-1", "or 0"]),
+    (
+        "exploration of a staged population",
+        lambda: setup.prepare(config.Config(methods=("fedlex",), staged=True, x64=True)),
+        ["fedlex", "staged=True", "leave out --staged"],
+    ),
+    ("energy of 0", lambda: fot(energy=0.0), ["energy", "0", "(0, 1]"]),
+    ("unknown rule", lambda: fot(rule="square"), ["rule", "'square'", "'squared'"]),
+    ("no columns", lambda: fot(oversampling=0), ["oversampling", "0", "at least 1"]),
+    ("layer that is none", lambda: fot(layers={"v": 5}).init(softmax_params()), ["layers", "'v'", "'b', 'w'"]),
+    ("width of no axes", lambda: fot(layers={"w": 4}).init(softmax_params()), ["'w'", "width 4", "[5, 3]", "5 or 15"]),
+    ("layer without inputs", lambda: end_of_task(fot(lambda p, b: {})), ["inputs", "'w'", "leave the layer out"]),
+    (
+        "inputs averaged over the batch",
+        lambda: end_of_task(fot(lambda p, b: {"w": jnp.mean(b["x"], axis=0)[None]})),
+        ["inputs", "float[samples, 5]", "[1, 5]", "20 examples"],
+    ),
+    ("negative lam", lambda: algorithms.ewc(softmax_loss, SGD, lam=-1.0), ["lam", "-1", "[0, inf]"]),
     ("probability of 0", lambda: fedstale(probabilities=[0.5, 0.0, 1.0]), ["probabilities", "0.0", "(0, 1]", "leave"]),
     ("probabilities of other clients", lambda: fedstale(probabilities=[0.5]), ["probabilities", "[1]", "float[3]"]),
+    ("negative noise", lambda: fzoos(noise=-1e-6), ["noise", "-1e-06", "[0, inf]"]),
+    ("box of no width", lambda: fzoos(radius=0.0), ["radius", "0", "(0, inf]"]),
     ("unknown probabilities", lambda: fedstale(probabilities="known"), ["probabilities", "'known'", "'estimated'"]),
     ("period of -1", lambda: algorithms.fedamd(softmax_loss, SGD, num_clients=3, period=-1), ["period", "-1", "or 0"]),
     ("cutoff of 0", lambda: algorithms.fedau(softmax_loss, SGD, num_clients=3, cutoff=0), ["cutoff", "0", "one round"]),

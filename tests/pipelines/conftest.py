@@ -44,7 +44,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python -m pipelines ...` in a process of its own; all of them share a compilation cache."""
+    """Starts `python -m pipelines ...` in a process of its own; all of them share a compilation cache.
+
+    A processor stands in for one device there, or for as many as `devices` says.
+    """
     cache = tmp_path_factory.mktemp("compiled")
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))},
@@ -53,11 +56,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproces
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
 
-    def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    def start(*words: str, cwd: Path, devices: int = 1) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines", *words],
             cwd=cwd,
-            env=environment,
+            env=environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

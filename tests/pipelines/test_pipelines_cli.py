@@ -4,7 +4,7 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
-from pipelines import Config, cli, data, federation, methods, setup, skew
+from pipelines import Config, cli, data, federation, methods, processes, setup, skew
 from pipelines import train as driver
 from pipelines.config import FEDERATION_FIELDS
 
@@ -17,7 +17,7 @@ def call(*words):
 def parsed(monkeypatch):
     """Calls `train` without running anything; gives the configuration and the directory it would run."""
     seen = []
-    monkeypatch.setattr(cli, "_train", lambda ctx, config, out, reporter: seen.append((config, out)) or 0)
+    monkeypatch.setattr(cli, "_train", lambda ctx, config, out, explicit, reporter: seen.append((config, out)) or 0)
 
     def parse(*words):
         result = call("train", "--no-cache", *words)
@@ -185,6 +185,23 @@ def test_divergence_has_exit_code_1(monkeypatch, tmp_path):
     result = run_with(monkeypatch, tmp_path, driver.Diverged("fedavg stopped in round 3"), "--quiet")
     assert result.exit_code == 1
     assert result.output == "Error: fedavg stopped in round 3\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(driver.Refused("memory suffices for no plan"), 2), (processes.Lost("another process has stopped"), 3)],
+)
+def test_what_the_user_can_mend_is_said_without_a_traceback(monkeypatch, tmp_path, error, status):
+    monkeypatch.setattr(processes, "leave", lambda status: None)
+    result = run_with(monkeypatch, tmp_path, error, "--quiet")
+    assert result.exit_code == status
+    assert result.output == f"Error: {error}\n"
+
+
+def test_processes_are_asked_for(monkeypatch):
+    result = call("train", "--coordinator", "localhost:1")
+    assert result.exit_code == 2
+    assert "are for --processes: add it" in result.output
 
 
 def test_other_errors_are_not_dressed_up(monkeypatch, tmp_path):

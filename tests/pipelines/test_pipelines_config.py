@@ -4,6 +4,7 @@ import json
 import pytest
 
 from pipelines import Config
+from pipelines.config import MACHINE_FIELDS
 
 FULL = Config(
     dataset="wine",
@@ -28,7 +29,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
     other = {
         **{"dataset": "wine", "partition": "iid", "methods": ("fedavg",), "settings": {"fedavg": {"client_lr": 1.0}}},
         **{"model": "cnn", "hidden": (7,), "sampler": "full", "order": "replacement", "weights": "examples"},
-        **{"client_optimizer": "adam", "x64": True, "lanes": 3, "mesh": 3, "eval_every": 25, "checkpoint_every": 50},
+        **{"client_optimizer": "adam", "x64": True, "eval_every": 25, "checkpoint_every": 50},
         **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
         **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
         **{"federation_digest": "0123"},
@@ -37,7 +38,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
     slugs = {Config().slug()}
     for field in dataclasses.fields(Config):
         value = other.get(field.name)
-        if field.name in ("epochs", "steps", *places):
+        if field.name in ("epochs", "steps", *places, *MACHINE_FIELDS):
             continue
         if value is None:
             value = getattr(Config(), field.name) * 2
@@ -46,7 +47,14 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
         changed = dataclasses.replace(Config(), **{field.name: value})
         assert list(changed.differences(Config())) == [field.name]
         slugs.add(changed.slug())
-    assert len(slugs) == len(dataclasses.fields(Config)) - 4 + 1
+    assert len(slugs) == len(dataclasses.fields(Config)) - 4 - len(MACHINE_FIELDS) + 1
+    machine = {"lanes": 3, "mesh": 4, "model_parallel": 2, "convolution": "dots", "memory": 2.5}
+    assert set(machine) == set(MACHINE_FIELDS)
+    for name, value in machine.items():  # the same run on another machine
+        moved = dataclasses.replace(Config(mesh=2), **{name: value})
+        assert not moved.differences(Config())
+        assert moved.slug() == Config().slug()
+        assert f"--{name.replace('_', '-')} {value}" in moved.command("out")
     for place in places:  # the same data in another folder is the same run
         moved = dataclasses.replace(Config(), **{place: "elsewhere"})
         assert not moved.differences(Config())

@@ -19,7 +19,8 @@ def build(name, settings=None, **local):
         num_clients=4,
         settings=settings or {},
         local={"batch_size": 2, **local},
-        model_functions={"features": lambda params, batch, key: params * batch["x"]},
+        model_functions=dict.fromkeys(["features", "inputs", "logits"], lambda params, batch, key: params * batch["x"])
+        | {"layers": {}},
     )
 
 

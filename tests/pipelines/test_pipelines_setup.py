@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipelines import Config, data, methods, setup
+from pipelines import Config, data, engines, methods, setup
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,23 @@ def test_all_methods_start_from_the_same_models_and_seeds_differ(small):
         np.testing.assert_array_equal(one, other)
     kernel = starts[0]["head"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_methods_that_explore_do_so_before_the_first_round(small):
+    settings = {name: {"explore_epochs": 2, "patience": 1} for name in ("fedlex", "autoflip")}
+    experiment = setup.prepare(dataclasses.replace(small, methods=("fedavg", *settings), settings=settings))
+    for name, algorithm in experiment.algorithms.items():
+        before = setup.initial_states(experiment, algorithm, experiment.keys)
+        first = engines.engine(experiment, algorithm).start()
+        assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, before)
+        if name == "fedavg":
+            for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(before), strict=True):
+                np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_array_equal(first.maps.explorers, [6, 6])
+            kernel = first.maps.mean["head"]["kernel"]
+            assert not np.array_equal(kernel[0], kernel[1])
+    assert not first.mask["head"]["kernel"].all()
 
 
 def test_states_have_no_weakly_typed_leaf(small):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedjax_core import evaluate, simulate
-from pipelines import Config, checkpoint, setup, train
+from pipelines import Config, checkpoint, engines, setup, train
 from pipelines.progress import Reporter
 
 
@@ -242,7 +242,7 @@ def test_no_data_is_captured_as_a_constant(experiment):
     algorithm = experiment.algorithms["fedavg"]
     with jax.enable_x64(False):
         states = jax.eval_shape(partial(setup.initial_states, experiment, algorithm), experiment.keys)
-        chunk = train._chunk(experiment, algorithm, 2)
+        chunk = engines.chunk(experiment, algorithm, 2)
         closed = jax.make_jaxpr(chunk)(states, experiment.population, experiment.test, experiment.keys)
     assert sum(jnp.size(const) for const in closed.consts) < 10
 

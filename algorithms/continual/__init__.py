@@ -1,0 +1,1 @@
+"""Methods that learn one task after another and are to forget none."""

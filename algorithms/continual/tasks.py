@@ -1,0 +1,25 @@
+"""What the methods of this folder have beside an `Algorithm`'s rounds: the end of a task."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fedjax_core import Array, Cohort, Key, Metrics, Params
+
+
+class ContinualAlgorithm(NamedTuple):
+    """An `Algorithm`, and what happens between its last round on a task and the first on the next.
+
+    Attributes:
+      init: as in `Algorithm`. The state has a field `task` besides, int32[], the number of tasks ended.
+      round: as in `Algorithm`.
+      params: as in `Algorithm`.
+      client_params: as in `Algorithm`.
+      end_task: `end_task(state, cohort, key) -> state`: the cohort's clients look once at their examples of the task
+        that ends, at the global model. The model stays as it is, and so does what is remembered if nobody takes part.
+    """
+
+    init: Callable[[Params], Any]
+    round: Callable[[Any, Any, Key], tuple[Any, Metrics]]
+    params: Callable[[Any], Params]
+    client_params: Callable[[Any, Array], Params]
+    end_task: Callable[[Any, Cohort, Key], Any]

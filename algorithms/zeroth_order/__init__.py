@@ -1,0 +1,1 @@
+"""Federated optimization from function values alone. Import the factories from `algorithms`."""

@@ -1,0 +1,114 @@
+"""Function values instead of gradients: queries, finite differences, and functions that are not written in JAX.
+
+Letters in shapes: d parameters (all leaves end to end), q directions, Q points of one call, B examples of a batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from fedjax_core import Array, Batch, Examples, Key, LossFn, Params, Scalar, batch_loss, checks
+
+Estimate = Callable[[Params, Batch], tuple[Array, Params]]
+"""`(y, batch) -> (f_i(y), estimate of its gradient)`, from values of f_i alone."""
+
+
+def query(loss_fn: LossFn, points: Array, unravel: Callable[[Array], Params], batch: Batch) -> Array:
+    """Values float[Q] of a client's function at points float[Q, d]: Q queries, made in one call.
+
+    The function is the mean loss over the batch. All points see the same examples and the same key.
+    """
+    values = jax.vmap(lambda x: batch_loss(loss_fn, unravel(x), batch))(points)
+    return values.astype(points.dtype)
+
+
+def uniform_box(key: Key, center: Array, radius: Scalar, count: int) -> Array:
+    """`count` points float[count, d], uniform in the box of half-width `radius` around `center`, float[d]."""
+    # Drawn in single precision, so that a run in double precision queries the same points.
+    draw = jax.random.uniform(key, (count, center.size), jnp.float32, -1.0, 1.0)
+    return center + jnp.asarray(radius, center.dtype) * draw.astype(center.dtype)
+
+
+def orthonormal_directions(key: Key, count: int, like: Array) -> Array:
+    """`count` <= d random directions float[count, d] of length 1 at right angles, for `like`, float[d].
+
+    Gaussian vectors put through Gram-Schmidt. Without the signs, a QR decomposition leaves them to the backend.
+    """
+    draw = jax.random.normal(key, (count, like.size), jnp.float32).astype(like.dtype)
+    columns, triangle = jnp.linalg.qr(draw.T)
+    return (columns * jnp.where(jnp.diag(triangle) < 0, -1, 1).astype(like.dtype)).T
+
+
+def finite_differences(loss_fn: LossFn, *, num_directions: int, mu: Scalar) -> Estimate:
+    """Forward differences: g = (1 / q) sum_s (f_i(y + mu s) - f_i(y)) / mu s, over q orthonormal random s.
+
+    Its mean is grad f_i / d up to terms of order mu, not grad f_i. With q = d it is grad f_i / d. It costs q + 1
+    queries, `num_queries` of them. There are at most d directions at right angles, so q is the lesser of the two.
+    """
+
+    def estimate(y: Params, batch: Batch) -> tuple[Array, Params]:
+        x, unravel = ravel_pytree(y)
+        direction_key, loss_key = jax.random.split(batch.key)
+        s = orthonormal_directions(direction_key, min(num_directions, x.size), x)
+        step = jnp.asarray(mu, x.dtype)
+        points = jnp.concatenate([x[None], x + step * s])
+        f = query(loss_fn, points, unravel, batch._replace(key=loss_key))
+        return f[0], unravel((f[1:] - f[0]) / step @ s / s.shape[0])
+
+    return estimate
+
+
+def num_queries(num_directions: int, params: Params) -> int:
+    """Queries that one estimate of `finite_differences` costs: q + 1."""
+    return min(num_directions, sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))) + 1
+
+
+def host_loss(function: Callable[[list[tuple[Params, Examples]]], Sequence[Any]]) -> LossFn:
+    """A loss function from one that is not JAX: a simulator, a subprocess, a C library.
+
+    It runs on the host while the compiled round waits, through `jax.pure_callback`. All queries that a step makes, of
+    all clients that run at the same time (the plan's lanes), come in one call, so that they can be worked off together,
+    for example by `multiprocessing.Pool.map`. Lanes without a client make queries too, whose values are dropped.
+
+    Args:
+      function: `function(queries) -> K times float[B]`. `queries` is a list of K pairs (params, examples) of NumPy
+        arrays: parameters as the model has them, and the B examples of one client's batch (padding included, so give
+        clients equally many examples; for a function that is no mean over examples give each client one example that
+        holds all the function needs). It must give the same values for the same query.
+
+    Returns:
+      A loss function, which has no gradient. It ignores its key.
+    """
+
+    def loss_fn(params: Params, batch: Examples, key: Key | None = None) -> Array:
+        size = checks.leading_axis(batch, "batch")
+        dtype = jnp.result_type(float, *jax.tree.leaves(params))
+        ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves((params, batch))]
+
+        def call(*args: Any) -> np.ndarray:
+            leaves, treedef = jax.tree.flatten(args)
+            leaves = [np.asarray(leaf) for leaf in leaves]
+            # Each vmap around the call adds a leading axis, of size 1 where it does not change the argument.
+            lead = np.broadcast_shapes(*[leaf.shape[: leaf.ndim - n] for leaf, n in zip(leaves, ranks, strict=True)])
+
+            def one(index: tuple[int, ...]) -> Any:
+                own = [leaf[tuple(np.minimum(index, np.subtract(leaf.shape[: len(lead)], 1)))] for leaf in leaves]
+                return jax.tree.unflatten(treedef, own)
+
+            queries = [one(index) for index in np.ndindex(*lead)]
+            values = np.asarray([np.asarray(value, dtype) for value in function(queries)])
+            if values.shape != (len(queries), size):
+                raise ValueError(
+                    f"function must return float[{size}] for each of {len(queries)} queries, but returned shape "
+                    f"{list(values.shape)}: one value per example of the query's batch"
+                )
+            return values.reshape(*lead, size)
+
+        shape = jax.ShapeDtypeStruct((size,), dtype)
+        return jax.pure_callback(call, shape, params, batch, vmap_method="expand_dims")
+
+    return loss_fn

@@ -1,0 +1,345 @@
+"""FZooS."""
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from algorithms.zeroth_order.estimators import query, uniform_box
+from algorithms.zeroth_order.surrogate import (
+    KERNELS,
+    History,
+    Neighbors,
+    condition,
+    empty_history,
+    features_gradient,
+    fit_lengthscale,
+    fit_weights,
+    gradient_mean,
+    gradient_variance,
+    nearest,
+    push,
+    random_features,
+)
+from fedjax_core import (
+    Algorithm,
+    Array,
+    Batch,
+    ClientOptimizer,
+    ClientProgram,
+    ClientTable,
+    Cohort,
+    Key,
+    LocalOptions,
+    LossFn,
+    Metrics,
+    Params,
+    Scalar,
+    checks,
+    client_table,
+    descend,
+    gather,
+    global_algorithm,
+    local_training,
+    move,
+    optimizer_at,
+    round_metrics,
+    scatter,
+    value_and_grad,
+)
+
+
+class Memory(NamedTuple):
+    """What a client remembers: its queries, and the local model float[d] of its last round."""
+
+    history: History
+    last: Array
+
+
+class FZooSState(NamedTuple):
+    """Global model x, the clients' memories, the number of rounds done, queries made so far by all clients int32[]."""
+
+    params: Params
+    memories: ClientTable
+    round: Array
+    queries: Array
+
+
+class Accuracy(NamedTuple):
+    """Surrogate gradients against true ones, float[] each, mean over local steps and participants.
+
+    Attributes:
+      cosine: of the client's surrogate gradient and grad f_i.
+      error: norm of their difference, relative to that of grad f_i.
+    """
+
+    cosine: Array
+    error: Array
+
+
+class FZooSMetrics(NamedTuple):
+    """Queries of all participants in this round int32[]; mean of f_i(x) at its start; accuracy, or () unless asked."""
+
+    queries: Array
+    value: Array
+    accuracy: Any
+
+
+def fzoos(
+    loss_fn: LossFn,
+    client_optimizer: ClientOptimizer,
+    *,
+    num_clients: int,
+    capacity: int = 1000,
+    neighbors: int = 150,
+    kernel: str = "matern",
+    noise: Scalar = 1e-6,
+    shortest: Scalar = 0.1,
+    longest: Scalar = 100.0,
+    initial: int = 10,
+    active: int = 5,
+    active_candidates: int = 100,
+    survey: int = 50,
+    survey_candidates: int = 200,
+    radius: Scalar = 0.01,
+    num_features: int = 10000,
+    feature_neighbors: int = 500,
+    feature_lengthscale: Scalar = 1.0,
+    feature_seed: int = 0,
+    ridge: Scalar = 1e-5,
+    safeguard: bool = False,
+    diagnose: bool = False,
+    server_lr: Scalar = 1.0,
+    **local: Unpack[LocalOptions],
+) -> Algorithm:
+    """FZooS: clients descend along gradients of surrogates of their own queries, corrected by a shared surrogate.
+
+    Survey, at x:        query x; of `survey_candidates` points in the box of half-width mean |x - y_i| / 2 around it
+                         query the `survey` with the largest variance of the gradient; fit nu_i to the queries near x;
+                         nu = sum_S w_i nu_i. (A client's first time: query x and `initial` random points, no nu_i.)
+    Client, from y = x:  query the `active` of `active_candidates` points around y with the largest variance;
+                         g = mean of the gradient at y of a Gaussian process given the queries near y;
+                         g <- g + 1 / (t + 1) (S(y; nu) - S(y; nu_i));  y <- y - lr g;  query y;  T times.
+    Server:              x <- x + server_lr sum_S w_i (y_i - x).
+
+    S(y; nu) is the gradient of phi(y)'nu, with M random Fourier features phi that everyone draws from one seed.
+
+    Down: x, nu (P + M). Up: y_i - x, nu_i, f_i(x) (P + M + 1). With the safeguard one more P down and one scalar up.
+    Queries per participant: 1 + survey + T (active + 1), at its first time 1 + initial + T (active + 1); one more with
+    the safeguard.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key) -> float[B]`; f_i is its mean over the batch. It need not have a gradient,
+        nor be JAX (`algorithms.zeroth_order.estimators.host_loss`). For a function that is no mean over examples give
+        each client one example, which holds whatever the function needs.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      num_clients: size of the population, N.
+      capacity: queries that a client remembers, N capacity P numbers in all; the newest replaces the oldest.
+      neighbors: nearest queries that the Gaussian process is given (all if there are fewer).
+      kernel: "matern" (5/2) or "rbf".
+      noise: variance of a query, in units of the squared range of the neighbors' values. Raise it when f_i is noisy,
+        as it is with batches smaller than a client's examples.
+      shortest: least lengthscale that is considered, in root mean square distances of the neighbors.
+      longest: largest one. In between the marginal likelihood chooses, anew in every step.
+      initial: random queries at a client's first time.
+      active: queries around y before each local step.
+      active_candidates: points that they are chosen from, uniform within `radius` of y in every coordinate.
+      survey: queries around x.
+      survey_candidates: points that they are chosen from.
+      radius: half-width of the boxes, in the units of the parameters; of the survey's, the least half-width.
+      num_features: M.
+      feature_neighbors: nearest queries that nu_i is fitted to.
+      feature_lengthscale: of the kernel that the features stand for, in the units of the parameters. It must be longer
+        than the way that a client goes in a round, or the corrections are noise.
+      feature_seed: seed of the features.
+      ridge: variance of a query in that fit.
+      safeguard: keep the old x unless F = sum_S w_i f_i is smaller at the new one, which costs one query each.
+      diagnose: compare with the true gradients, which loss_fn must then have; nothing else changes.
+      server_lr: 1 replaces the model by the average.
+      **local: batch_size, num_epochs or num_steps (T), order, weights, plan; see `LocalOptions`. A batch size of at
+        least the largest client's number of examples makes f_i exact.
+
+    Differences: in the released code the survey ends the round, and the next round queries x again; here it begins the
+    next round, at the same point, so that it is made by the clients that take part. A survey's box is never narrower
+    than an active query's, or alike clients, whose y_i equal x, would query x alone. Active queries come before every
+    step, in the code after every step but the last. The code takes gradients by differences of step 1e-20 (which SciPy
+    replaces), scores candidates by the first coordinate's variance under another kernel, and adds x to stored points
+    where it means to append it; here the formulas of the paper hold. The weight 1 / (t + 1) is the
+    code's; the paper's theory has another, of unknown constants. The code always has the safeguard; the paper's
+    algorithm has none. The features' fit has a ridge, as in the paper.
+
+    Paper: Shu, Lin, Dai, Low, "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients",
+    2023, algorithm 2.
+    """
+    checks.positive_int("num_clients", num_clients, "the size of the population")
+    counts = {"neighbors": neighbors, "initial": initial, "active": active, "survey": survey}
+    counts |= {"num_features": num_features, "feature_neighbors": feature_neighbors}
+    for name, value in counts.items():
+        checks.positive_int(name, value, "surrogates are made of queries and features")
+    for name, kept, candidates in (("active", active, active_candidates), ("survey", survey, survey_candidates)):
+        checks.positive_int(f"{name}_candidates", candidates, f"choose the {kept} queries from at least as many")
+        if candidates < kept:
+            raise ValueError(
+                f"{name}_candidates={candidates} is less than {name}={kept}: choose from at least as many points"
+            )
+    checks.positive_int("capacity", capacity, "room for the queries of a survey")
+    if capacity <= max(initial, survey, active):
+        raise ValueError(
+            f"capacity={capacity} has no room for a survey of x and {max(initial, survey, active)} points: raise it to "
+            "the queries of several rounds"
+        )
+    checks.one_of("kernel", kernel, tuple(KERNELS))
+    for name, positive in (("shortest", shortest), ("radius", radius), ("feature_lengthscale", feature_lengthscale)):
+        checks.scalar(name, positive, low=0, low_open=True)
+    least_longest: Any = shortest if checks.is_concrete(shortest) else 0
+    checks.scalar("longest", longest, low=least_longest, low_open=True)
+    for name, variance in (("noise", noise), ("ridge", ridge)):
+        checks.scalar(name, variance, low=0)
+    checks.scalar("server_lr", server_lr, low=0)
+    clients = local_training(**local)
+    once = clients._replace(work=clients.work._replace(num_epochs=None, num_steps=1))
+    gradient = value_and_grad(loss_fn)
+
+    def closest(history: History, x: Array) -> Neighbors:
+        return nearest(history, x, count=min(neighbors, capacity))
+
+    def most_uncertain(key: Key, history: History, x: Array, half_width: Scalar, candidates: int, count: int) -> Any:
+        """Points float[count, d] around x at which the gradient is least known, and the lengthscale that says so."""
+        near = closest(history, x)
+        lengthscale = fit_lengthscale(near, kernel=kernel, noise=noise, shortest=shortest, longest=longest)
+        z = uniform_box(key, jnp.zeros_like(x), half_width, candidates)
+        variance = gradient_variance(condition(near, lengthscale, kernel=kernel, noise=noise), z, kernel=kernel)
+        return x + z[jax.lax.top_k(variance, count)[1]], lengthscale
+
+    def init(params: Params) -> FZooSState:
+        x, _ = ravel_pytree(params)
+        memories = client_table(num_clients, Memory(empty_history(capacity, x), x))
+        return FZooSState(params, memories, jnp.int32(0), jnp.int32(0))
+
+    def round(state: FZooSState, cohort: Cohort, key: Key) -> tuple[FZooSState, Metrics]:
+        optimizer = optimizer_at(client_optimizer, state.round)
+        x, unravel = ravel_pytree(state.params)
+        features = random_features(feature_seed, num_features, feature_lengthscale, x)
+        survey_key, local_key, safeguard_key = jax.random.split(key, 3)
+
+        def ask(history: History, points: Array, batch: Batch) -> tuple[History, Array]:
+            values = query(loss_fn, points, unravel, batch)
+            return push(history, points, values), values
+
+        # At x: a program of one step, and its carry (history, nu_i, f_i(x)).
+        def survey_init(x: Array, memory: Memory, key: Key) -> Any:
+            return memory, jnp.zeros(num_features, x.dtype), jnp.zeros((), x.dtype)
+
+        def survey_step(x: Array, carry: Any, batch: Batch) -> Any:
+            (history, last), _, _ = carry
+            box_key, loss_key = jax.random.split(batch.key)
+            batch = batch._replace(key=loss_key)
+            history, value = ask(history, x[None], batch)
+            half_width = jnp.maximum(jnp.mean(jnp.abs(x - last)) / 2, jnp.asarray(radius, x.dtype))
+            points, _ = most_uncertain(box_key, history, x, half_width, survey_candidates, survey)
+            history, _ = ask(history, points, batch)
+            near = nearest(history, x, count=min(feature_neighbors, capacity))
+            return (Memory(history, last), fit_weights(features, near, x, ridge=ridge), value[0]), value[0]
+
+        def first_step(x: Array, carry: Any, batch: Batch) -> Any:
+            (history, last), nu_i, _ = carry
+            box_key, loss_key = jax.random.split(batch.key)
+            points = jnp.concatenate([x[None], uniform_box(box_key, x, radius, initial)])
+            history, values = ask(history, points, batch._replace(key=loss_key))
+            return (Memory(history, last), nu_i, values[0]), values[0]
+
+        def survey_final(x: Array, carry: Any) -> Any:
+            _, nu_i, value = carry
+            return (nu_i, value), carry
+
+        # From x: T steps with the carry (y, optimizer, history, nu - nu_i, f_i(y), accuracy).
+        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
+            x, nu = shared
+            (history, _), nu_i, value, corrected = client_input
+            y, zero = unravel(x), jnp.zeros((), x.dtype)
+            difference = jnp.where(corrected, nu - nu_i, 0)
+            return y, optimizer.init(y), history, difference, value, Accuracy(zero, zero)
+
+        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
+            params, opt_state, history, difference, value, accuracy = carry
+            y, _ = ravel_pytree(params)
+            box_key, loss_key = jax.random.split(batch.key)
+            batch = batch._replace(key=loss_key)
+            points, lengthscale = most_uncertain(box_key, history, y, radius, active_candidates, active)
+            history, _ = ask(history, points, batch)
+            process = condition(closest(history, y), lengthscale, kernel=kernel, noise=noise)
+            surrogate = gradient_mean(process, kernel=kernel)
+            # S is linear in nu, so one pass over the features gives S(y; nu) - S(y; nu_i).
+            g = surrogate + features_gradient(features, difference, y) / (batch.step + 1).astype(y.dtype)
+            if diagnose:
+                true, _ = ravel_pytree(gradient(params, batch)[1])
+                accuracy = jax.tree.map(jnp.add, accuracy, compare(surrogate, true))
+            params, opt_state = descend(optimizer, params, opt_state, unravel(g))
+            history, values = ask(history, ravel_pytree(params)[0][None], batch)
+            return (params, opt_state, history, difference, values[0], accuracy), value
+
+        def client_final(shared: Any, carry: Any) -> Any:
+            params, _, history, _, _, accuracy = carry
+            y, _ = ravel_pytree(params)
+            return y - shared[0], (Memory(history, y), accuracy)
+
+        def value_step(x: Array, carry: Any, batch: Batch) -> Any:
+            value = query(loss_fn, x[None], unravel, batch)[0]
+            return value, value
+
+        memories = gather(state.memories, cohort)
+        new = cohort.mask & (memories.history.asked == 0)
+        surveyed, looked = (
+            once.run(ClientProgram(survey_init, step, survey_final), x, memories, cohort.only(chosen), survey_key)
+            for step, chosen in ((survey_step, cohort.mask & ~new), (first_step, new))
+        )
+        memories, nu_i, values = jax.tree.map(
+            lambda first, later: jnp.where(new.reshape(-1, *[1] * (first.ndim - 1)), first, later),
+            looked.outputs,
+            surveyed.outputs,
+        )
+        nu, _ = surveyed.aggregate
+        program = ClientProgram(client_init, client_step, client_final)
+        results = clients.run(program, (x, nu), (memories, nu_i, values, ~new), cohort, local_key)
+        memories, accuracy = results.outputs
+        x_new = move(x, server_lr, results.aggregate)
+
+        weights = results.weights.astype(x.dtype)
+        share = weights / jnp.where(jnp.sum(weights) > 0, jnp.sum(weights), 1)
+        at_x = jnp.sum(share * values)
+        downloaded, uploaded = results.downloaded, results.uploaded + surveyed.uploaded
+        queries = jnp.sum(new) * (1 + initial) + jnp.sum(cohort.mask & ~new) * (1 + survey)
+        queries += jnp.sum(results.steps) * (active + 1)
+        if safeguard:
+            last = ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
+            check = once.run(last, x_new, (), cohort, safeguard_key)
+            x_new = jnp.where(check.aggregate < at_x, x_new, x)
+            downloaded, uploaded = downloaded + check.downloaded, uploaded + check.uploaded
+            queries += jnp.sum(check.steps)
+
+        params = unravel(x_new)
+        queries = queries.astype(jnp.int32)
+        if diagnose:
+            steps = jnp.maximum(results.steps, 1).astype(x.dtype)
+            accuracy = jax.tree.map(lambda total: jnp.sum(share * total / steps), accuracy)
+        metrics = round_metrics(
+            results._replace(downloaded=downloaded, uploaded=uploaded),
+            cohort,
+            state.params,
+            params,
+            FZooSMetrics(queries, at_x, accuracy if diagnose else ()),
+        )
+        memories = scatter(state.memories, cohort, memories)
+        return FZooSState(params, memories, state.round + 1, state.queries + queries), metrics
+
+    return global_algorithm(init, round)
+
+
+def compare(surrogate: Array, true: Array) -> Accuracy:
+    """Cosine and relative error of a surrogate gradient, float[d] both."""
+    norm = jnp.linalg.norm(true)
+    norm = jnp.where(norm > 0, norm, 1)
+    other = jnp.linalg.norm(surrogate)
+    cosine = surrogate @ true / (norm * jnp.where(other > 0, other, 1))
+    return Accuracy(cosine, jnp.linalg.norm(surrogate - true) / norm)

@@ -1,0 +1,317 @@
+"""Surrogates of a function from its values: Gaussian processes near a point, and random Fourier features to share.
+
+Letters in shapes: d parameters, H capacity of a history, n neighbors, Q candidates, M features. Everything has fixed
+shapes: what is not there yet is masked. All matrix products are in full precision, whatever the backend's default.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+
+from fedjax_core import Array, Scalar
+
+GRID = 12
+"""Lengthscales at which the likelihood is compared before the best is refined."""
+REFINEMENTS = 12
+"""Steps of the refinement. In double precision it is then at the optimum to ten digits; eight leave up to 1e-3."""
+
+
+class History(NamedTuple):
+    """What a client has asked so far: a ring of the last H queries.
+
+    Attributes:
+      points: float[H, d].
+      values: float[H].
+      asked: int32[], number of queries ever stored; the next goes to row asked mod H, over the oldest if it is full.
+    """
+
+    points: Array
+    values: Array
+    asked: Array
+
+
+class Neighbors(NamedTuple):
+    """The n stored points nearest to a center x, values scaled to [0, 1].
+
+    Attributes:
+      offsets: float[n, d], x_j - x. Differences of near points are small, and exact where the points are not.
+      targets: float[n], u_j = (y_j - low) / scale; 0 in rows that are not there.
+      present: bool[n].
+      low: float[], least value of the neighbors.
+      scale: float[], their largest value less their least; 1 where all are equal.
+    """
+
+    offsets: Array
+    targets: Array
+    present: Array
+    low: Array
+    scale: Array
+
+
+class GaussianProcess(NamedTuple):
+    """The posterior of a Gaussian process of mean 0 and variance 1 given neighbors' targets.
+
+    Attributes:
+      neighbors: what it is conditioned on.
+      factor: float[n, n], lower Cholesky factor of K + noise I.
+      coefficients: float[n], (K + noise I)^-1 u.
+      lengthscale: float[], l.
+    """
+
+    neighbors: Neighbors
+    factor: Array
+    coefficients: Array
+    lengthscale: Array
+
+
+class Kernel(NamedTuple):
+    """A stationary kernel k(r / l) by two functions of s = r / l.
+
+    Attributes:
+      value: k(s), with k(0) = 1.
+      slope: h(s) with d k(x, x_j) / dx = -h(s) (x - x_j) / l^2. Then h(0) / l^2 is the prior variance of a
+        coordinate of the gradient, and d k / d log l = h(s) s^2.
+    """
+
+    value: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
+
+
+def _matern(s: Array) -> Array:
+    t = jnp.sqrt(5).astype(s.dtype) * s
+    return (1 + t + t**2 / 3) * jnp.exp(-t)
+
+
+def _matern_slope(s: Array) -> Array:
+    t = jnp.sqrt(5).astype(s.dtype) * s
+    return 5 / 3 * (1 + t) * jnp.exp(-t)
+
+
+def _rbf(s: Array) -> Array:
+    return jnp.exp(-(s**2) / 2)
+
+
+KERNELS = {"matern": Kernel(_matern, _matern_slope), "rbf": Kernel(_rbf, _rbf)}
+"""Matern-5/2, and the squared exponential."""
+
+
+def empty_history(capacity: int, x: Array) -> History:
+    """Room for `capacity` queries at points like x, float[d]."""
+    return History(jnp.zeros((capacity, x.size), x.dtype), jnp.zeros(capacity, x.dtype), jnp.int32(0))
+
+
+def push(history: History, points: Array, values: Array) -> History:
+    """The history with Q <= H more queries: points float[Q, d] and their values float[Q]."""
+    rows = (history.asked + jnp.arange(points.shape[0])) % history.values.shape[0]
+    return History(
+        history.points.at[rows].set(points), history.values.at[rows].set(values), history.asked + points.shape[0]
+    )
+
+
+@partial(jax.jit, static_argnames="count")
+def nearest(history: History, x: Array, *, count: int) -> Neighbors:
+    """The `count` stored queries nearest to x, float[d] (all of them if there are fewer), nearest first.
+
+    A query whose value was no number is passed over.
+    """
+    offsets = history.points - x
+    stored = (jnp.arange(history.values.shape[0]) < history.asked) & jnp.isfinite(history.values)
+    negative, rows = jax.lax.top_k(-jnp.where(stored, jnp.sum(offsets**2, axis=1), jnp.inf), count)
+    present, values = negative > -jnp.inf, history.values[rows]
+    low = jnp.min(jnp.where(present, values, jnp.inf), initial=jnp.inf)
+    high = jnp.max(jnp.where(present, values, -jnp.inf), initial=-jnp.inf)
+    low, scale = jnp.where(high >= low, low, 0), jnp.where(high > low, high - low, 1)
+    targets = jnp.where(present, (values - low) / scale, 0)
+    return Neighbors(jnp.where(present[:, None], offsets[rows], 0), targets, present, low, scale)
+
+
+@partial(jax.jit, static_argnames="kernel")
+def fit_lengthscale(
+    neighbors: Neighbors, *, kernel: str, noise: Scalar, shortest: Scalar = 0.1, longest: Scalar = 100.0
+) -> Array:
+    """The lengthscale of greatest marginal likelihood, float[].
+
+    `GRID` candidates, evenly spaced in log l from `shortest` to `longest` times the root mean square distance of the
+    neighbors, then `REFINEMENTS` steps of the Illinois method for the zero of the likelihood's slope beside the best.
+    """
+    k, h = KERNELS[kernel]
+    u, r = neighbors.targets, _distances(neighbors)
+    pairs = neighbors.present[:, None] & neighbors.present
+    off_diagonal = jnp.maximum(jnp.sum(pairs) - jnp.sum(neighbors.present), 1)
+    typical = jnp.sqrt(jnp.sum(jnp.where(pairs, r**2, 0)) / off_diagonal.astype(r.dtype))
+    typical = jnp.where(typical > 0, typical, 1)
+    span = [jnp.log(jnp.asarray(bound, r.dtype) * typical) for bound in (shortest, longest)]
+    grid = span[0] + (span[1] - span[0]) * jnp.linspace(0, 1, GRID, dtype=r.dtype)
+
+    def likelihood(log_l: Array) -> Array:
+        factor = _factor(neighbors, k(r / jnp.exp(log_l)), noise)
+        value = -u @ _solve(factor, u) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
+        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
+    def slope(log_l: Array) -> Array:
+        s = r / jnp.exp(log_l)
+        factor = _factor(neighbors, k(s), noise)
+        inverse = _solve(factor, jnp.eye(u.size, dtype=u.dtype))
+        coefficients = inverse @ u
+        change = jnp.where(pairs, h(s) * s**2, 0)
+        return (coefficients @ change @ coefficients - jnp.sum(inverse * change)) / 2
+
+    def step(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        left, right, at_left, at_right, side = state
+        middle = (left * at_right - right * at_left) / (at_right - at_left)
+        at_middle = slope(middle)
+        # Below the zero move the left end. The end that stays a second time counts half, or it would stay for good.
+        below = at_middle > 0
+        return (
+            jnp.where(below, middle, left),
+            jnp.where(below, right, middle),
+            jnp.where(below, at_middle, jnp.where(side == -1, at_left / 2, at_left)),
+            jnp.where(below, jnp.where(side == 1, at_right / 2, at_right), at_middle),
+            jnp.where(below, 1, -1).astype(jnp.int32),
+        )
+
+    best = jnp.argmax(jax.vmap(likelihood)(grid))
+    left, right = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, GRID - 1)]
+    at_left, at_right = slope(left), slope(right)
+    state = jax.lax.fori_loop(0, REFINEMENTS, step, (left, right, at_left, at_right, jnp.int32(0)))
+    refined = jnp.where(state[4] == 1, state[0], state[1])
+    # Without a change of sign there is no zero to find: the best lies at the end of the range.
+    usable = (at_left > 0) & (at_right < 0) & jnp.isfinite(refined)
+    return jnp.exp(jnp.where(usable, refined, grid[best]))
+
+
+@partial(jax.jit, static_argnames="kernel")
+def condition(neighbors: Neighbors, lengthscale: Array, *, kernel: str, noise: Scalar) -> GaussianProcess:
+    """The posterior given the neighbors' targets, each observed with variance `noise`."""
+    factor = _factor(neighbors, KERNELS[kernel].value(_distances(neighbors) / lengthscale), noise)
+    return GaussianProcess(neighbors, factor, _solve(factor, neighbors.targets), lengthscale)
+
+
+@partial(jax.jit, static_argnames="kernel")
+def gradient_mean(process: GaussianProcess, *, kernel: str) -> Array:
+    """Mean of the gradient at the center, float[d], in the units of the function's values."""
+    offsets, scale = process.neighbors.offsets, process.lengthscale
+    r = jnp.sqrt(jnp.sum(offsets**2, axis=1))
+    weights = KERNELS[kernel].slope(r / scale) / scale**2 * process.coefficients
+    return process.neighbors.scale * _dot(weights, offsets)
+
+
+@partial(jax.jit, static_argnames="kernel")
+def gradient_variance(process: GaussianProcess, z: Array, *, kernel: str) -> Array:
+    """Variance of the gradient at center + z for each row of z, float[Q, d]: its trace over coordinates, float[Q].
+
+    In the units of the scaled targets: d h(0) / l^2 - tr(dk(z, X) (K + noise I)^-1 dk(X, z)). The products
+    (z - x_i)'(z - x_j) are put together from those of z and X, so that no array of Q n d numbers is made.
+    """
+    offsets, present, scale = process.neighbors.offsets, process.neighbors.present, process.lengthscale
+    inverse = _solve(process.factor, jnp.eye(present.size, dtype=z.dtype))
+    gram, cross = _dot(offsets, offsets.T), _dot(z, offsets.T)
+    square = jnp.sum(z**2, axis=1)
+    r = jnp.sqrt(jnp.maximum(square[:, None] + jnp.diag(gram) - 2 * cross, 0))
+    slope = KERNELS[kernel].slope
+    c = jnp.where(present, slope(r / scale) / scale**2, 0)
+    c_inverse = _dot(c, inverse)
+    explained = jnp.sum(c * (_dot(c, inverse * gram) - 2 * cross * c_inverse), axis=1)
+    explained += square * jnp.sum(c * c_inverse, axis=1)
+    return z.shape[1] * slope(jnp.zeros((), z.dtype)) / scale**2 - explained
+
+
+class Features(NamedTuple):
+    """Random Fourier features phi(x) = sqrt(2 / M) cos(W'x + b), with phi(x)'phi(z) near exp(-||x - z||^2 / (2 l^2)).
+
+    Attributes:
+      frequencies: W, float[d, M], normal with variance 1 / l^2.
+      phases: b, float[M], uniform in [0, 2 pi).
+    """
+
+    frequencies: Array
+    phases: Array
+
+
+def random_features(seed: int, num_features: int, lengthscale: Scalar, x: Array) -> Features:
+    """The features that everyone draws from the same seed, for points like x, float[d]; nobody has to send them."""
+    frequency_key, phase_key = jax.random.split(jax.random.key(seed))
+    w = jax.random.normal(frequency_key, (x.size, num_features), jnp.float32).astype(x.dtype)
+    b = jax.random.uniform(phase_key, (num_features,), jnp.float32, 0, 2 * jnp.pi).astype(x.dtype)
+    return Features(w / jnp.asarray(lengthscale, x.dtype), b)
+
+
+@jax.jit
+def fit_weights(features: Features, neighbors: Neighbors, x: Array, *, ridge: Scalar) -> Array:
+    """Weights nu = scale phi(X)' (phi(X) phi(X)' + ridge I)^-1 u, float[M], of neighbors of the center x.
+
+    In the units of the function's values (the constant `low` is left out, which no gradient sees).
+    """
+    phi = jnp.cos(_dot(neighbors.offsets + x, features.frequencies) + features.phases)
+    phi = jnp.where(neighbors.present[:, None], phi * jnp.sqrt(2 / phi.shape[1]).astype(phi.dtype), 0)
+    factor = _factor(neighbors, _dot(phi, phi.T), ridge)
+    return neighbors.scale * _dot(_solve(factor, neighbors.targets), phi)
+
+
+@jax.jit
+def features_gradient(features: Features, weights: Array, x: Array) -> Array:
+    """Gradient S(x; nu) = -sqrt(2 / M) W (sin(W'x + b) nu) of phi(x)'nu, float[d]; linear in the weights."""
+    w, b = features
+    scale = jnp.sqrt(2 / b.size).astype(x.dtype)
+    return -scale * _dot(w, jnp.sin(_dot(x, w) + b) * weights)
+
+
+def jitter(dtype: jnp.dtype) -> float:
+    """What is added to the diagonal besides the noise: 4e-6 in single precision, 7e-15 in double.
+
+    Rounding moves the eigenvalues of K by a few times this type's epsilon. Without it a matrix of near points that is
+    singular but for a noise of 1e-6 may have no Cholesky factor in single precision.
+    """
+    return 32 * float(jnp.finfo(dtype).eps)
+
+
+def _one_at_a_time(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function, a batch of which runs as a loop on a CPU and as a batch elsewhere.
+
+    On a CPU a batch of triangular solves is a loop of XLA's own, many times slower than one call of LAPACK for each.
+    And a batch of Cholesky factorizations waits for threads of the pool that it runs in: two at a time, in a pool of
+    two, wait for each other for ever (seen with jaxlib 0.10.2).
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def many(axis_size: int, in_batched: Any, *args: Array) -> tuple[Array, bool]:
+        args = tuple(
+            array if batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+            for array, batched in zip(args, in_batched, strict=True)
+        )
+
+        def loop(*args: Array) -> Array:
+            return jax.lax.map(lambda each: call(*each), args)
+
+        return jax.lax.platform_dependent(*args, cpu=loop, default=jax.vmap(function)), True
+
+    return call
+
+
+_cholesky = _one_at_a_time(jnp.linalg.cholesky)
+_solve = _one_at_a_time(lambda factor, b: cho_solve((factor, True), b))
+
+
+def _factor(neighbors: Neighbors, gram: Array, noise: Scalar) -> Array:
+    """Cholesky factor of gram + noise I; a neighbor that is not there is independent of all and has variance 1."""
+    present = neighbors.present
+    both = present[:, None] & present
+    diagonal = jnp.where(present, jnp.asarray(noise, gram.dtype) + jitter(gram.dtype), 1)
+    return _cholesky(jnp.where(both, gram, 0) + jnp.diag(diagonal))
+
+
+def _distances(neighbors: Neighbors) -> Array:
+    """float[n, n], distances of the neighbors from each other."""
+    gram = _dot(neighbors.offsets, neighbors.offsets.T)
+    square = jnp.diag(gram)
+    apart = ~jnp.eye(square.size, dtype=bool)
+    return jnp.sqrt(jnp.where(apart, jnp.maximum(square[:, None] + square - 2 * gram, 0), 0))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,373 @@
+"""One task after another: what has been learned of each, and what is forgotten.
+
+    results = run(Continual(methods=("fot", "fedavg")), "runs/continual")
+
+A scenario makes the tasks of one data set. "permuted": the same examples with the pixels in another order in every
+task, one head for all. "split": the classes are dealt out to the tasks, each has its own head, and which task it is
+is told when it is tested. All tasks have the same number of examples, so that one compiled program serves them all.
+
+A method is trained for `rounds` rounds on every task, at whose end a method with an `end_task` looks back, and is then
+tested on all of them, learned or not. "joint" is FedAvg on the examples of all tasks together, for as many rounds and
+local steps as the others have in all: about what could be reached at best, if nothing were forgotten.
+
+A run directory holds config.json and checkpoints/<method>, and accuracy.csv, accuracy.png and summary.json of the
+methods that are finished.
+"""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import algorithms
+import models
+from fedjax_core import Examples, Plan, Population, checks, continue_rounds, evaluate, samplers
+from pipelines import checkpoint, data, figures, files, partition
+from pipelines.continual_config import Continual
+from pipelines.data import Dataset
+from pipelines.progress import Reporter, duration, silent
+
+
+class Scenario(NamedTuple):
+    """The tasks of a configuration, and the model that is to learn them.
+
+    Attributes:
+      model: of inputs as the tasks have them.
+      layers: path of every weight to protect to its width: all but the heads of single tasks.
+      population: `population(t)`, the clients' training examples of task t.
+      joint: `joint()`, those of all tasks.
+      test: `test(t)`, the test examples of task t.
+    """
+
+    model: models.Model
+    layers: dict[str, int]
+    population: Callable[[int], Population]
+    joint: Callable[[], Population]
+    test: Callable[[int], Examples]
+
+
+class Scores(NamedTuple):
+    """What one method has come to.
+
+    Attributes:
+      accuracy: float[T, T], test accuracy on task j (column) after task i (row).
+      untrained: float[T], that of the initial model.
+      seconds: of rounds and ends of tasks, without compiling and testing.
+    """
+
+    accuracy: np.ndarray
+    untrained: np.ndarray
+    seconds: float
+
+
+def measures(accuracy: np.ndarray, untrained: np.ndarray) -> dict[str, float]:
+    """What the accuracy matrix R, float[T, T], says; b, float[T], is the accuracy of the initial model.
+
+    average accuracy: mean_j R[T-1, j]. forgetting: mean_{j<T-1} R[j, j] - R[T-1, j], how much worse a task is at the
+    end than right after it was learned; backward transfer is its negative. forward transfer: mean_{j>0} R[j-1, j] -
+    b[j], how much better than at the start a task is before it is learned. With one task the last three are NaN. Of
+    "joint", which learns all tasks at once, the average accuracy alone says something. (Lopez-Paz, Ranzato, "Gradient
+    Episodic Memory for Continual Learning", 2017.)
+    """
+    final, learned = accuracy[-1], np.diagonal(accuracy)
+    several = len(accuracy) > 1
+    forgetting = float(np.mean(learned[:-1] - final[:-1])) if several else np.nan
+    return {
+        "average accuracy": float(np.mean(final)),
+        "forgetting": forgetting,
+        "backward transfer": -forgetting,
+        "forward transfer": float(np.mean(np.diagonal(accuracy, 1) - untrained[1:])) if several else np.nan,
+    }
+
+
+def scenario(config: Continual) -> Scenario:
+    """The tasks of a configuration.
+
+    Raises:
+      ValueError: as `pipelines.data.load` and the partitions; if the data set has no label per example, or fewer
+        classes than tasks; if the cohort is larger than the population.
+    """
+    dataset = data.load(config.dataset, config.data_dir)
+    if dataset.is_sequence or dataset.vocabulary_size is not None:
+        raise ValueError(f"dataset {config.dataset!r} is text: choose a data set of images or measurements")
+    samplers.uniform(config.clients, config.cohort_size)
+    return (_permuted if config.scenario == "permuted" else _split)(config, dataset)
+
+
+def _permuted(config: Continual, dataset: Dataset) -> Scenario:
+    size = int(np.prod(dataset.input_shape))
+
+    def order(t: int) -> np.ndarray:
+        return np.random.default_rng([config.seed, t]).permutation(size) if t else np.arange(size)
+
+    def part(examples: Examples, t: int) -> Examples:
+        x = examples["x"]
+        return {**examples, "x": x.reshape(len(x), size)[:, order(t)].reshape(x.shape)}
+
+    model = data.normalized(_model(config, dataset, dataset.num_classes), dataset.normalization)
+    return _scenario(config, model, lambda t: part(dataset.train, t), lambda t: part(dataset.test, t), heads=False)
+
+
+def _split(config: Continual, dataset: Dataset) -> Scenario:
+    each = dataset.num_classes // config.tasks
+    if each < 1:
+        raise ValueError(
+            f"tasks={config.tasks}, but {dataset.name} has {dataset.num_classes} classes to deal out: ask for fewer"
+        )
+    rng = np.random.default_rng(config.seed)
+    classes = rng.permutation(dataset.num_classes)[: each * config.tasks].reshape(config.tasks, each)
+
+    def parts(examples: Examples) -> list[Examples]:
+        rows = [rng.permutation(np.flatnonzero(np.isin(examples["y"], own))) for own in classes]
+        least = min(map(len, rows))  # one program for all tasks needs as many examples in each
+        return [
+            {
+                "x": {"inputs": examples["x"][kept], "task": np.full(least, t, np.int32)},
+                "y": np.argmax(examples["y"][kept][:, None] == classes[t], axis=1).astype(np.int32),
+            }
+            for t, kept in enumerate(r[:least] for r in rows)
+        ]
+
+    train, test = parts(dataset.train), parts(dataset.test)
+    model = data.normalized(_model(config, dataset, each * config.tasks), dataset.normalization)
+    model = models.heads.multi_head(model, config.tasks)
+    return _scenario(config, model, train.__getitem__, test.__getitem__, heads=True)
+
+
+def _model(config: Continual, dataset: Dataset, outputs: int) -> models.Model:
+    if config.model == "cnn":
+        return models.cnn(dataset.input_shape, outputs)
+    return models.mlp(dataset.input_shape, outputs, config.hidden, config.dropout)
+
+
+def _scenario(
+    config: Continual,
+    model: models.Model,
+    train: Callable[[int], Any],
+    test: Callable[[int], Any],
+    *,
+    heads: bool,
+) -> Scenario:
+    """`train(t)` and `test(t)` are the examples of task t; `heads`: each task has its own."""
+
+    def clients(t: int) -> list[Examples]:
+        """The examples of each client."""
+        examples = train(t)
+        deal = partition.iid if config.partition == "iid" else partition.shards
+        assignment = deal(examples["y"], config.clients, seed=config.seed + t)
+        return [jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples) for rows in assignment]
+
+    def joint() -> Population:
+        tasks = [clients(t) for t in range(config.tasks)]
+        together = lambda *leaves: np.concatenate(leaves)  # noqa: E731
+        return Population.from_clients([jax.tree.map(together, *own) for own in zip(*tasks, strict=True)])
+
+    one = jax.tree.map(lambda leaf: leaf[:1], test(0)["x"])
+    widths = models.capture.layer_widths(model.apply, jax.eval_shape(model.init, jax.random.key(0)), one)
+    return Scenario(
+        model=model,
+        layers={path: width for path, width in widths.items() if not (heads and path.startswith("head/"))},
+        population=lambda t: Population.from_clients(clients(t)),
+        joint=joint,
+        test=lambda t: jax.tree.map(jnp.asarray, test(t)),
+    )
+
+
+def build(
+    config: Continual, name: str, tasks: Scenario, *, num_steps: int | None = None, plan: Plan | None = None
+) -> Any:
+    """The method `name`, an `Algorithm` or one with an `end_task`; with `num_steps` local steps instead of epochs."""
+    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(config.client_lr))
+    length = {"num_epochs": config.epochs} if num_steps is None else {"num_steps": num_steps}
+    own: dict[str, dict[str, Any]] = {
+        "fot": {
+            "inputs": lambda params, batch: models.capture.layer_inputs(tasks.model.apply)(params, batch["x"]),
+            "layers": tasks.layers,
+            "energy": config.energy,
+            "energy_step": config.energy_step,
+            "rule": config.rule,
+            "oversampling": config.oversampling,
+        },
+        "ewc": {"lam": config.lam},
+        "fedprox": {"mu": config.mu},
+    }
+    factory = getattr(algorithms, "fedavg" if name == "joint" else name)
+    loss_fn = models.losses.cross_entropy(tasks.model)
+    return factory(loss_fn, optimizer, batch_size=config.batch_size, plan=plan, **length, **own.get(name, {}))
+
+
+def run(
+    config: Continual,
+    out: str | Path,
+    *,
+    save_every: int = 50,
+    plan: Plan | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Scores]:
+    """Runs a configuration in the directory `out`, or what is left of it.
+
+    Args:
+      config: what to run.
+      out: the run directory; made if need be.
+      save_every: rounds between checkpoints; what is computed does not depend on it.
+      plan: execution plan of the rounds.
+      reporter: where words go; nowhere unless given.
+
+    Raises:
+      ValueError: if something is wrong with the configuration, or the directory holds another one's run.
+    """
+    checks.positive_int("save_every", save_every, "save after every round at most")
+    reporter = reporter or silent()
+    tasks, out = scenario(config), Path(out)
+    _claim(out, config)
+    results = {}
+    for name in config.methods:
+        results[name] = _run_method(config, name, tasks, out / "checkpoints" / name, save_every, plan, reporter)
+        write(out, results)
+        shown = {key: f"{100 * value:.2f} %" for key, value in measures(*results[name][:2]).items()}
+        reporter.say(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}")
+    return results
+
+
+def write(out: Path, results: Mapping[str, Scores]) -> None:
+    """Writes accuracy.csv, accuracy.png and summary.json of finished methods into the run directory."""
+    summary = {
+        name: {
+            **measures(scores.accuracy, scores.untrained),
+            "accuracy": scores.accuracy.tolist(),
+            "untrained": scores.untrained.tolist(),
+            "seconds": scores.seconds,
+        }
+        for name, scores in results.items()
+    }
+    files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(out / "accuracy.csv", accuracy_csv(results))
+    with figures.style():
+        figures.write(out / "accuracy.png", heat_map(results))
+
+
+def accuracy_csv(results: Mapping[str, Scores]) -> str:
+    """One row per method, task learned last (-1 for the initial model) and task tested."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "after_task", "task", "accuracy"])
+    for name, scores in results.items():
+        for after, row in enumerate([scores.untrained, *scores.accuracy], -1):
+            writer.writerows([name, after, task, str(value)] for task, value in enumerate(row))
+    return text.getvalue()
+
+
+def heat_map(results: Mapping[str, Scores]) -> Figure:
+    """The accuracy matrix of every method: tasks tested from left to right, tasks learned from top to bottom."""
+    num_tasks = len(next(iter(results.values())).untrained)
+    side = max(2.6, 0.42 * num_tasks)
+    figure = Figure(figsize=(side * len(results) + 1, side + 0.6), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for panel, (name, scores) in zip(panels, results.items(), strict=True):
+        image = panel.imshow(scores.accuracy, vmin=0, vmax=1, cmap="viridis")
+        for (i, j), value in np.ndenumerate(scores.accuracy):
+            color = "black" if value > 0.6 else "white"
+            panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
+        panel.set(title=name, xlabel="tested on task", xticks=range(num_tasks), yticks=range(num_tasks))
+        panel.grid(visible=False)
+    panels[0].set_ylabel("after task")
+    figure.colorbar(image, ax=list(panels), label="test accuracy")
+    return figure
+
+
+def _run_method(
+    config: Continual,
+    name: str,
+    tasks: Scenario,
+    folder: Path,
+    save_every: int,
+    plan: Plan | None,
+    reporter: Reporter,
+) -> Scores:
+    """Trains and tests one method; a checkpoint after the last round of a task holds the state after its end."""
+    everything, steps = None, None
+    if name == "joint":  # with as many local steps as a client takes on one task
+        everything = tasks.joint()
+        steps = config.epochs * -(-int(tasks.population(0).sizes.max()) // config.batch_size)
+    method = build(config, name, tasks, num_steps=steps, plan=plan)
+    sampler = samplers.uniform(config.clients, config.cohort_size)
+    init_key, run_key, end_key = jax.random.split(jax.random.key(config.seed), 3)
+    metric_fn = models.metrics.classification(tasks.model)
+    score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
+    end_task: Any = None
+    chunks: dict[int, Any] = {}
+
+    def scores(state: Any) -> np.ndarray:
+        return np.array([score(method.params(state), tasks.test(j)) for j in range(config.tasks)], float)
+
+    def save(state: Any) -> None:
+        arrays = {"accuracy": accuracy, "untrained": untrained}
+        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": seconds})
+
+    initial = jax.jit(lambda key: method.init(tasks.model.init(key)))
+    saved = checkpoint.restore_latest(folder, jax.eval_shape(initial, init_key), f"the state of {name}")
+    if saved is None:
+        state = initial(init_key)
+        accuracy, untrained, seconds = np.zeros((0, config.tasks)), scores(state), 0.0
+    else:
+        state, seconds = jax.tree.map(jnp.asarray, saved.state), saved.info["seconds"]
+        accuracy, untrained = saved.arrays["accuracy"], saved.arrays["untrained"]
+        reporter.say(f"{name}: {saved.round} of {config.tasks * config.rounds} rounds are done")
+
+    for t in range(len(accuracy), config.tasks):
+        population, end = everything or tasks.population(t), (t + 1) * config.rounds
+        while (done := int(state.round)) < end:
+            length = min(save_every, end - done)
+            if length not in chunks:
+                rounds = jax.jit(continue_rounds(method, sampler, length))
+                chunks[length] = rounds.lower(state, population, run_key).compile()
+            begin = time.monotonic()
+            state, metrics = jax.block_until_ready(chunks[length](state, population, run_key))
+            seconds += time.monotonic() - begin
+            if not np.isfinite(metrics.loss).all():
+                raise FloatingPointError(
+                    f"the loss of {name} is no longer finite after {done} to {done + length} rounds: lower client_lr"
+                    + (", or lam" if name == "ewc" else "")
+                )
+            if done + length < end:
+                save(state)
+        if hasattr(method, "end_task"):
+            ids = sampler(jax.random.split(run_key)[0], state.round - 1)  # the cohort of the last round
+            event = state, population.cohort(ids), jax.random.fold_in(end_key, t)
+            end_task = end_task or jax.jit(method.end_task).lower(*event).compile()
+            begin = time.monotonic()
+            state = jax.block_until_ready(end_task(*event))
+            seconds += time.monotonic() - begin
+        accuracy = np.vstack([accuracy, scores(state)])
+        save(state)
+        shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])
+        reporter.say(f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)})")
+    return Scores(accuracy, untrained, seconds)
+
+
+def _claim(out: Path, config: Continual) -> None:
+    """Makes `out` the run directory of `config`, or raises ValueError if it is that of another or of something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: choose a directory")
+    path, content = out / "config.json", json.dumps(asdict(config), indent=2) + "\n"
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} holds files but no run (no config.json): choose a new directory for --out")
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, content)
+    there, here = json.loads(path.read_text()), json.loads(content)
+    # More methods may join a run; everything else would change the numbers of those that are there.
+    different = [name for name in here if name != "methods" and there.get(name) != here[name]]
+    if different:
+        listing = ", ".join(f"{name} {here[name]!r} here, {there.get(name)!r} there" for name in different)
+        raise ValueError(f"{out} holds a run of another configuration ({listing}): choose another --out")

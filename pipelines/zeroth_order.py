@@ -1,0 +1,498 @@
+"""Experiments with function values alone: synthetic functions, a black-box attack, metrics that have no gradient.
+
+    fedjax-core zeroth-order synthetic --function ackley --heterogeneity 5 --out runs/ackley
+
+Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the same starts, over trials that draw
+functions and start anew. Every (method, trial) is saved when it is done, so that the same command goes on where it
+was stopped. What comes out: curves.csv, curves.png and summary.md.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+import algorithms
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, samplers
+from fedjax_core.simulation import step
+from pipelines import files
+from pipelines.names import pick
+
+METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "FZooS": ("fzoos", {}),
+    "FedZO": ("fedzo", {}),
+    "FedProx-ZO": ("fedprox_zo", {}),
+    "SCAFFOLD-ZO I": ("scaffold_zo", {"option": "I"}),
+    "SCAFFOLD-ZO II": ("scaffold_zo", {"option": "II"}),
+}
+"""Name in figures to the factory in `algorithms` and what distinguishes it."""
+
+
+class Study(NamedTuple):
+    """What is compared; every field may change numbers, and is written to study.json.
+
+    Attributes:
+      task: "synthetic", "attack" or "metric", and `options` are the keyword arguments of the function of that name.
+      options: pairs (name, value).
+      rounds: rounds of each method.
+      steps: local steps of a round, T.
+      trials: functions and starts drawn anew.
+      lr: learning rate of the clients' Adam.
+      directions: q of the baselines.
+      mu: length of the baselines' differences.
+      radius: half-width of the boxes of FZooS.
+      noise: variance that its surrogates allow a query; more for rough functions.
+      neighbors: queries that a surrogate is given.
+      features: random Fourier features, M.
+      lengthscale: of the features; it must be longer than the way that a client goes in a round.
+      capacity: queries that a client remembers.
+    """
+
+    task: str
+    options: tuple[tuple[str, Any], ...] = ()
+    rounds: int = 50
+    steps: int = 10
+    trials: int = 10
+    lr: float = 0.01
+    directions: int = 20
+    mu: float = 0.01
+    radius: float = 0.01
+    noise: float = 1e-6
+    neighbors: int = 150
+    features: int = 10000
+    lengthscale: float = 1.0
+    capacity: int = 1000
+
+
+class Task(NamedTuple):
+    """One trial's function F = mean_i f_i of x in [0, 1]^d.
+
+    Attributes:
+      loss_fn: f_i, from the one example that a client has.
+      population: what distinguishes the clients.
+      start: x_0, float[d].
+      optimum: least value of F, or None where it is not known.
+      differentiable: whether loss_fn has a gradient worth comparing with.
+    """
+
+    loss_fn: LossFn
+    population: Population
+    start: Array
+    optimum: float | None = None
+    differentiable: bool = True
+
+
+# The tasks: `name(trial, **options) -> Task`.
+
+
+def synthetic(
+    trial: int, *, function: str = "quadratic", dim: int = 300, clients: int = 5, heterogeneity: float = 0.5
+) -> Task:
+    """Quadratic, Ackley or Levy function of u = 20 x - 10, whose clients differ by `heterogeneity`.
+
+    quadratic: f_i = (0.1 / d) (<c_i, u^2> + <e_i, u> + 1), with c_i and e_i = 1 + heterogeneity (D_i - 1 / N) in each
+    coordinate, D from Dirichlet(1/N, ..., 1/N). The clients' average is the same function for any heterogeneity. ackley
+    and levy (the standard functions) have their minimum moved from client to client, by heterogeneity (D_i - 1 / N).
+    """
+    pick("function", function, _FUNCTIONS)
+    rng = np.random.default_rng([trial, 1])
+    shares = rng.dirichlet(np.full(clients, 1 / clients), (2, dim)).transpose(0, 2, 1) - 1 / clients
+    examples = {"first": heterogeneity * shares[0], "second": heterogeneity * shares[1]}
+    population = Population.from_sizes({k: v.astype(np.float32) for k, v in examples.items()}, [1] * clients)
+
+    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+        u = 20 * jnp.clip(x, 0, 1) - 10
+        return jax.vmap(lambda first, second: _FUNCTIONS[function](u, first, second))(batch["first"], batch["second"])
+
+    optimum = 0.1 * (-0.25 + 1 / dim) if function == "quadratic" else None
+    return Task(loss_fn, population, jnp.asarray(rng.uniform(size=dim), jnp.float32), optimum)
+
+
+def attack(
+    trial: int,
+    *,
+    dataset: str = "digits",
+    data_dir: str | None = None,
+    clients: int = 10,
+    alpha: float = 1.0,
+    epsilon: float = 0.3,
+    hidden: int = 32,
+) -> Task:
+    """One perturbation of a test image that is to mislead the classifiers of all clients, untargeted.
+
+    Client i's classifier, a perceptron, is trained by FedAvg in a cohort of itself on its Dirichlet(alpha) share of the
+    training set. f_i is the logit of the true class less the largest other one; the perturbation of every pixel is
+    epsilon (2 x - 1), of pixels in [0, 1], which stay there. Each trial takes another image, of those that all the
+    classifiers have right. It starts from no perturbation.
+    """
+    model, classifiers, images, labels = _classifiers(dataset, data_dir, clients, alpha, hidden)
+    image, label = images[trial % len(images)], labels[trial % len(images)]
+    examples = {
+        "classifier": classifiers,
+        "image": np.repeat(image[None], clients, 0),
+        "label": np.full(clients, label, np.int32),
+    }
+
+    def margin(classifier: Any, image: Array, label: Array, x: Array) -> Array:
+        moved = jnp.clip(image + epsilon * (2 * jnp.clip(x, 0, 1) - 1).reshape(image.shape), 0, 1)
+        logits = model.apply(classifier, moved[None])[0]
+        others = jnp.where(jnp.arange(logits.size) == label, -jnp.inf, logits)
+        return logits[label] - jnp.max(others)
+
+    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+        return jax.vmap(partial(margin, x=x))(batch["classifier"], batch["image"], batch["label"])
+
+    return Task(loss_fn, Population.from_sizes(examples, [1] * clients), jnp.full(image.size, 0.5, jnp.float32))
+
+
+def metric(
+    trial: int,
+    *,
+    score: str = "f1",
+    dataset: str = "digits",
+    data_dir: str | None = None,
+    clients: int = 7,
+    alpha: float = 10.0,
+    reach: float = 0.2,
+    hidden: int = 14,
+    pretraining: int = 3,
+) -> Task:
+    """1 - macro precision, recall, F1 or Jaccard index of a small perceptron, whose weights x shifts by up to `reach`.
+
+    The perceptron has had `pretraining` rounds of FedAvg on all clients' examples. f_i is the score of the shifted
+    weights w + reach (2 x - 1) on client i's own training examples, all of them at once: it is no mean over examples
+    and piecewise constant. A class that neither occurs nor is predicted does not count.
+    """
+    pick("score", score, _SCORES)
+    model, start, population, num_classes = _pretrained(dataset, data_dir, clients, alpha, hidden, pretraining, trial)
+    sizes = np.asarray(population.sizes)
+    width = int(sizes.max())
+    rows = np.minimum(np.arange(width), sizes[:, None] - 1) + np.asarray(population.offsets)[:-1, None]
+    examples = {k: np.asarray(v)[rows] for k, v in population.examples.items()}
+    examples["mask"] = np.arange(width) < sizes[:, None]
+    weights, unravel = ravel_pytree(start)
+
+    def one(x: Array, inputs: Array, labels: Array, mask: Array, weights: Array) -> Array:
+        logits = model.apply(unravel(weights + reach * (2 * jnp.clip(x, 0, 1) - 1)), inputs)
+        predicted = jax.nn.one_hot(jnp.argmax(logits, axis=1), num_classes) * mask[:, None]
+        true = jax.nn.one_hot(labels, num_classes) * mask[:, None]
+        hits, guessed, actual = (jnp.sum(a, axis=0) for a in (predicted * true, predicted, true))
+        values = _SCORES[score](hits, guessed, actual)
+        return 1 - jnp.sum(jnp.where(guessed + actual > 0, values, 0)) / jnp.sum(guessed + actual > 0)
+
+    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+        return jax.vmap(partial(one, x))(batch["x"], batch["y"], batch["mask"], batch["weights"])
+
+    examples["weights"] = np.repeat(np.asarray(weights)[None], clients, 0)
+    half = jnp.full(weights.size, 0.5, jnp.float32)
+    return Task(loss_fn, Population.from_sizes(examples, [1] * clients), half, differentiable=False)
+
+
+TASKS: Mapping[str, Callable[..., Task]] = {"synthetic": synthetic, "attack": attack, "metric": metric}
+
+
+def build(name: str, study: Study, task: Task) -> Algorithm:
+    """A method of `METHODS` for a study."""
+    factory, own = METHODS[pick("method", name, METHODS)]
+    num_clients = task.population.num_clients
+    settings: dict[str, Any] = dict(own)
+    if factory == "fzoos":
+        settings |= {"capacity": study.capacity, "neighbors": study.neighbors, "num_features": study.features}
+        settings |= {"feature_lengthscale": study.lengthscale}
+        settings |= {
+            "radius": study.radius,
+            "noise": study.noise,
+            "diagnose": task.differentiable,
+            "num_clients": num_clients,
+        }
+    else:
+        settings |= {"num_directions": study.directions, "mu": study.mu}
+        settings |= {"num_clients": num_clients} if factory == "scaffold_zo" else {}
+    plan = Plan(lanes=1) if jax.default_backend() == "cpu" else Plan(lanes=num_clients)
+    return getattr(algorithms, factory)(
+        task.loss_fn, optax.adam(study.lr), batch_size=1, num_steps=study.steps, plan=plan, **settings
+    )
+
+
+def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, Any], dict[str, Array]]:
+    """Returns `run(population, start, key) -> {"value", "queries": [rounds + 1]}` of one trial, to be jitted.
+
+    value is F(x) before the first and after every round, known to the figure but not to the method; queries are those
+    of all clients so far, per client. FZooS adds "cosine" and "error", [rounds], if the task has gradients.
+    """
+    algorithm, sampler = build(name, study, task), samplers.full(task.population.num_clients)
+
+    def run(population: Population, start: Array, key: Any) -> dict[str, Array]:
+        def value(x: Array) -> Array:
+            return jnp.mean(task.loss_fn(x, population.examples, key))
+
+        def body(state: Any, _: None) -> tuple[Any, Any]:
+            state, metrics = step(algorithm, sampler, population, state, key)
+            accuracy = getattr(metrics.extra, "accuracy", ())
+            return state, (value(algorithm.params(state)), state.queries, accuracy)
+
+        state = algorithm.init(start)
+        _, (values, queries, accuracy) = jax.lax.scan(body, state, length=study.rounds)
+        result = {
+            "value": jnp.concatenate([value(start)[None], values]),
+            "queries": jnp.concatenate([jnp.zeros(1, queries.dtype), queries]) / population.num_clients,
+        }
+        return result | ({"cosine": accuracy.cosine, "error": accuracy.error} if accuracy else {})
+
+    return run
+
+
+def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, np.ndarray]]:
+    """Runs what is not yet there of a study, and writes its report into the directory `out`.
+
+    Returns:
+      Name of a method to its curves, each [trials, rounds + 1] (see `curve`).
+
+    Raises:
+      ValueError: if the directory holds another study.
+    """
+    pick("task", study.task, TASKS)
+    # Mistakes show in building a task, before the directory is there.
+    tasks = [TASKS[study.task](trial, **dict(study.options)) for trial in range(study.trials)]
+    claim(study, out)
+    results: dict[str, dict[str, np.ndarray]] = {}
+    for name in METHODS:
+        run = jax.jit(curve(name, study, tasks[0]))
+        parts = []
+        for trial, task in enumerate(tasks):
+            path = out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
+            if not path.exists():
+                result = run(task.population, task.start, jax.random.key(trial))
+                saved = {k: np.asarray(v) for k, v in result.items()}
+                files.write(path, partial(_save, arrays=saved))
+                final, spent = saved["value"][-1], saved["queries"][-1]
+                say(f"{name}, trial {trial}: F = {final:.5g} after {spent:g} queries a client")
+            with np.load(path) as stored:
+                parts.append(dict(stored))
+        results[name] = {k: np.stack([part[k] for part in parts]) for k in parts[0]}
+    report(study, results, tasks[0].optimum, out)
+    return results
+
+
+def claim(study: Study, out: Path) -> None:
+    """Writes study.json, or checks that the directory holds the same study.
+
+    Raises:
+      ValueError: if it holds another one.
+    """
+    text = json.dumps(study._asdict() | {"options": dict(study.options)}, indent=2) + "\n"
+    path = out / "study.json"
+    (out / "curves").mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text() != text:
+        raise ValueError(f"{out} holds another study, {path}: choose another directory, or remove it")
+    files.write_text(path, text)
+
+
+def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:
+    """Writes curves.csv, curves.png and summary.md."""
+    from pipelines import figures
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "trial", "round", "queries_per_client", "value", "cosine", "error"])
+    for name, result in results.items():
+        for trial, (queries, values) in enumerate(zip(result["queries"], result["value"], strict=True)):
+            for t, (q, v) in enumerate(zip(queries, values, strict=True)):
+                own = [result[k][trial, t - 1] if k in result and t else "" for k in ("cosine", "error")]
+                writer.writerow([name, trial, t, f"{q:g}", v, *own])
+    files.write_text(out / "curves.csv", text.getvalue())
+    with figures.style():
+        figures.write(out / "curves.png", figure(study, results, optimum))
+    files.write_text(out / "summary.md", summary(study, results, optimum))
+
+
+def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> Any:
+    """F against rounds and against queries (means and standard deviations), and the surrogates' accuracy if known."""
+    from matplotlib.figure import Figure
+
+    from pipelines import figures
+
+    known = any("cosine" in result for result in results.values())
+    drawn = Figure(figsize=(14 if known else 10, 4), layout="constrained")
+    axes = drawn.subplots(1, 3 if known else 2)
+    for color, (name, result) in zip(figures.COLORS, results.items(), strict=False):
+        values = result["value"] - (0 if optimum is None else optimum)
+        rounds = np.arange(values.shape[1])
+        for axis, x in ((axes[0], rounds), (axes[1], result["queries"].mean(0))):
+            _band(axis, x, values, color, name)
+        for key, line in (("cosine", "-"), ("error", "--")):
+            if key in result:
+                label = {"cosine": "cosine with the true gradient", "error": "relative error"}[key]
+                _band(axes[2], rounds[1:], result[key], color, label, line)
+    label = "F(x)" if optimum is None else "F(x) - F*"
+    axes[0].set(title=f"{label} against rounds", xlabel="round")
+    axes[1].set(title=f"{label} against queries", xlabel="queries per client")
+    if optimum is not None:
+        axes[0].set_yscale("log")
+        axes[1].set_yscale("log")
+    if known:
+        axes[2].set(title="Surrogate gradients of FZooS", xlabel="round", ylim=(0, 1.5))
+        axes[2].legend(loc="upper right")
+    axes[0].legend(loc="best")
+    options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None)
+    drawn.suptitle(f"{study.task} ({options}); mean and standard deviation of {study.trials} trials", fontsize=9)
+    return drawn
+
+
+def queries_to(target: np.ndarray, result: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Queries per client until F is at most the trial's target, float[trials]; NaN where it is never reached."""
+    reached = result["value"] <= target[:, None]
+    first = np.argmax(reached, axis=1)
+    queries = np.take_along_axis(result["queries"], first[:, None], 1)[:, 0].astype(float)
+    return np.where(reached.any(1), queries, np.nan)
+
+
+def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> str:
+    """Final values, and the queries after which FZooS is where each baseline ends, as Markdown."""
+    lines = [
+        f"# {study.task}",
+        "",
+        *(f"- {k}: {v}" for k, v in study._asdict().items() if k not in ("task", "options")),
+    ]
+    lines += [f"- {k}: {v}" for k, v in study.options]
+    if optimum is not None:
+        lines += ["", f"Least value of F: {optimum:.6g}."]
+    lines += [
+        "",
+        "Final F is the mean and standard deviation over trials. The last column says after how many queries per",
+        "client, in the median trial, FZooS is as low as the baseline in the end, and in how many trials it ever is.",
+    ]
+    lines += ["", "| method | final F | queries per client | FZooS needs |", "| --- | --- | --- | --- |"]
+    for name, result in results.items():
+        final = result["value"][:, -1].astype(float)
+        spread = f" ± {final.std(ddof=1):.2g}" if len(final) > 1 else ""
+        needed = ""
+        if name != "FZooS":
+            needs = queries_to(final, results["FZooS"])
+            there = ~np.isnan(needs)
+            needed = f"{np.median(needs[there]):g} ({there.sum()} of {len(needs)})" if there.any() else "not reached"
+        lines.append(f"| {name} | {final.mean():.5g}{spread} | {result['queries'][:, -1].mean():g} | {needed} |")
+    return "\n".join(lines) + "\n"
+
+
+def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str, line: str = "-") -> None:
+    mean = values.mean(axis=0)
+    axis.plot(x, mean, line, color=color, linewidth=1.6, label=label)
+    if len(values) > 1:
+        sd = values.std(axis=0, ddof=1)
+        low = mean - sd
+        if (values > 0).all():  # nothing below the least value on a logarithmic axis
+            low = np.maximum(low, values.min(axis=0))
+        axis.fill_between(x, low, mean + sd, color=color, alpha=0.18, linewidth=0)
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _quadratic(u: Array, first: Array, second: Array) -> Array:
+    return 0.1 / u.size * ((1 + first) @ u**2 + (1 + second) @ u + 1)
+
+
+def _ackley(u: Array, first: Array, second: Array) -> Array:
+    v = u - first
+    # Without the small number the square root has no derivative at the minimum.
+    near = jnp.exp(-0.2 * jnp.sqrt(jnp.mean(v**2) + 1e-12))
+    return -20 * near - jnp.exp(jnp.mean(jnp.cos(2 * jnp.pi * v))) + 20 + jnp.e
+
+
+def _levy(u: Array, first: Array, second: Array) -> Array:
+    w = 1 + (u - first - 1) / 4
+    inner = (w[:-1] - 1) ** 2 * (1 + 10 * jnp.sin(jnp.pi * w[:-1] + 1) ** 2)
+    last = (w[-1] - 1) ** 2 * (1 + jnp.sin(2 * jnp.pi * w[-1]) ** 2)
+    return (jnp.sin(jnp.pi * w[0]) ** 2 + jnp.sum(inner) + last) / u.size
+
+
+_FUNCTIONS = {"quadratic": _quadratic, "ackley": _ackley, "levy": _levy}
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return a / jnp.where(b > 0, b, 1)
+
+
+_SCORES: Mapping[str, Callable[[Array, Array, Array], Array]] = {
+    "precision": lambda hits, guessed, actual: _ratio(hits, guessed),
+    "recall": lambda hits, guessed, actual: _ratio(hits, actual),
+    "f1": lambda hits, guessed, actual: _ratio(2 * hits, guessed + actual),
+    "jaccard": lambda hits, guessed, actual: _ratio(hits, guessed + actual - hits),
+}
+"""Name to the score of each class, from hits, predictions and true members, float[K] each."""
+
+
+def _federated(dataset: str, data_dir: str | None, clients: int, alpha: float) -> tuple[Any, Population]:
+    from pipelines import data, partition, setup
+
+    loaded = data.load(dataset, data_dir)
+    if loaded.is_sequence:
+        raise ValueError(f"dataset {dataset!r} is text: take images or a table, such as digits or breast_cancer")
+    if loaded.normalization is not None:  # bytes
+        parts = ({**part, "x": part["x"].astype(np.float32) / 255} for part in (loaded.train, loaded.test))
+        loaded = loaded._replace(train=next(parts), test=next(parts), normalization=None)
+    loaded = setup.in_precision(loaded)
+    assignment = partition.dirichlet(loaded.train["y"], clients, alpha=alpha, min_size=20)
+    return loaded, partition.federate(loaded, assignment)
+
+
+@cache
+def _classifiers(
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, rounds: int = 20
+) -> tuple[Any, Any, np.ndarray, np.ndarray]:
+    """The model, the clients' own classifiers (leaves [N, ...]), and test images that they all have right."""
+    import models
+    from pipelines import data
+
+    loaded, population = _federated(dataset, data_dir, clients, alpha)
+    model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
+    inputs = data.normalized(model, loaded.normalization)
+    fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.adam(0.003), batch_size=50, num_steps=30)
+
+    def train(population: Population, i: Array) -> Any:
+        state = fedavg.init(model.init(jax.random.fold_in(jax.random.key(0), i)))
+
+        def body(state: Any, t: Array) -> tuple[Any, None]:
+            return fedavg.round(state, population.cohort(i[None]), jax.random.key(t))[0], None
+
+        return fedavg.params(jax.lax.scan(body, state, jnp.arange(rounds))[0])
+
+    classifiers = jax.jit(jax.vmap(train, (None, 0)))(population, jnp.arange(clients))
+    images, labels = np.asarray(loaded.test["x"][:500]), np.asarray(loaded.test["y"][:500])
+    logits = jax.vmap(inputs.apply, (0, None))(classifiers, jnp.asarray(images))
+    right = np.asarray(jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=0))
+    if not right.any():
+        raise ValueError(
+            f"no test image of {dataset} is right for all {clients} classifiers: raise alpha={alpha:g}, so that "
+            "clients have seen all classes, or take fewer clients"
+        )
+    return inputs, jax.tree.map(np.asarray, classifiers), images[right], labels[right]
+
+
+def _pretrained(
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, rounds: int, seed: int
+) -> tuple[Any, Any, Population, int]:
+    """The model, its parameters after some rounds of FedAvg, the clients' examples, and the number of classes."""
+    import models
+    from pipelines import data
+
+    loaded, population = _federated(dataset, data_dir, clients, alpha)
+    model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
+    inputs = data.normalized(model, loaded.normalization)
+    fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.sgd(0.1), batch_size=20)
+    state, round_fn = fedavg.init(model.init(jax.random.key(seed))), jax.jit(fedavg.round)
+    for t in range(rounds):
+        state, _ = round_fn(state, population.cohort(np.arange(clients)), jax.random.key(t))
+    return inputs, fedavg.params(state), population, loaded.num_classes

@@ -1,0 +1,107 @@
+"""The command `fedjax-core zeroth-order`: the experiments of `pipelines.zeroth_order`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+_STUDY = (
+    click.option("--rounds", type=int, default=50, show_default=True, help="Rounds of each method."),
+    click.option("--steps", type=int, default=10, show_default=True, help="Local steps of a round."),
+    click.option("--trials", type=int, default=10, show_default=True, help="Functions and starts drawn anew."),
+    click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of the clients' Adam."),
+    click.option("--directions", type=int, default=20, show_default=True, help="Directions of a finite difference."),
+    click.option("--mu", type=float, default=0.01, show_default=True, help="Length of a finite difference."),
+    click.option("--radius", type=float, default=0.01, show_default=True, help="Half-width of the boxes of FZooS."),
+    click.option("--noise", type=float, default=1e-6, show_default=True, help="Variance of a query in its surrogates."),
+    click.option("--neighbors", type=int, default=150, show_default=True, help="Queries that a surrogate is given."),
+    click.option("--features", type=int, default=10000, show_default=True, help="Random Fourier features."),
+    click.option("--lengthscale", type=float, default=1.0, show_default=True, help="Of the features."),
+    click.option("--capacity", type=int, default=1000, show_default=True, help="Queries that a client remembers."),
+    click.option("--out", type=click.Path(path_type=Path), default=None, help="Directory.  [default: runs/TASK]"),
+)
+_FIELDS = (
+    "rounds",
+    "steps",
+    "trials",
+    "lr",
+    "directions",
+    "mu",
+    "radius",
+    "noise",
+    "neighbors",
+    "features",
+    "lengthscale",
+    "capacity",
+)
+
+
+def _of_study(command: Any) -> Any:
+    for option in reversed(_STUDY):
+        command = option(command)
+    return command
+
+
+@click.group(name="zeroth-order", short_help="Compare methods that query values and have no gradients.")
+def zeroth_order() -> None:
+    """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: function values, no gradients.
+
+    F against rounds and against queries, means and standard deviations over trials, as curves.png, curves.csv and
+    summary.md. A study that was stopped goes on when the same command is given again.
+
+    \b
+    fedjax-core zeroth-order synthetic --function quadratic --heterogeneity 5
+    fedjax-core zeroth-order attack --dataset fashion_mnist --data-dir DIR --steps 5
+    fedjax-core zeroth-order metric --score jaccard --mu 1 --lr 0.05
+    """
+
+
+@zeroth_order.command(short_help="Quadratic, Ackley or Levy functions.")
+@click.option("--function", default="quadratic", show_default=True, help="quadratic, ackley or levy.")
+@click.option("--dim", type=int, default=300, show_default=True, help="Dimensions.")
+@click.option("--clients", type=int, default=5, show_default=True, help="Number of clients.")
+@click.option("--heterogeneity", type=float, default=0.5, show_default=True, help="How much clients differ.")
+@_of_study
+def synthetic(**values: Any) -> None:
+    """Synthetic functions whose clients differ."""
+    _compare("synthetic", values)
+
+
+@zeroth_order.command(short_help="A black-box attack on the classifiers of all clients.")
+@click.option("--dataset", default="digits", show_default=True, help="Images: digits, mnist or fashion_mnist.")
+@click.option("--data-dir", default=None, help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
+@click.option("--clients", type=int, default=10, show_default=True, help="Number of clients.")
+@click.option("--alpha", type=float, default=1.0, show_default=True, help="Of the Dirichlet split; small is skewed.")
+@click.option("--epsilon", type=float, default=0.3, show_default=True, help="Largest change of a pixel in [0, 1].")
+@_of_study
+def attack(**values: Any) -> None:
+    """One perturbation that is to mislead the classifiers of all clients."""
+    _compare("attack", values)
+
+
+@zeroth_order.command(short_help="A metric without a gradient.")
+@click.option("--score", default="f1", show_default=True, help="precision, recall, f1 or jaccard.")
+@click.option("--dataset", default="digits", show_default=True, help="A data set that is taken as a table.")
+@click.option("--data-dir", default=None, help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
+@click.option("--clients", type=int, default=7, show_default=True, help="Number of clients.")
+@click.option("--alpha", type=float, default=10.0, show_default=True, help="Of the Dirichlet split; small is skewed.")
+@click.option("--reach", type=float, default=0.2, show_default=True, help="Largest shift of a weight.")
+@_of_study
+def metric(**values: Any) -> None:
+    """A macro-averaged score of a perceptron as a function of its weights."""
+    _compare("metric", values)
+
+
+def _compare(task: str, values: dict[str, Any]) -> None:
+    from pipelines import zeroth_order as experiments
+
+    out = values.pop("out") or Path("runs") / task
+    own = {name: values.pop(name) for name in _FIELDS}
+    study = experiments.Study(task, tuple(sorted(values.items())), **own)
+    say: Callable[[str], None] = click.echo
+    try:
+        experiments.compare(study, out, say)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(f"written: {out / 'summary.md'}, curves.png, curves.csv")

@@ -1,0 +1,123 @@
+"""The zeroth-order experiments: the functions against plain NumPy, and a small study from the command line."""
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
+
+from pipelines import cli
+from pipelines import zeroth_order as experiments
+
+
+@pytest.fixture(autouse=True)
+def _single_precision():
+    with jax.enable_x64(False):
+        yield
+
+
+def call(*words):
+    return CliRunner().invoke(cli.main, ["zeroth-order", *[str(word) for word in words]])
+
+
+def values_at(task, x):
+    return np.asarray(task.loss_fn(jnp.asarray(x, jnp.float32), task.population.examples, None), np.float64)
+
+
+@pytest.mark.parametrize("heterogeneity", [0.5, 50.0])
+def test_the_clients_average_is_one_quadratic_with_a_known_minimum(heterogeneity):
+    task = experiments.synthetic(3, dim=20, clients=4, heterogeneity=heterogeneity)
+    x = np.random.default_rng(0).uniform(size=20)
+    u = 20 * x - 10
+    np.testing.assert_allclose(values_at(task, x).mean(), 0.1 / 20 * ((u**2).sum() + u.sum() + 1), rtol=1e-4)
+    np.testing.assert_allclose(values_at(task, np.full(20, 0.475)).mean(), task.optimum, rtol=1e-4)
+    assert np.ptp(values_at(task, x)) > 0
+    other = experiments.synthetic(4, dim=20, clients=4, heterogeneity=heterogeneity)
+    assert not np.array_equal(other.start, task.start)
+
+
+@pytest.mark.parametrize(("function", "minimum"), [("ackley", 0.5), ("levy", 0.55)])
+def test_alike_clients_have_the_standard_functions(function, minimum):
+    """Ackley is 0 at u = 0, Levy at u = 1."""
+    task = experiments.synthetic(0, function=function, dim=12, heterogeneity=0.0)
+    np.testing.assert_allclose(values_at(task, np.full(12, minimum)), 0, atol=1e-4)
+    assert (values_at(task, np.full(12, 0.1)) > 1).all()
+    far = values_at(experiments.synthetic(0, function=function, dim=12, heterogeneity=5.0), np.full(12, minimum))
+    assert (far > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("score", "reference"),
+    [("precision", precision_score), ("recall", recall_score), ("f1", f1_score), ("jaccard", jaccard_score)],
+)
+def test_scores_are_those_of_scikit_learn(score, reference):
+    """On every client's own examples, of which there are unequally many."""
+    task = experiments.metric(0, score=score, dataset="wine", clients=3, hidden=4, pretraining=1)
+    model, start, population, _ = experiments._pretrained("wine", None, 3, 10.0, 4, 1, 0)
+    for i, value in enumerate(values_at(task, np.full(task.start.size, 0.5))):
+        own = population.client(i)
+        predicted = np.argmax(model.apply(start, own["x"]), axis=1)
+        expected = reference(np.asarray(own["y"]), predicted, average="macro", zero_division=0)
+        np.testing.assert_allclose(1 - value, expected, atol=1e-6)
+    assert not np.allclose(values_at(task, np.random.default_rng(0).uniform(size=task.start.size)), 1 - expected)
+
+
+def test_an_attack_starts_from_an_image_that_all_have_right_and_moves_pixels_by_at_most_epsilon():
+    task = experiments.attack(1, clients=3, hidden=8)
+    assert (values_at(task, task.start) > 0).all()
+    still = experiments.attack(1, clients=3, hidden=8, epsilon=0.0)
+    x = np.random.default_rng(0).uniform(size=64)
+    np.testing.assert_allclose(values_at(still, x), values_at(task, task.start), rtol=1e-5)
+    assert not np.allclose(values_at(task, x), values_at(task, task.start), rtol=1e-3)
+
+
+SMALL = ("--dim", 6, "--clients", 2, "--rounds", 3, "--steps", 2, "--trials", 2, "--features", 20, "--capacity", 70)
+SMALL += ("--neighbors", 20, "--directions", 2)
+
+
+def test_a_study_from_the_command_line_that_goes_on_where_it_stopped(tmp_path):
+    out = tmp_path / "study"
+    words = ("synthetic", "--heterogeneity", 0.5, *SMALL, "--out", out)
+    first = call(*words)
+    assert first.exit_code == 0, first.output
+    assert {p.name for p in out.iterdir()} == {"study.json", "curves", "curves.csv", "curves.png", "summary.md"}
+    rows = list(csv.DictReader((out / "curves.csv").open()))
+    assert len(rows) == 5 * 2 * 4
+    last = {row["method"]: float(row["queries_per_client"]) for row in rows}
+    # Per client: FZooS 1 + 10 once, 1 + 50 twice, 2 (5 + 1) three times; the others 2 (2 + 1), with option I 3 (2 + 1).
+    expected = {"FZooS": 11 + 102 + 36, "FedZO": 18, "FedProx-ZO": 18, "SCAFFOLD-ZO I": 27, "SCAFFOLD-ZO II": 18}
+    assert last == expected
+    assert all(float(row["cosine"]) <= 1 + 1e-5 for row in rows if row["cosine"])
+    assert "| FZooS |" in (out / "summary.md").read_text()
+
+    kept = {name: (out / name).read_bytes() for name in ("curves.csv", "curves.png", "summary.md")}
+    (out / "curves" / "FedZO-1.npz").unlink()
+    again = call(*words)
+    assert [line.split(":")[0] for line in again.output.splitlines()[:-1]] == ["FedZO, trial 1"]
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+
+    other = call("synthetic", "--heterogeneity", 5, *SMALL, "--out", out)
+    assert other.exit_code == 2
+    assert "another study" in other.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("synthetic", "--function", "ackly"), "did you mean 'ackley'?"),
+        (("metric", "--score", "f2"), "did you mean 'f1'?"),
+        (("attack", "--dataset", "digitz"), "digits"),
+    ],
+)
+def test_mistakes_are_named(words, said, tmp_path):
+    result = call(*words, "--out", tmp_path / "study")
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_queries_until_a_target_is_reached():
+    result = {"value": np.array([[3.0, 2.0, 1.0], [3.0, 3.0, 2.5]]), "queries": np.array([[0, 10, 20], [0, 10, 20]])}
+    np.testing.assert_array_equal(experiments.queries_to(np.array([2.0, 2.0]), result), [10, np.nan])
