@@ -1,7 +1,7 @@
 """What every method must do. A new factory in `algorithms.__all__` is tested here by being there."""
 
 import inspect
-from functools import cache
+from functools import cache, partial
 
 import chex
 import jax
@@ -92,15 +92,26 @@ def jit_at_most(traces, function):
     return jax.jit(counted)
 
 
+def defaults(name):
+    """Every float that a method can be swept over. Python's numbers leave the model's precision as it is."""
+    return {"lr": 0.1, **hyperparameters(name)}
+
+
 @cache
 def jitted_round(name):
     """Traced twice in this whole file, for float64 and float32, whatever the ids, sizes, keys and populations."""
-    return jit_at_most(2, make(name).round)
+    traced = jit_at_most(2, lambda values, *args: make(name, **values).round(*args))
+    return partial(traced, defaults(name))
 
 
 @cache
+def two_rounds_at(name):
+    """`run(values, state, population, key)`, two rounds at any values of the hyper-parameters."""
+    return jit_at_most(1, lambda values, *args: continue_rounds(make(name, **values), SAMPLER, 2)(*args))
+
+
 def two_rounds(name):
-    return jit_at_most(1, continue_rounds(make(name), SAMPLER, 2))
+    return partial(two_rounds_at(name), defaults(name))
 
 
 def three_rounds(round_fn, algorithm, cohorts, population, params=None):
@@ -245,7 +256,7 @@ def test_scanned_rounds_equal_single_rounds_bit_for_bit(name):
 
 @every_method
 def test_seeds_and_every_float_vmap_like_a_loop(name):
-    values = {"lr": 0.1, **hyperparameters(name)}
+    values = defaults(name)
 
     def final(values, key):
         values = dict(values)
@@ -258,10 +269,12 @@ def test_seeds_and_every_float_vmap_like_a_loop(name):
     batch = {n: jnp.asarray([values[n] * (0.8 if m == n else 1.0) for m in names]) for n in names}
     keys = jax.random.split(jax.random.key(5), len(names))
     together = jax.jit(jax.vmap(final))(batch, keys)
-    one_by_one = jax.jit(final)
     for m in range(len(names)):
-        alone = one_by_one({n: v[m] for n, v in batch.items()}, keys[m])
-        assert_trees_close(jax.tree.map(lambda leaf, m=m: leaf[m], together), alone, rtol=1e-11, atol=1e-12)
+        alone = {n: float(v[m]) for n, v in batch.items()}
+        algorithm = make(name, **alone)
+        state, metrics = two_rounds_at(name)(alone, algorithm.init(softmax_params()), population(), keys[m])
+        expected = algorithm.params(state), metrics
+        assert_trees_close(jax.tree.map(lambda leaf, m=m: leaf[m], together), expected, rtol=1e-11, atol=1e-12)
 
 
 @every_method

@@ -53,6 +53,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproces
         **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))},
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"],  # the same programs as here, to the last bit
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
 
