@@ -1,6 +1,8 @@
 """Settings shared by all tests."""
 
+import gc
 import os
+from pathlib import Path
 
 # Tests compile far more than they compute, so the processor's backend is told not to polish what it makes.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -18,3 +20,33 @@ import jax
 jax.config.update("jax_enable_x64", True)
 # Stand-ins for a mesh: several CPU devices in one process.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 30_000  # Linux allows a process 65,530
+
+
+def _group(item):
+    """What a test shares compiled programs with: its module, and its group there."""
+    marker = item and item.get_closest_marker("xdist_group")
+    return item and item.path, marker and marker.args
+
+
+def pytest_collection_modifyitems(items):
+    """Groups run in one go on one process, as they do on several."""
+    first = {}
+    for number, item in enumerate(items):
+        first.setdefault(_group(item), number)
+    items.sort(key=lambda item: first[_group(item)])
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Lets go of compiled programs between groups, before there are too many for the operating system.
+
+    Each is mapped into memory several times, and a process that may not map any more dies while it compiles.
+    """
+    if _group(item) == _group(nextitem) or not MAPPINGS.exists():
+        return
+    if MAPPINGS.read_text().count("\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

@@ -46,6 +46,17 @@ with_client_state = pytest.mark.parametrize(
 )
 
 
+# Counts of the size of this problem; and in single precision it takes a box wide enough for values to differ by far
+# more than their rounding, and more noise than that of a solve.
+SETTINGS = {
+    "fzoos": {
+        **{"initial": 4, "active": 2, "active_candidates": 8, "survey": 5, "survey_candidates": 12},
+        **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30},
+        **{"radius": 0.5, "noise": 1e-2, "ridge": 1e-2},
+    }
+}
+
+
 def make(name, *, lr=0.1, plan=None, **settings):
     factory = getattr(algorithms, name)
     parameters = inspect.signature(factory).parameters
@@ -58,20 +69,17 @@ def make(name, *, lr=0.1, plan=None, **settings):
         settings.setdefault("layers", {"w": 5})
     if "logits" in parameters:
         settings.setdefault("logits", lambda params, batch, key: batch["x"] @ params["w"] + params["b"])
-    if name == "fzoos":  # counts of the size of this problem; and in single precision it takes a box wide enough for
-        # values to differ by far more than their rounding, and more noise than that of a solve
-        counts = {"initial": 4, "active": 2, "active_candidates": 8, "survey": 5, "survey_candidates": 12}
-        sizes = {"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30}
-        settings = {**counts, **sizes, "radius": 0.5, "noise": 1e-2, "ridge": 1e-2, **settings}
+    settings = {**SETTINGS.get(name, {}), **settings}
     if name != "fedsgd":  # fedsgd has no epochs
         settings.setdefault("num_epochs", 1)  # up to four local steps; the plain loop is slow
     return factory(softmax_loss, optax.sgd(lr), batch_size=BATCH, plan=plan, **settings)
 
 
 def hyperparameters(name):
-    """Names and defaults of a method's float hyper-parameters."""
+    """Names and values of a method's float hyper-parameters, here."""
     parameters = inspect.signature(getattr(algorithms, name)).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, float)}
+    own = SETTINGS.get(name, {})
+    return {p.name: own.get(p.name, p.default) for p in parameters if isinstance(p.default, float)}
 
 
 @cache
