@@ -25,6 +25,11 @@ def machine() -> dict:
     }
 
 
+def log_normal_sizes(rng: np.random.Generator, num_clients: int, mean: float = 600, sigma: float = 0.8) -> np.ndarray:
+    """int[num_clients], sizes of at least 1 whose distribution has that mean before rounding."""
+    return np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, num_clients)).astype(int) + 1
+
+
 def first_call(function, *args) -> tuple[float, object]:
     """Seconds of the first call (tracing and compilation included) and its result."""
     start = time.perf_counter()

@@ -60,13 +60,12 @@ def workload(name):
 
 
 def federation(draw, mean, num_clients):
-    sigma = 0.8
-    sizes = np.exp(np.random.default_rng(0).normal(np.log(mean) - sigma**2 / 2, sigma, num_clients)).astype(int) + 1
+    sizes = _measure.log_normal_sizes(np.random.default_rng(0), num_clients, mean)
     return Population.from_flat(draw(int(sizes.sum())), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def compiled_round(method, name, num_clients, mesh):
-    """(call, seconds to compile, the program's text) of a round of all clients."""
+    """(call, the program's text) of a round of all clients."""
     model, loss_fn, draw, mean = workload(name)
     options = {"num_clients": num_clients} if method == "scaffold" else {}
     algorithm = getattr(algorithms, method)(

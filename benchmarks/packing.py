@@ -33,11 +33,6 @@ BATCH, PER_LANE = 20, 4
 WORK = local_work(batch_size=BATCH, num_epochs=1)
 
 
-def sizes_of(num_clients: int, seed: int) -> np.ndarray:
-    sigma = 0.8
-    return np.exp(np.random.default_rng(seed).normal(np.log(600) - sigma**2 / 2, sigma, num_clients)).astype(int) + 1
-
-
 def population_of(sizes: np.ndarray) -> Population:
     rng, total = np.random.default_rng(0), int(sizes.sum())
     examples = {"x": rng.random((total, 28, 28, 1), np.float32), "y": rng.integers(0, 10, total).astype(np.int32)}
@@ -81,7 +76,7 @@ def useful_share(lanes: int, seeds: range) -> dict:
     program = displacement_program(plain_gradient(lambda w, batch, key: w * batch["x"][:, 0, 0, 0]), optax.sgd(0.0))
     shares, padding, best = [], [], []
     for seed in seeds:
-        sizes = sizes_of(lanes * PER_LANE, seed)
+        sizes = _measure.log_normal_sizes(np.random.default_rng(seed), lanes * PER_LANE)
         population = population_of(sizes)
         cohort = population.cohort(np.arange(len(sizes)))
         _, executed = packed(program, Plan(lanes=lanes))(jnp.float32(0), cohort, jax.random.key(0))
@@ -103,7 +98,7 @@ def cost(name: str, lanes: int, repeats: int) -> dict:
     shape = (28, 28, 1)
     model = models.logistic_regression(shape, 10) if name == "logistic" else models.mlp(shape, 10)
     program = displacement_program(plain_gradient(losses.cross_entropy(model)), optax.sgd(0.05))
-    population = population_of(sizes_of(lanes * PER_LANE, 0))
+    population = population_of(_measure.log_normal_sizes(np.random.default_rng(0), lanes * PER_LANE))
     cohort, key = population.cohort(np.arange(population.num_clients)), jax.random.key(1)
     params = model.init(jax.random.key(0))
     queue = packed(program, Plan(lanes=lanes))

@@ -39,8 +39,7 @@ def make_model(name: str, native: bool = False):
 
 def make_population(num_clients: int = 10) -> Population:
     rng = np.random.default_rng(0)
-    sigma = 0.8
-    sizes = np.exp(rng.normal(np.log(600) - sigma**2 / 2, sigma, num_clients)).astype(int) + 1
+    sizes = _measure.log_normal_sizes(rng, num_clients)
     clients = [
         {"x": rng.random((n, 28, 28, 1), np.float32), "y": rng.integers(0, 10, n).astype(np.int32)} for n in sizes
     ]

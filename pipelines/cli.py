@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fedjax_core import samplers
 from pipelines import cache as kept
-from pipelines import continual_config, data, heterogeneity, methods, progress
+from pipelines import continual_config, data, files, heterogeneity, methods, progress
 from pipelines import processes as several
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.names import pick
@@ -423,8 +423,7 @@ def federate(ctx: click.Context, out: Path | None, compare: tuple[str, ...], **v
         others = {name: _train_part(config, built, name) for name in compare}
     out = out or Path("federations") / config.federation_slug()
     with _usage_errors(ctx):
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file: choose a directory")
+        files.refuse_file(out)
         saved = federations.save(built, config, out)
     rows = portrait.comparison(config, built, others)
     portrait.write(out, config, built, rows, saved["warnings"])

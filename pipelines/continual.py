@@ -357,13 +357,8 @@ def _run_method(
 
 def _claim(out: Path, config: Continual) -> None:
     """Makes `out` the run directory of `config`, or raises ValueError if it is that of another or of something else."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: choose a directory")
     path, content = out / "config.json", json.dumps(asdict(config), indent=2) + "\n"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds files but no run (no config.json): choose a new directory for --out")
-        out.mkdir(parents=True, exist_ok=True)
+    if not files.run_directory(out):
         files.write_text(path, content)
     there, here = json.loads(path.read_text()), json.loads(content)
     # More methods may join a run; everything else would change the numbers of those that are there.

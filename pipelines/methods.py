@@ -139,11 +139,15 @@ def build(
         options = {k: v for k, v in options.items() if k not in ("num_epochs", "num_steps", "order")}
     if method.needs_num_clients:
         options["num_clients"] = num_clients
-    taken = inspect.signature(method.factory).parameters
-    options |= {key: function for key, function in model_functions.items() if key in taken}
+    options |= {key: function for key, function in model_functions.items() if takes(name, key)}
     # What was not asked for is not passed on, so that the factory's defaults stay the factory's.
     asked = {**RECOMMENDED.get(name, {}), **{key: parse(name, key, value) for key, value in settings.items()}}
     return method.factory(loss_fn, client_optimizer, **asked, **options)
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether the method's factory has an argument of that name."""
+    return argument in inspect.signature(describe(name).factory).parameters
 
 
 def takes_local_work(name: str) -> bool:

@@ -160,8 +160,10 @@ def prepare(config: Config) -> Experiment:
     def layer_inputs(params: Any, batch: Any) -> dict[str, Array]:
         return models.capture.layer_inputs(inputs.apply)(params, batch["x"])
 
-    one = jax.tree.map(lambda leaf: leaf[:1], dataset.test["x"])
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    def layer_widths() -> dict[str, int]:
+        one = jax.tree.map(lambda leaf: leaf[:1], dataset.test["x"])
+        return models.capture.layer_widths(inputs.apply, jax.eval_shape(model.init, jax.random.key(0)), one)
+
     local = {
         "batch_size": config.batch_size,
         "num_epochs": config.epochs,
@@ -171,6 +173,9 @@ def prepare(config: Config) -> Experiment:
     }
 
     def make(name: str, plan: Plan) -> Algorithm:
+        functions: dict[str, Any] = {"features": features, "inputs": layer_inputs, "logits": logits}
+        if methods.takes(name, "layers"):  # traces the model, which takes half a second for a deep one
+            functions["layers"] = layer_widths()
         return methods.build(
             name,
             loss_fn,
@@ -178,12 +183,7 @@ def prepare(config: Config) -> Experiment:
             num_clients=population.num_clients,
             settings=config.method_settings(name),
             local=local | {"plan": plan},
-            model_functions={
-                "features": features,
-                "inputs": layer_inputs,
-                "layers": models.capture.layer_widths(inputs.apply, params, one),
-                "logits": logits,
-            },
+            model_functions=functions,
         )
 
     experiment = Experiment(

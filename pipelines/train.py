@@ -179,10 +179,7 @@ def claim(out: Path, config: Config) -> None:
 
 
 def _claim(out: Path, config: Config) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: choose a directory")
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "config.json").exists():
+    if files.run_directory(out):
         differences = config.differences(read_config(out))
         if differences:
             listing = "\n".join(
@@ -193,8 +190,6 @@ def _claim(out: Path, config: Config) -> None:
                 "configuration"
             )
         return
-    if any(not path.name.endswith(files.TEMPORARY_SUFFIX) for path in out.iterdir()):
-        raise ValueError(f"{out} holds files but no run (no config.json): choose an empty or a new directory for --out")
     content = {"config": json.loads(config.to_json()), "versions": versions()}
     files.write_text(out / "config.json", json.dumps(content, indent=2) + "\n")
 

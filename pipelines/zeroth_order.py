@@ -434,7 +434,11 @@ _SCORES: Mapping[str, Callable[[Array, Array, Array], Array]] = {
 """Name to the score of each class, from hits, predictions and true members, float[K] each."""
 
 
-def _federated(dataset: str, data_dir: str | None, clients: int, alpha: float) -> tuple[Any, Population]:
+def _federated(
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int
+) -> tuple[Any, Population, Any, Any]:
+    """The data set, the clients' examples, a perceptron, and the same of inputs as the clients have them."""
+    import models
     from pipelines import data, partition, setup
 
     loaded = data.load(dataset, data_dir)
@@ -445,7 +449,8 @@ def _federated(dataset: str, data_dir: str | None, clients: int, alpha: float) -
         loaded = loaded._replace(train=next(parts), test=next(parts), normalization=None)
     loaded = setup.in_precision(loaded)
     assignment = partition.dirichlet(loaded.train["y"], clients, alpha=alpha, min_size=20)
-    return loaded, partition.federate(loaded, assignment)
+    model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
+    return loaded, partition.federate(loaded, assignment), model, data.normalized(model, loaded.normalization)
 
 
 @cache
@@ -454,11 +459,8 @@ def _classifiers(
 ) -> tuple[Any, Any, np.ndarray, np.ndarray]:
     """The model, the clients' own classifiers (leaves [N, ...]), and test images that they all have right."""
     import models
-    from pipelines import data
 
-    loaded, population = _federated(dataset, data_dir, clients, alpha)
-    model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
-    inputs = data.normalized(model, loaded.normalization)
+    loaded, population, model, inputs = _federated(dataset, data_dir, clients, alpha, hidden)
     fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.adam(0.003), batch_size=50, num_steps=30)
 
     def train(population: Population, i: Array) -> Any:
@@ -486,11 +488,8 @@ def _pretrained(
 ) -> tuple[Any, Any, Population, int]:
     """The model, its parameters after some rounds of FedAvg, the clients' examples, and the number of classes."""
     import models
-    from pipelines import data
 
-    loaded, population = _federated(dataset, data_dir, clients, alpha)
-    model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
-    inputs = data.normalized(model, loaded.normalization)
+    loaded, population, model, inputs = _federated(dataset, data_dir, clients, alpha, hidden)
     fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.sgd(0.1), batch_size=20)
     state, round_fn = fedavg.init(model.init(jax.random.key(seed))), jax.jit(fedavg.round)
     for t in range(rounds):

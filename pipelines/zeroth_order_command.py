@@ -21,20 +21,6 @@ _STUDY = (
     click.option("--capacity", type=int, default=1000, show_default=True, help="Queries that a client remembers."),
     click.option("--out", type=click.Path(path_type=Path), default=None, help="Directory.  [default: runs/TASK]"),
 )
-_FIELDS = (
-    "rounds",
-    "steps",
-    "trials",
-    "lr",
-    "directions",
-    "mu",
-    "radius",
-    "noise",
-    "neighbors",
-    "features",
-    "lengthscale",
-    "capacity",
-)
 
 
 def _of_study(command: Any) -> Any:
@@ -97,7 +83,7 @@ def _compare(task: str, values: dict[str, Any]) -> None:
     from pipelines import zeroth_order as experiments
 
     out = values.pop("out") or Path("runs") / task
-    own = {name: values.pop(name) for name in _FIELDS}
+    own = {name: values.pop(name) for name in experiments.Study._fields if name in values}
     study = experiments.Study(task, tuple(sorted(values.items())), **own)
     say: Callable[[str], None] = click.echo
     try:

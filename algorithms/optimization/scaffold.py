@@ -107,37 +107,13 @@ def controlled_averaging(
         return ScaffoldState(params, zeros, client_table(num_clients, zeros), jnp.int32(0))
 
     def round(state: ScaffoldState, cohort: Cohort, key: Key) -> tuple[ScaffoldState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
         controls = gather(state.client_controls, cohort)
-
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, _ = shared
-            c_i, given = client_input
-            c_i_new = optax.tree.zeros_like(x) if new_control is None else given
-            return x, optimizer.init(x), c_i, c_i_new, jnp.int32(0)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            x, c = shared
-            y, opt_state, c_i, c_i_new, k = carry
-            loss, g = gradient(x, y, batch)
-            corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
-            y, opt_state = descend(optimizer, y, opt_state, corrected)
-            if new_control is None:  # a sum of gradients until client_final
-                c_i_new = optax.tree.add(c_i_new, g)
-            return (y, opt_state, c_i, c_i_new, k + 1), loss
-
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _ = shared
-            y, _, c_i, c_i_new, k = carry
-            if new_control is None:
-                c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), c_i_new)
-            return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
-
         given: Any = ()
         if new_control is not None:
             whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
             given = whole.run(new_control, state.params, (), cohort, key).outputs
-        program = ClientProgram(client_init, client_step, client_final)
+        optimizer = optimizer_at(client_optimizer, state.round)
+        program = controlled_program(gradient, optimizer, given=new_control is not None)
         results = clients.run(program, (state.params, state.control), (controls, given), cohort, key)
         displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
@@ -149,3 +125,36 @@ def controlled_averaging(
         return ScaffoldState(params, control, client_controls, state.round + 1), metrics
 
     return global_algorithm(init, round)
+
+
+def controlled_program(
+    gradient: Gradient, optimizer: optax.GradientTransformation, *, given: bool = False
+) -> ClientProgram:
+    """Local training along g + c - c_i, from the shared (x, c) and the input (c_i, c_i+).
+
+    Uploads y_i - x and c_i+ - c_i, and keeps c_i+. That is the mean of the K directions g, or the input if it is given.
+    """
+
+    def client_init(shared: Any, client_input: Any, key: Key) -> Any:
+        x, _ = shared
+        c_i, c_i_new = client_input
+        return x, optimizer.init(x), c_i, c_i_new if given else optax.tree.zeros_like(x), jnp.int32(0)
+
+    def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
+        x, c = shared
+        y, opt_state, c_i, c_i_new, k = carry
+        loss, g = gradient(x, y, batch)
+        corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
+        y, opt_state = descend(optimizer, y, opt_state, corrected)
+        if not given:  # a sum of gradients until client_final
+            c_i_new = optax.tree.add(c_i_new, g)
+        return (y, opt_state, c_i, c_i_new, k + 1), loss
+
+    def client_final(shared: Any, carry: Any) -> Any:
+        x, _ = shared
+        y, _, c_i, c_i_new, k = carry
+        if not given:
+            c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), c_i_new)
+        return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
+
+    return ClientProgram(client_init, client_step, client_final)

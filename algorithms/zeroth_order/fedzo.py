@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from algorithms.optimization.fedavg import displacement_program
+from algorithms.optimization.scaffold import controlled_program
 from algorithms.zeroth_order.estimators import Estimate, finite_differences, num_queries
 from fedjax_core import (
     Algorithm,
@@ -24,7 +25,6 @@ from fedjax_core import (
     Scalar,
     checks,
     client_table,
-    descend,
     gather,
     global_algorithm,
     local_training,
@@ -221,35 +221,15 @@ def scaffold_zo(
         return ScaffoldZOState(params, zeros, client_table(num_clients, zeros), jnp.int32(0), jnp.int32(0))
 
     def round(state: ScaffoldZOState, cohort: Cohort, key: Key) -> tuple[ScaffoldZOState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
         control_key, key = jax.random.split(key)
-
-        def client_init(shared: Any, c_i: Params, key: Key) -> Any:
-            x, _ = shared
-            return x, optimizer.init(x), c_i, optax.tree.zeros_like(x), jnp.int32(0)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            _, c = shared
-            y, opt_state, c_i, total, k = carry
-            value, g = estimate(y, batch)
-            corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
-            y, opt_state = descend(optimizer, y, opt_state, corrected)
-            return (y, opt_state, c_i, optax.tree.add(total, g), k + 1), value
-
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _ = shared
-            y, _, c_i, total, k = carry
-            c_i_new = jax.tree.map(lambda t: t / jnp.maximum(k, 1).astype(t.dtype), total)
-            return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
-
         estimates = jnp.int32(0)
         c, c_i = state.control, gather(state.client_controls, cohort)
         if option == "I":
             pass_at_x = once.run(one_estimate(estimate), state.params, (), cohort, control_key)
             c, c_i, estimates = pass_at_x.aggregate, pass_at_x.outputs, jnp.sum(pass_at_x.steps, dtype=jnp.int32)
-        results = clients.run(
-            ClientProgram(client_init, client_step, client_final), (state.params, c), c_i, cohort, key
-        )
+        optimizer = optimizer_at(client_optimizer, state.round)
+        program = controlled_program(lambda x, y, batch: estimate(y, batch), optimizer)
+        results = clients.run(program, (state.params, c), (c_i, ()), cohort, key)
         displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
         queries = (estimates + jnp.sum(results.steps, dtype=jnp.int32)) * num_queries(num_directions, state.params)

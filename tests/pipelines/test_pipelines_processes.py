@@ -40,27 +40,41 @@ def table(out):
 
 
 @pytest.fixture(scope="module")
-def killed(config, command, tmp_path_factory):
+def pair(config, command):
+    """Starts the two processes of the run in a folder, the first of which has id 0."""
+
+    def start(folder):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        words = [*config.command("run").split()[1:], "--processes", "--coordinator", f"localhost:{port}"]
+        ids = [["--num-processes", "2", "--process-id", str(i)] for i in range(2)]
+        return [command(*words, *own, cwd=folder, devices=2) for own in ids]
+
+    return start
+
+
+def wait_for_a_checkpoint(folder, processes):
+    saved, deadline = folder / "run" / "checkpoints" / "scaffold", time.monotonic() + 240
+    while not list(saved.glob("round-*/manifest.json")):
+        assert [process.poll() for process in processes] == [None, None]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def killed(pair, tmp_path_factory):
     """(run directory, exit code and words of the survivor) of a run on two processes, one of which was killed."""
     folder = tmp_path_factory.mktemp("killed")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = [*config.command("run").split()[1:], "--processes", "--coordinator", f"localhost:{port}"]
-    pair = [command(*words, "--num-processes", "2", "--process-id", str(i), cwd=folder, devices=2) for i in range(2)]
+    both = pair(folder)
     try:
-        saved = folder / "run" / "checkpoints" / "scaffold"
-        deadline = time.monotonic() + 240
-        while not list(saved.glob("round-*/manifest.json")):
-            assert [process.poll() for process in pair] == [None, None]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(pair[1].pid, signal.SIGKILL)
-        output = pair[0].communicate(timeout=240)
+        wait_for_a_checkpoint(folder, both)
+        os.kill(both[1].pid, signal.SIGKILL)
+        output = both[0].communicate(timeout=240)
     finally:
-        for process in pair:
+        for process in both:
             process.kill()
-    return folder / "run", pair[0].returncode, output
+    return folder / "run", both[0].returncode, output
 
 
 def test_a_process_that_is_killed_ends_the_run_with_a_clear_message(killed):
@@ -80,34 +94,19 @@ def test_what_two_processes_saved_goes_on_on_one(killed, config, reference, devi
     np.testing.assert_allclose(table(out), reference, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_end_together_when_one_is_asked_to_stop_and_go_on(config, command, reference, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = [*config.command("run").split()[1:], "--processes", "--coordinator", f"localhost:{port}"]
-
-    def start():
-        return [
-            command(*words, "--num-processes", "2", "--process-id", str(i), cwd=tmp_path, devices=2) for i in range(2)
-        ]
-
-    pair = start()
+def test_two_processes_end_together_when_one_is_asked_to_stop_and_go_on(pair, reference, tmp_path):
+    both = pair(tmp_path)
     try:
-        saved = tmp_path / "run" / "checkpoints" / "scaffold"
-        deadline = time.monotonic() + 240
-        while not list(saved.glob("round-*/manifest.json")):
-            assert pair[0].poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(pair[1].pid, signal.SIGTERM)  # the one that neither writes nor speaks
-        outputs = [process.communicate(timeout=240) for process in pair]
-        assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
+        wait_for_a_checkpoint(tmp_path, both)
+        os.kill(both[1].pid, signal.SIGTERM)  # the one that neither writes nor speaks
+        outputs = [process.communicate(timeout=240) for process in both]
+        assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outputs
         assert len(table(tmp_path / "run")) < ROUNDS
-        pair = start()
-        outputs = [process.communicate(timeout=240) for process in pair]
-        assert [process.returncode for process in pair] == [0, 0], outputs
+        both = pair(tmp_path)
+        outputs = [process.communicate(timeout=240) for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
     finally:
-        for process in pair:
+        for process in both:
             process.kill()
     np.testing.assert_allclose(table(tmp_path / "run"), reference, rtol=1e-4, atol=1e-6)
     assert "going on after round" in outputs[0][0]
