@@ -475,9 +475,10 @@ def _sole_use(out: Path) -> Iterator[None]:
     Raises:
       Refused: if there is one already.
     """
-    lock = FileLock(out / ".lock")
+    lock = FileLock(out / "checkpoints" / ".lock")
 
     def acquire() -> None:
+        (out / "checkpoints").mkdir(exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
