@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import _measure
-from fedjax_core import continue_rounds, samplers
-from pipelines import continual
+from fedjax_core import Plan, client_mesh, continue_rounds, everywhere, place, samplers, shardings
+from pipelines import continual, processes
 from pipelines.continual_config import METHODS, Continual
 from pipelines.progress import duration, plain
 
@@ -63,27 +64,33 @@ def configuration(partition: str, methods: tuple[str, ...], data_dir: str | None
 
 
 def matmul_peak() -> float:
-    """Multiplications and additions a second of a large product of matrices."""
-    a = jnp.ones((2048, 2048))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, a))
-    times = _measure.take_turns({"product": lambda: product(a, a)}, 5)["product"]
-    return 2 * 2048**3 / min(times)
+    """Multiplications and additions a second of large products of matrices, one on every device."""
+    mesh = client_mesh()
+    count, by_client = mesh.shape["clients"], PartitionSpec("clients")
+    a = place(jnp.ones((count, 2048, 2048)), NamedSharding(mesh, by_client))
+    product = jax.jit(lambda a: jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=by_client, out_specs=by_client)(a))
+    jax.block_until_ready(product(a))
+    times = _measure.take_turns({"product": lambda: product(a)}, 5)["product"]
+    return count * 2 * 2048**3 / min(times)
 
 
 def predict(config: Continual, rounds: int) -> None:
     """Times rounds of every method, and the end of a task, and says what the whole run would take."""
     tasks = continual.scenario(config)
-    population = tasks.population(0)
+    mesh = client_mesh()
+    population = place(tasks.population(0), everywhere(mesh))
     sampler = samplers.uniform(config.clients, config.cohort_size)
     # Forwards, and backwards to the weights of all layers and the inputs of all but the first.
     products = [784 * 400, 400 * 400, 400 * 400, 400 * 10]
     step_work = 2 * config.batch_size * (3 * sum(products) - products[0])
     steps = 8 * config.cohort_size
     for name in config.methods:
-        method = continual.build(config, name, tasks)
+        method = continual.build(config, name, tasks, plan=Plan(mesh=mesh))
         state, key = method.init(tasks.model.init(jax.random.key(0))), jax.random.key(1)
-        run = jax.jit(continue_rounds(method, sampler, 1)).lower(state, population, key).compile()
+        kept = shardings(state, mesh)
+        state = place(state, kept)
+        rounds_fn = jax.jit(continue_rounds(method, sampler, 1), out_shardings=(kept, everywhere(mesh)))
+        run = rounds_fn.lower(state, population, key).compile()
         seconds, peaks = [], []
         for _ in range(rounds):
             peaks.append(matmul_peak())
@@ -92,8 +99,8 @@ def predict(config: Continual, rounds: int) -> None:
             seconds.append(time.perf_counter() - begin)
         end = 0.0
         if hasattr(method, "end_task"):
-            event = state, population.cohort(sampler(key, 0)), key
-            end_task = jax.jit(method.end_task).lower(*event).compile()
+            event = jax.device_put((state, population.cohort(sampler(key, 0)), key), jax.devices()[0])
+            end_task = jax.jit(continual.build(config, name, tasks).end_task).lower(*event).compile()
             begin = time.perf_counter()
             jax.block_until_ready(end_task(*event))
             end = time.perf_counter() - begin
@@ -119,6 +126,7 @@ def main() -> None:
     for name, number in FULL.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     args = parser.parse_args()
+    processes.cores_as_devices()
     size = {name: getattr(args, name) for name in FULL}
     rows = []
     for partition in args.partitions:

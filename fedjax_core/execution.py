@@ -165,16 +165,13 @@ def _spread(
     if mesh is None:
         return _queue(run, grouped, num_groups, slots, leaves, examples)
 
-    # Deal the slots like cards, largest first and back and forth, so that every device gets about the same work.
     num_slots = slots.steps.shape[0]
     per_device = -(-num_slots // devices)
     padding = per_device * devices - num_slots
     slots = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[:1]] * padding]), slots)
     steps = jnp.where(jnp.arange(per_device * devices) < num_slots, slots.steps, 0)
     slots = slots._replace(steps=steps)
-    rank = np.arange(per_device * devices).reshape(per_device, devices)
-    rank[1::2] = rank[1::2, ::-1]
-    dealt = jnp.argsort(-steps)[rank.T.reshape(-1)]
+    dealt = _deal(steps, devices)
     slots = jax.tree.map(lambda leaf: leaf[dealt], slots)
 
     def local(slots: Slots, leaves: list[Array], examples: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
@@ -193,6 +190,36 @@ def _spread(
     back = jnp.argsort(dealt)[:num_slots]
     outputs, loss = jax.tree.map(lambda leaf: leaf[back], (outputs, loss))
     return total, outputs, loss, executed
+
+
+def _deal(steps: Array, devices: int) -> Array:
+    """Deals slots to devices, equally many to each and about the same number of steps.
+
+    Args:
+      steps: int32[devices per_device], local steps of each slot.
+      devices: number of devices.
+
+    Returns:
+      int32[devices per_device], which slots are the first device's, the second's, and so on.
+    """
+    per_device = steps.shape[0] // devices
+    largest_first = jnp.argsort(-steps)
+    if per_device > 16:
+        # Like cards, back and forth: with so many for each, what is left over hardly counts.
+        rank = np.arange(per_device * devices).reshape(per_device, devices)
+        rank[1::2] = rank[1::2, ::-1]
+        return largest_first[rank.T.reshape(-1)]
+
+    def give(hands: Any, slot: Array) -> Any:
+        # To the device that has the least to do, of those that have room.
+        load, count, dealt = hands
+        device = jnp.argmin(jnp.where(count < per_device, load, jnp.iinfo(load.dtype).max))
+        dealt = dealt.at[device * per_device + count[device]].set(slot)
+        return (load.at[device].add(steps[slot]), count.at[device].add(1), dealt), None
+
+    nothing = jnp.zeros(devices, jnp.int32)
+    hands = nothing, nothing, jnp.zeros_like(largest_first)
+    return jax.lax.scan(give, hands, largest_first)[0][2]
 
 
 def _queue(

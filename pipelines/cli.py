@@ -236,6 +236,13 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
 @_option("Run", "--first-seed", type=int, metavar="SEED", help="Seeds are counted from here.")
 @_option("Run", "--target", type=float, metavar="ACCURACY", help="Test accuracy for which rounds are counted.")
 @_option(
+    "Run",
+    "--attack-radius",
+    type=float,
+    metavar="R",
+    help="Largest change of an input in an attack under which test accuracy is measured too; 0 for none.",
+)
+@_option(
     "Run", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
 )
 @_option("Run", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -491,6 +498,7 @@ def continual(ctx: click.Context, out: Path, save_every: int, **values: Any) -> 
     from pipelines.continual import run
 
     logging.getLogger("absl").setLevel(logging.ERROR)
+    several.cores_as_devices()
     with _warnings_as_lines(), _usage_errors(ctx):
         try:
             run(continual_config.from_options(values), out, save_every=save_every, reporter=progress.plain())

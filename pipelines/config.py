@@ -81,6 +81,7 @@ class Config:
       memory: GiB that one device may use; None for what it has.
       x64: double precision.
       target: test accuracy for which the rounds are counted.
+      attack_radius: largest change of an input in an attack under which the test accuracy is measured too; 0 for none.
     """
 
     dataset: str = "digits"
@@ -139,6 +140,7 @@ class Config:
     memory: float | None = None
     x64: bool = False
     target: float = 0.95
+    attack_radius: float = 0.0
 
     def __post_init__(self) -> None:
         for name, fix in _COUNTS.items():
@@ -162,6 +164,7 @@ class Config:
                 "model_parallel devices for every client that is trained at a time"
             )
         checks.scalar("severity", self.severity, low=0)
+        checks.scalar("attack_radius", self.attack_radius, low=0)
         for name in ("validation_share", "test_share"):
             checks.scalar(name, getattr(self, name), low=0, high=1, high_open=True)
         for name in ("gap", "new_clients"):

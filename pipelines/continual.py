@@ -19,7 +19,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,23 @@ from matplotlib.figure import Figure
 
 import algorithms
 import models
-from fedjax_core import Examples, Plan, Population, checks, continue_rounds, evaluate, samplers
+from fedjax_core import (
+    Examples,
+    Plan,
+    Population,
+    checks,
+    client_mesh,
+    continue_rounds,
+    evaluate,
+    everywhere,
+    place,
+    samplers,
+    shardings,
+)
 from pipelines import checkpoint, data, figures, files, partition
 from pipelines.continual_config import Continual
 from pipelines.data import Dataset
+from pipelines.processes import sole_use
 from pipelines.progress import Reporter, duration, silent
 
 
@@ -220,22 +233,26 @@ def run(
       config: what to run.
       out: the run directory; made if need be.
       save_every: rounds between checkpoints; what is computed does not depend on it.
-      plan: execution plan of the rounds.
+      plan: execution plan of the rounds; all devices unless given.
       reporter: where words go; nowhere unless given.
 
     Raises:
-      ValueError: if something is wrong with the configuration, or the directory holds another one's run.
+      ValueError: if something is wrong with the configuration, the directory holds another one's run, or another
+        process is at work in it.
     """
     checks.positive_int("save_every", save_every, "save after every round at most")
     reporter = reporter or silent()
     tasks, out = scenario(config), Path(out)
     _claim(out, config)
+    if plan is None:
+        plan = Plan(mesh=client_mesh() if len(jax.devices()) > 1 else None)
     results = {}
-    for name in config.methods:
-        results[name] = _run_method(config, name, tasks, out / "checkpoints" / name, save_every, plan, reporter)
-        write(out, results)
-        shown = {key: f"{100 * value:.2f} %" for key, value in measures(*results[name][:2]).items()}
-        reporter.say(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}")
+    with sole_use(out):
+        for name in config.methods:
+            results[name] = _run_method(config, name, tasks, out / "checkpoints" / name, save_every, plan, reporter)
+            write(out, results)
+            shown = {key: f"{100 * value:.2f} %" for key, value in measures(*results[name][:2]).items()}
+            reporter.say(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}")
     return results
 
 
@@ -291,7 +308,7 @@ def _run_method(
     tasks: Scenario,
     folder: Path,
     save_every: int,
-    plan: Plan | None,
+    plan: Plan,
     reporter: Reporter,
 ) -> Scores:
     """Trains and tests one method; a checkpoint after the last round of a task holds the state after its end."""
@@ -304,32 +321,44 @@ def _run_method(
     init_key, run_key, end_key = jax.random.split(jax.random.key(config.seed), 3)
     metric_fn = models.metrics.classification(tasks.model)
     score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
+    initial = jax.jit(lambda key: method.init(tasks.model.init(key)))
+    shapes = jax.eval_shape(initial, init_key)
+    whole = None if plan.mesh is None else everywhere(plan.mesh)
+    kept = None if plan.mesh is None else shardings(shapes, plan.mesh)
     end_task: Any = None
     chunks: dict[int, Any] = {}
 
+    def spread(tree: Any) -> Any:
+        return tree if whole is None else place(tree, whole)
+
+    def alone(tree: Any) -> Any:
+        return tree if whole is None else jax.device_put(tree, jax.devices()[0])
+
     def scores(state: Any) -> np.ndarray:
-        return np.array([score(method.params(state), tasks.test(j)) for j in range(config.tasks)], float)
+        return np.array([score(method.params(state), spread(tasks.test(j))) for j in range(config.tasks)], float)
 
     def save(state: Any) -> None:
         arrays = {"accuracy": accuracy, "untrained": untrained}
         checkpoint.save(folder, int(state.round), state, arrays, {"seconds": seconds})
 
-    initial = jax.jit(lambda key: method.init(tasks.model.init(key)))
-    saved = checkpoint.restore_latest(folder, jax.eval_shape(initial, init_key), f"the state of {name}")
+    saved = checkpoint.restore_latest(folder, shapes, f"the state of {name}")
+    state = initial(init_key) if saved is None else jax.tree.map(jnp.asarray, saved.state)
+    if kept is not None:
+        state = place(state, kept)
     if saved is None:
-        state = initial(init_key)
         accuracy, untrained, seconds = np.zeros((0, config.tasks)), scores(state), 0.0
     else:
-        state, seconds = jax.tree.map(jnp.asarray, saved.state), saved.info["seconds"]
+        seconds = saved.info["seconds"]
         accuracy, untrained = saved.arrays["accuracy"], saved.arrays["untrained"]
         reporter.say(f"{name}: {saved.round} of {config.tasks * config.rounds} rounds are done")
 
     for t in range(len(accuracy), config.tasks):
-        population, end = everything or tasks.population(t), (t + 1) * config.rounds
+        population, end = spread(everything or tasks.population(t)), (t + 1) * config.rounds
         while (done := int(state.round)) < end:
             length = min(save_every, end - done)
             if length not in chunks:
-                rounds = jax.jit(continue_rounds(method, sampler, length))
+                results = None if kept is None else (kept, whole)
+                rounds = jax.jit(continue_rounds(method, sampler, length), out_shardings=results)
                 chunks[length] = rounds.lower(state, population, run_key).compile()
             begin = time.monotonic()
             state, metrics = jax.block_until_ready(chunks[length](state, population, run_key))
@@ -343,11 +372,16 @@ def _run_method(
                 save(state)
         if hasattr(method, "end_task"):
             ids = sampler(jax.random.split(run_key)[0], state.round - 1)  # the cohort of the last round
-            event = state, population.cohort(ids), jax.random.fold_in(end_key, t)
-            end_task = end_task or jax.jit(method.end_task).lower(*event).compile()
+            event = alone((state, population.cohort(ids), jax.random.fold_in(end_key, t)))
+            if end_task is None:
+                # On one device: decompositions of matrices do not split, and once a task their time hardly counts.
+                ending = build(config, name, tasks, num_steps=steps, plan=replace(plan, mesh=None))
+                end_task = jax.jit(ending.end_task).lower(*event).compile()
             begin = time.monotonic()
             state = jax.block_until_ready(end_task(*event))
             seconds += time.monotonic() - begin
+            if kept is not None:
+                state = place(state, kept)
         accuracy = np.vstack([accuracy, scores(state)])
         save(state)
         shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])

@@ -159,7 +159,7 @@ def _round_keys(keys: Any) -> Any:
 
 def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any], tuple[Any, Any]]:
     """`score(state, test) -> (scores, whether the models are finite)`, for all seeds."""
-    score = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
+    score = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
 
     def scoring(state: Any, test: Any) -> tuple[Any, Any]:
         params = jax.vmap(algorithm.params)(state)

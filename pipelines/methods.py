@@ -142,7 +142,7 @@ def build(
     options |= {key: function for key, function in model_functions.items() if takes(name, key)}
     # What was not asked for is not passed on, so that the factory's defaults stay the factory's.
     asked = {**RECOMMENDED.get(name, {}), **{key: parse(name, key, value) for key, value in settings.items()}}
-    return method.factory(loss_fn, client_optimizer, **asked, **options)
+    return method.factory(loss_fn, client_optimizer, **{**asked, **options})
 
 
 def takes(name: str, argument: str) -> bool:

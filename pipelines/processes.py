@@ -5,18 +5,20 @@ signal that it got, what it found in a folder) is told to all before anything is
 different ways wait for each other for ever.
 """
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from fedjax_core import checks
@@ -99,7 +101,7 @@ def cores_as_devices(number: int | None = None) -> None:
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    with contextlib.suppress(RuntimeError):  # too late in a process that has used JAX already
+    with suppress(RuntimeError):  # too late in a process that has used JAX already
         jax.config.update("jax_num_cpu_devices", number or cores())
 
 
@@ -148,6 +150,35 @@ def from_first(value: Any) -> Any:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = text if is_first() else np.zeros(length, np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
+
+
+class Refused(ValueError):  # noqa: N818 (named for what happened)
+    """The run cannot be made here: memory suffices for no plan, or another process is at work in the directory."""
+
+
+@contextmanager
+def sole_use(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the directory.
+
+    Raises:
+      Refused: if there is one already.
+    """
+    lock = FileLock(out / "checkpoints" / ".lock")
+
+    def acquire() -> None:
+        (out / "checkpoints").mkdir(exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise Refused(
+                f"another process is at work in {out}: wait until it has ended, or choose another --out"
+            ) from None
+
+    first_does(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def first_does(action: Callable[[], Any]) -> Any:

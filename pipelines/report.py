@@ -21,7 +21,7 @@ from pipelines import figures, files, methods, portrait
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.history import History, evaluated_rounds, mean_losses, to_csv
 from pipelines.progress import duration, size
-from pipelines.setup import Experiment
+from pipelines.setup import ATTACK_STEPS, Experiment
 
 _CLIENT_METRICS = ("loss", "accuracy", "train_loss", "train_accuracy")
 _LINES = ("-", "--", ":")
@@ -158,6 +158,7 @@ def summary(
     header = [
         "method",
         "test accuracy",
+        *(["under attack"] if config.attack_radius else []),
         "worst decile of clients",
         *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
         f"rounds to {100 * config.target:g} %",
@@ -176,6 +177,7 @@ def summary(
             [
                 name,
                 mean_sd(accuracy),
+                *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.attack_radius else []),
                 mean_sd(tails),
                 *[mean_sd(np.asarray(np.nanmean(history[f"{part}/accuracy"], axis=1))) for part in extra],
                 rounds_to_target(history["test/accuracy"], eval_rounds, config.target),
@@ -192,6 +194,12 @@ def summary(
         for part, whose in (("validation", "clients, on their own"), ("new", "clients that took no part in training"))
         if part in extra
     )
+    under_attack = (
+        f"Under attack: test accuracy where {ATTACK_STEPS} steps of projected gradient ascent on its loss have moved every "
+        f"input by at most {config.attack_radius:g}. "
+        if config.attack_radius
+        else ""
+    )
     table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
     settings = ["| " + " | ".join(cells) + " |" for cells in [["method", "settings"], ["---", "---"]]]
     settings += [f"| {name} | {settings_line(config, name)} |" for name in config.methods]
@@ -202,8 +210,8 @@ def summary(
         "",
         f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
-        f"the mean over the tenth of the clients that fare worst. {also}Scalars are summed over rounds and "
-        "participants, as a mean over seeds. Memory is what the compiled program needs, data included.",
+        f"the mean over the tenth of the clients that fare worst. {under_attack}{also}Scalars are summed over rounds "
+        "and participants, as a mean over seeds. Memory is what the compiled program needs, data included.",
         "",
         "![Test accuracy and training loss against rounds](curves.png)",
         "",

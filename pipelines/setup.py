@@ -1,8 +1,9 @@
 """From a configuration to everything a run needs, with every mistake found before anything is compiled."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 import models
+from algorithms.optimization.fal import pgd, robust
 from fedjax_core import (
     Algorithm,
     Array,
@@ -34,6 +36,7 @@ from pipelines.federation import Federation
 from pipelines.names import pick
 
 EVAL_BATCH = 256
+ATTACK_STEPS = 10
 
 
 class Experiment(NamedTuple):
@@ -46,11 +49,13 @@ class Experiment(NamedTuple):
       test: the data set's test part, leaves [m, ...].
       model: the model.
       metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
+      score_fn: the same for the test examples, with "robust_accuracy" too if the configuration asks for an attack.
       loss_fn: `loss_fn(params, batch, key) -> [B]`.
       sampler: who takes part.
       algorithms: name to method, in the order they run.
       plan: how the hardware is used.
-      make: `make(method, plan) -> Algorithm`.
+      make: `make(method, plan, rates={}) -> Algorithm`; the rates replace the configuration's `client_lr` and number
+        settings of the method, and may be traced, so that a `jax.vmap` sweeps them.
       keys: keys[S], one per seed, the same for every method: the same initial models, cohorts and batches.
     """
 
@@ -60,11 +65,12 @@ class Experiment(NamedTuple):
     test: Examples
     model: models.Model
     metric_fn: Callable[[Any, Any], dict[str, Array]]
+    score_fn: Callable[[Any, Any], dict[str, Array]]
     loss_fn: LossFn
     sampler: Sampler
     algorithms: dict[str, Algorithm]
     plan: Plan
-    make: Callable[[str, Plan], Algorithm]
+    make: Callable[..., Algorithm]
     keys: Key
 
     @property
@@ -124,8 +130,12 @@ OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
 """Name to `build(learning_rate, momentum)`."""
 
 
-def prepare(config: Config) -> Experiment:
+def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     """Builds everything a run needs.
+
+    Args:
+      config: the configuration.
+      federation: what `federate(config)` gives, if that is there already; other methods and settings do not change it.
 
     Raises:
       ValueError: naming the argument, the value and the fix, for anything that cannot work: an unknown name, a
@@ -139,7 +149,7 @@ def prepare(config: Config) -> Experiment:
     pick("model", config.model, MODELS)
     pick("sampler", config.sampler, SAMPLERS)
     pick("client optimizer", config.client_optimizer, OPTIMIZERS)
-    federation = federate(config)
+    federation = federation or federate(config)
     dataset = federation.dataset
     population = federation.host_population("train") if config.staged else federation.population("train")
     model = MODELS[config.model](dataset, config)
@@ -172,17 +182,17 @@ def prepare(config: Config) -> Experiment:
         "weights": config.weights,
     }
 
-    def make(name: str, plan: Plan) -> Algorithm:
+    def make(name: str, plan: Plan, rates: Mapping[str, Any] = MappingProxyType({})) -> Algorithm:
         functions: dict[str, Any] = {"features": features, "inputs": layer_inputs, "logits": logits}
         if methods.takes(name, "layers"):  # traces the model, which takes half a second for a deep one
             functions["layers"] = layer_widths()
         return methods.build(
             name,
             loss_fn,
-            client_optimizer(config, name),
+            client_optimizer(config, name, rates.get("client_lr")),
             num_clients=population.num_clients,
-            settings=config.method_settings(name),
-            local=local | {"plan": plan},
+            settings={key: value for key, value in config.method_settings(name).items() if key not in rates},
+            local=local | {"plan": plan} | {key: value for key, value in rates.items() if key != "client_lr"},
             model_functions=functions,
         )
 
@@ -193,6 +203,7 @@ def prepare(config: Config) -> Experiment:
         test=jax.tree.map(jnp.asarray, dataset.test),
         model=inputs,
         metric_fn=metric_fn,
+        score_fn=_under_attack(config, dataset, loss_fn, metric_fn) if config.attack_radius else metric_fn,
         loss_fn=loss_fn,
         sampler=SAMPLERS[config.sampler](config, population),
         algorithms={name: make(name, plan) for name in config.methods},
@@ -209,6 +220,33 @@ def prepare(config: Config) -> Experiment:
         # Tracing one round finds what does not fit together, without compiling.
         jax.eval_shape(partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys)
     return experiment
+
+
+def _under_attack(
+    config: Config, dataset: Dataset, loss_fn: LossFn, metric_fn: Callable[[Any, Any], dict[str, Array]]
+) -> Callable[[Any, Any], dict[str, Array]]:
+    """The metrics, and the accuracy on inputs that an attack has moved to raise the loss."""
+    x = dataset.train["x"]
+    if dataset.is_sequence or np.issubdtype(x.dtype, np.signedinteger):
+        raise ValueError(
+            f"attack_radius={config.attack_radius:g}, but the inputs of {dataset.name} are "
+            f"{x.dtype}{list(x.shape[1:])}, which cannot be moved a little: leave it out, or take a data set of images or measurements"
+        )
+    in_unit = x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 1)
+    attack = pgd(
+        loss_fn,
+        rho=config.attack_radius,
+        step_size=config.attack_radius / 4,
+        attack_steps=ATTACK_STEPS,
+        low=0.0 if in_unit else -math.inf,
+        high=1.0 if in_unit else math.inf,
+    )
+    attacked = robust(metric_fn, attack)
+
+    def score(params: Any, batch: Any) -> dict[str, Array]:
+        return {**metric_fn(params, batch), "robust_accuracy": attacked(params, batch)["accuracy"]}
+
+    return score
 
 
 def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> Any:
@@ -273,10 +311,17 @@ def _build_or_load(config: Config, dataset: Dataset) -> Federation:
     return federations.load(config.federation, dataset)
 
 
-def client_optimizer(config: Config, method: str) -> Any:
-    """The clients' optimizer for a method: an optax optimizer, or a function of the round giving one."""
+def client_optimizer(config: Config, method: str, lr: Any = None) -> Any:
+    """The clients' optimizer for a method: an optax optimizer, or a function of the round giving one.
+
+    Args:
+      config: the configuration.
+      method: name of the method.
+      lr: learning rate instead of the configuration's; it may be traced.
+    """
     chosen = config.client_settings(method)
-    lr, momentum, decay = chosen["client_lr"], chosen["client_momentum"], chosen["client_lr_decay"]
+    lr = chosen["client_lr"] if lr is None else lr
+    momentum, decay = chosen["client_momentum"], chosen["client_lr_decay"]
     if momentum and config.client_optimizer != "sgd":
         raise ValueError(
             f"client_momentum={momentum:g} means nothing to client_optimizer={config.client_optimizer!r}: use sgd, or "
@@ -332,7 +377,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
         "data": _training_bytes(experiment, slots) + _bytes(experiment.test),
         "state": _bytes(states) - (_bytes(rows) if staged else table),
         "local training": training,
-        "evaluation": config.seeds * _traced_bytes(experiment.metric_fn, params, test_batch),
+        "evaluation": config.seeds * _traced_bytes(experiment.score_fn, params, test_batch),
     }
 
 

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 
 from fedjax_core import Algorithm, evaluate_examples, out_of_memory, split_tables
 from pipelines import checkpoint, engines, files, heterogeneity, history, methods, plans, processes, report
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.federation import Federation
 from pipelines.history import History
+from pipelines.processes import Refused, sole_use
 from pipelines.progress import Progression, Reporter, duration, silent, size
 from pipelines.setup import EVAL_BATCH, Experiment, initial_states, prepare
 
@@ -54,10 +54,6 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 
 class Diverged(Exception):  # noqa: N818 (named for what happened)
     """The loss or the model is no longer finite; the last good state is saved."""
-
-
-class Refused(ValueError):  # noqa: N818 (named for what happened)
-    """The run cannot be made here: memory suffices for no plan, or another process is at work in the directory."""
 
 
 class _OutOfMemory(Exception):  # noqa: N818 (named for what happened)
@@ -103,7 +99,7 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
     reporter = (reporter if processes.is_first() else None) or silent()
     out = Path(out)
     claim(out, experiment.config)
-    with _sole_use(out), _all_processes(out):
+    with sole_use(out), _all_processes(out):
         return _run(experiment, out, reporter)
 
 
@@ -466,31 +462,6 @@ def _interruption(experiment: Experiment, out: Path, name: str, round: int, numb
     command = experiment.config.command(str(out))
     where = f"stopped before {name} began" if round == 0 else f"stopped after round {round} of {name}, which is saved"
     return Interrupted(number, f"{where}. The same command goes on from there:\n  {command}")
-
-
-@contextmanager
-def _sole_use(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the directory.
-
-    Raises:
-      Refused: if there is one already.
-    """
-    lock = FileLock(out / "checkpoints" / ".lock")
-
-    def acquire() -> None:
-        (out / "checkpoints").mkdir(exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise Refused(
-                f"another process is at work in {out}: wait until it has ended, or choose another --out"
-            ) from None
-
-    processes.first_does(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fedjax_core import (
     shardings,
     simulate,
 )
+from fedjax_core.execution import _deal
 from tests.problems import assert_trees_close, softmax_loss, softmax_params, softmax_population
 
 SIZES = (1, 9, 4, 0, 13, 6, 2, 5)
@@ -134,3 +135,21 @@ def test_an_axis_for_the_model_splits_matrices():
 def test_a_mesh_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         client_mesh(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("steps", "devices", "most"),
+    [
+        ([10, 7, 6, 5, 4, 2], 2, 17),  # 10 + 5 + 2 and 7 + 6 + 4; cards dealt back and forth would give 19 and 15
+        ([9, 0, 0, 1, 1, 1], 2, 9),
+        ([5, 5, 5, 5], 4, 5),
+        ([3], 1, 3),
+        ([0] * 68, 2, 0),
+        (list(range(1, 41)), 2, 410),  # as cards
+    ],
+)
+def test_slots_are_dealt_evenly(steps, devices, most):
+    steps = jnp.array(steps, jnp.int32)
+    dealt = np.asarray(jax.jit(_deal, static_argnums=1)(steps, devices))
+    assert sorted(dealt) == list(range(len(steps)))
+    assert np.asarray(steps)[dealt].reshape(devices, -1).sum(axis=1).max() == most

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 import models
 from benchmarks.permuted_mnist import configuration
+from fedjax_core import Plan
 from pipelines import cli, continual, continual_config
 from pipelines.continual import measures, scenario
 from pipelines.continual_config import Continual
@@ -137,6 +139,31 @@ def test_a_run_that_was_stopped_twice_goes_on_to_the_same_numbers(whole, tmp_pat
     again = run(None)
     np.testing.assert_array_equal(again.accuracy, whole[1]["fot"].accuracy)
     np.testing.assert_array_equal(again.untrained, whole[1]["fot"].untrained)
+
+
+def test_one_device_gives_the_numbers_of_all(whole, tmp_path):
+    """The shared run is one over a mesh of all devices."""
+    out, _ = whole
+    assert len(jax.devices()) > 1
+    continual.run(TINY, tmp_path / "one", plan=Plan())
+    tasks = scenario(TINY)
+    expected = jax.eval_shape(continual.build(TINY, "fot", tasks).init, tasks.model.init(jax.random.key(0)))
+    one, all_ = (
+        continual.checkpoint.restore_latest(folder / "checkpoints" / "fot", expected, "the state")
+        for folder in (tmp_path / "one", out)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one.state.params, all_.state.params
+    )
+
+
+def test_one_run_at_a_time_in_a_directory(whole):
+    out, _ = whole
+    with (
+        FileLock(out / "checkpoints" / ".lock"),
+        pytest.raises(ValueError, match=r"another process is at work in .*: wait until"),
+    ):
+        continual.run(TINY, out)
 
 
 def test_another_configuration_is_refused_and_other_methods_may_join(whole, monkeypatch):

@@ -166,7 +166,10 @@ def test_memory_that_suffices_for_no_plan(wide, tmp_path):
 def test_one_run_at_a_time_in_a_directory(finished, small, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    with FileLock(out / "checkpoints" / ".lock"), pytest.raises(ValueError, match=r"another process is at work in .*: wait until"):
+    with (
+        FileLock(out / "checkpoints" / ".lock"),
+        pytest.raises(ValueError, match=r"another process is at work in .*: wait until"),
+    ):
         train.train(small, out)
     assert train.train(small, out)
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_core import continue_rounds
 from pipelines import Config, data, engines, methods, setup
 
 
@@ -133,6 +134,13 @@ def test_mistakes_are_named_before_anything_is_compiled(changes, message, small)
         setup.prepare(dataclasses.replace(small, **changes))
 
 
+def test_inputs_that_cannot_be_moved_a_little_are_not_attacked(small, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "tokens", tokens)
+    config = dataclasses.replace(small, dataset="tokens", model="transformer", partition="iid", attack_radius=0.1)
+    with pytest.raises(ValueError, match=r"attack_radius=0\.1, but the inputs of tokens are int32\[8\]"):
+        setup.prepare(config)
+
+
 def test_per_method_client_settings_and_decay(small):
     config = dataclasses.replace(
         small, client_lr_decay=0.5, settings={"scaffold": {"client_lr": 0.4, "client_lr_decay": 1}}
@@ -147,6 +155,27 @@ def test_per_method_client_settings_and_decay(small):
     assert step("fedavg", 0) == pytest.approx(-config.client_lr)
     assert step("fedavg", 2) == pytest.approx(-config.client_lr / 4)
     assert step("scaffold", 2) == pytest.approx(-0.4)
+
+
+def test_rates_replace_settings_and_may_be_swept(small):
+    """A sweep over rates gives what configurations with these rates give, one by one."""
+    pairs = {"client_lr": (0.05, 0.3), "server_lr": (0.5, 2.0)}
+    base = setup.prepare(dataclasses.replace(small, methods=("scaffold",), settings={"scaffold": {"server_lr": 9.0}}))
+
+    def final(algorithm):
+        state = jax.tree.map(lambda leaf: leaf[0], setup.initial_states(base, algorithm, base.keys))
+        state, _ = continue_rounds(algorithm, base.sampler, 3)(state, base.population, base.keys[0])
+        return algorithm.params(state)
+
+    swept = jax.jit(jax.vmap(lambda rates: final(base.make("scaffold", base.plan, rates))))(
+        {name: jnp.asarray(values, jnp.float32) for name, values in pairs.items()}
+    )
+    for i in range(2):
+        chosen = {"scaffold": {name: values[i] for name, values in pairs.items()}}
+        config = dataclasses.replace(small, methods=("scaffold",), settings=chosen)
+        one = setup.prepare(config, base.federation).algorithms["scaffold"]
+        want = jax.jit(lambda one=one: final(one))()
+        jax.tree.map(lambda got, want, i=i: np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-6), swept, want)
 
 
 def test_predicted_memory_is_of_the_right_size(small, finished):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from algorithms.optimization.fal import pgd
 from fedjax_core import evaluate, simulate
 from pipelines import Config, checkpoint, engines, setup, train
 from pipelines.progress import Reporter
@@ -51,6 +52,29 @@ def test_a_run_is_simulate(finished, small):
         jax.tree.leaves(train.final_params(finished, "scaffold")), jax.tree.leaves(algorithm.params(state)), strict=True
     ):
         np.testing.assert_allclose(one[1], other, rtol=1e-4, atol=1e-6)
+
+
+def test_accuracy_under_attack_is_in_the_report(small, tmp_path):
+    """With every evaluation, for every method; FAL is the one that trains for it. What else is measured stays."""
+    with jax.enable_x64(False):
+        settings = {"fal": {"rho": 0.5, "step_size": 0.25, "attack_steps": 3}}
+        config = dataclasses.replace(small, methods=("fedavg", "fal"), settings=settings, attack_radius=0.5)
+        results = train.train(config, tmp_path / "run")
+        experiment = setup.prepare(config)
+        final = jax.tree.map(lambda leaf: leaf[0], train.final_params(tmp_path / "run", "fal"))
+        # Iris is measured in centimeters, so that no box [0, 1] holds the attack back.
+        attack = pgd(experiment.loss_fn, rho=0.5, step_size=0.125, attack_steps=10, low=-np.inf, high=np.inf)
+        moved = attack(final, experiment.test, None)
+        expected = experiment.metric_fn(final, moved)["accuracy"].mean()
+    history = results["fal"].history
+    assert float(history["test/robust_accuracy"][0, -1]) == pytest.approx(float(expected))
+    assert (history["test/robust_accuracy"] <= history["test/accuracy"]).all()
+    assert np.abs(moved["x"] - experiment.test["x"]).max() == pytest.approx(0.5, rel=1e-5)
+    assert rows(tmp_path / "run")[-1]["test_robust_accuracy"]
+    summary = (tmp_path / "run" / "summary.md").read_text()
+    assert "| under attack |" in summary
+    assert "by at most 0.5" in summary
+    assert "--attack-radius 0.5" in summary
 
 
 def test_seeds_differ(finished):
