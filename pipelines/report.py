@@ -195,8 +195,8 @@ def summary(
         if part in extra
     )
     under_attack = (
-        f"Under attack: test accuracy where {ATTACK_STEPS} steps of projected gradient ascent on its loss have moved every "
-        f"input by at most {config.attack_radius:g}. "
+        f"Under attack: test accuracy where {ATTACK_STEPS} steps of projected gradient ascent on its loss have moved "
+        f"every input by at most {config.attack_radius:g}. "
         if config.attack_radius
         else ""
     )

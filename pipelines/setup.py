@@ -230,7 +230,8 @@ def _under_attack(
     if dataset.is_sequence or np.issubdtype(x.dtype, np.signedinteger):
         raise ValueError(
             f"attack_radius={config.attack_radius:g}, but the inputs of {dataset.name} are "
-            f"{x.dtype}{list(x.shape[1:])}, which cannot be moved a little: leave it out, or take a data set of images or measurements"
+            f"{x.dtype}{list(x.shape[1:])}, which cannot be moved a little: leave it out, or take images or "
+            "measurements"
         )
     in_unit = x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 1)
     attack = pgd(
