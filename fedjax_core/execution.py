@@ -19,6 +19,9 @@ from fedjax_core.batching import LocalWork, draw_batch
 from fedjax_core.plans import Plan
 from fedjax_core.types import Array, Key, PyTree
 
+TINY_BYTES, TINY_LANES = 1024, 64
+"""A client that carries no more from step to step is trained beside so many others, unless a plan says otherwise."""
+
 
 class Slots(NamedTuple):
     """Per-slot inputs, leaves [M, ...]."""
@@ -232,7 +235,7 @@ def _queue(
 ) -> tuple[PyTree, PyTree, Array, Array]:
     """Feeds the slots to the lanes of one device: whenever a lane is free it takes the longest client left."""
     num_slots = slots.steps.shape[0]
-    lanes = run.plan.lanes_per_device(num_slots)
+    lanes = _num_lanes(run, num_slots)
     busy = slots.steps > 0
     num_active = jnp.sum(busy, dtype=jnp.int32)
     # Longest first keeps the lanes level at the end; with one lane the order is free, so it stays as it was.
@@ -257,21 +260,48 @@ def _queue(
         is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
         return jnp.broadcast_to(slots.key[0], shape) if is_key else jnp.zeros(shape, dtype)
 
-    lead = () if lanes == 1 else (lanes,)
-    int_zero = jnp.zeros(lead, jnp.int32)
-    idle = _Lanes(
-        slot=int_zero - 1,
-        left=int_zero,
-        start=int_zero,
-        size=int_zero,
-        seed=jnp.zeros((*lead, 2), jnp.uint32),
-        key=blank(lead, slots.key.dtype),
-        step=int_zero,
-        loss=jnp.zeros(lead, run.loss.dtype),
-        examples_seen=jnp.zeros(lead, run.loss.dtype),
-        shared=[blank((*lead, *leaf.shape[1:]), leaf.dtype) for g, leaf in zip(grouped, leaves, strict=True) if g],
-        carry=zeros(run.carry, *lead),
-    )
+    def idle() -> _Lanes:
+        zero = jnp.int32(0)
+        return _Lanes(
+            slot=zero - 1,
+            left=zero,
+            start=zero,
+            size=zero,
+            seed=jnp.zeros(2, jnp.uint32),
+            key=blank((), slots.key.dtype),
+            step=zero,
+            loss=jnp.zeros((), run.loss.dtype),
+            examples_seen=jnp.zeros((), run.loss.dtype),
+            shared=[blank(leaf.shape[1:], leaf.dtype) for g, leaf in zip(grouped, leaves, strict=True) if g],
+            carry=zeros(run.carry),
+        )
+
+    def begin(slot: Array, there_is_one: Array) -> _Lanes:
+        """A lane at the start of the client in a slot, idle if there is none."""
+        own = [leaf[slots.group[slot]] for g, leaf in zip(grouped, leaves, strict=True) if g]
+        shared, init_consts, _, _ = values(own)
+        client_input = jax.tree.map(lambda leaf: leaf[slot], slots.input)
+        seed_key, init_key, step_key = jax.random.split(slots.key[slot], 3)
+        return _Lanes(
+            slot=jnp.where(there_is_one, slot, -1),
+            left=jnp.where(there_is_one, slots.steps[slot], 0),
+            start=slots.start[slot],
+            size=slots.size[slot],
+            seed=shuffle.seed(seed_key),
+            key=step_key,
+            step=jnp.int32(0),
+            loss=jnp.zeros((), run.loss.dtype),
+            examples_seen=jnp.zeros((), run.loss.dtype),
+            shared=own,
+            carry=run.init(init_consts, shared, client_input, init_key),
+        )
+
+    def end(lane: _Lanes, done: Array) -> tuple[PyTree, PyTree, Array]:
+        """What a lane's client adds to the total (nothing unless done), its output, and its mean loss."""
+        shared, _, _, final_consts = values(lane.shared)
+        summand, output = run.final(final_consts, shared, lane.carry, slots.weight[jnp.maximum(lane.slot, 0)])
+        summand = jax.tree.map(lambda s: jnp.where(done, s, jnp.zeros_like(s)), summand)
+        return summand, output, lane.loss / jnp.maximum(lane.examples_seen, 1)
 
     def is_free(state: Any) -> Array:
         # A lane wants service when its client is done, or when it is idle and clients wait.
@@ -284,33 +314,12 @@ def _queue(
         lane = jnp.argmax(is_free(state)).astype(jnp.int32)
         old = lane_get(lane_state, lane)
         done, slot = old.slot >= 0, jnp.maximum(old.slot, 0)
-        group = slots.group[slot]
-        shared, _, _, final_consts = values(old.shared)
-        summand, output = run.final(final_consts, shared, old.carry, slots.weight[slot])
-        total = jax.tree.map(lambda t, s: t.at[group].add(jnp.where(done, s, jnp.zeros_like(s))), total, summand)
+        summand, output, loss = end(old, done)
+        total = jax.tree.map(lambda t, s: t.at[slots.group[slot]].add(s), total, summand)
         outputs = jax.tree.map(lambda o, n: o.at[slot].set(jnp.where(done, n, o[slot])), outputs, output)
-        loss = old.loss / jnp.maximum(old.examples_seen, 1)
         losses = losses.at[slot].set(jnp.where(done, loss, losses[slot]))
-
         more = taken < num_active
-        slot = queue[jnp.minimum(taken, num_slots - 1)]
-        own = [leaf[slots.group[slot]] for g, leaf in zip(grouped, leaves, strict=True) if g]
-        shared, init_consts, _, _ = values(own)
-        client_input = jax.tree.map(lambda leaf: leaf[slot], slots.input)
-        seed_key, init_key, step_key = jax.random.split(slots.key[slot], 3)
-        new = _Lanes(
-            slot=jnp.where(more, slot, -1),
-            left=jnp.where(more, slots.steps[slot], 0),
-            start=slots.start[slot],
-            size=slots.size[slot],
-            seed=shuffle.seed(seed_key),
-            key=step_key,
-            step=jnp.int32(0),
-            loss=jnp.zeros_like(old.loss),
-            examples_seen=jnp.zeros_like(old.examples_seen),
-            shared=own,
-            carry=run.init(init_consts, shared, client_input, init_key),
-        )
+        new = begin(queue[jnp.minimum(taken, num_slots - 1)], more)
         return lane_put(lane_state, lane, new), taken + more, total, outputs, losses
 
     def step_lane(lane: _Lanes) -> _Lanes:
@@ -328,28 +337,76 @@ def _queue(
 
     step_lanes = step_lane if lanes == 1 else jax.vmap(step_lane)
 
-    def body(state: Any) -> Any:
-        *state, executed = state
-        state = jax.lax.while_loop(lambda s: jnp.any(is_free(s)), serve, tuple(state))
-        lane_state, *rest = state
+    def advance(lane_state: _Lanes) -> tuple[_Lanes, Array]:
+        """Steps all lanes until one of them has done its work; returns how many steps that took."""
         # No lane finishes before the one with the fewest steps left, so that many run without looking.
         running = lane_state.slot >= 0
         segment = jnp.min(jnp.where(running, lane_state.left, jnp.iinfo(jnp.int32).max))
         segment = jnp.where(jnp.any(running), segment, 0)
-        lane_state = jax.lax.fori_loop(0, segment, lambda _, s: step_lanes(s), lane_state)
+        return jax.lax.fori_loop(0, segment, lambda _, s: step_lanes(s), lane_state), segment
+
+    def body(state: Any) -> Any:
+        *state, executed = state
+        state = jax.lax.while_loop(lambda s: jnp.any(is_free(s)), serve, tuple(state))
+        lane_state, *rest = state
+        lane_state, segment = advance(lane_state)
         return lane_state, *rest, executed + segment * lanes
+
+    def end_together(state: Any) -> Any:
+        """As `body` where each slot has a lane of its own, lane i for slot i: no queue, who is done ends at once."""
+        lane_state, taken, total, outputs, losses, executed = state
+        lane_state, segment = advance(lane_state)
+        done = (lane_state.slot >= 0) & (lane_state.left == 0)
+        summand, output, loss = jax.vmap(end)(lane_state, done)
+        if num_groups == 1:
+            total = jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0, keepdims=True), total, summand)
+        else:
+            total = jax.tree.map(lambda t, s: t.at[slots.group].add(s), total, summand)
+        outputs, losses = jax.tree.map(
+            lambda old, new: jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+            (outputs, losses),
+            (output, loss),
+        )
+        lane_state = lane_state._replace(slot=jnp.where(done, -1, lane_state.slot))
+        return lane_state, taken, total, outputs, losses, executed + segment * lanes
 
     def unfinished(state: Any) -> Array:
         lane_state, taken, *_ = state
         return jnp.any(lane_state.slot >= 0) | (taken < num_active)
 
+    # All lanes begin at once; a single one begins in the loop, where the program to do so is anyway.
+    first = jnp.arange(lanes, dtype=jnp.int32)
+    if lanes == 1:
+        lane_state = idle()
+    elif lanes == num_slots:
+        lane_state = jax.vmap(begin)(first, busy)
+    else:
+        lane_state = jax.vmap(begin)(queue[:lanes], first < num_active)
     start = (
-        idle,
-        jnp.int32(0),
+        lane_state,
+        jnp.where(lanes > 1, jnp.minimum(num_active, lanes), 0),
         zeros(run.summand, num_groups),
         zeros(run.output, num_slots),
         jnp.zeros((num_slots,), run.loss.dtype),
         jnp.int32(0),
     )
-    _, _, total, outputs, losses, executed = jax.lax.while_loop(unfinished, body, start)
+    each_its_own = 1 < lanes == num_slots
+    loop = end_together if each_its_own else body
+    _, _, total, outputs, losses, executed = jax.lax.while_loop(unfinished, loop, start)
     return total, outputs, losses, jnp.full((num_groups,), executed)
+
+
+def _num_lanes(run: Run, num_slots: int) -> int:
+    """Lanes of one device: those of the plan; where it leaves them open, more for a program of next to nothing.
+
+    There the operations of a step cost their launch and no more, and so for many clients at once as for one.
+    """
+    lanes = run.plan.lanes_per_device(num_slots)
+    if run.plan.lanes is not None:
+        return lanes
+    carried = sum(leaf.size * _item_bytes(leaf.dtype) for leaf in jax.tree.leaves(run.carry))
+    return max(lanes, min(num_slots, TINY_LANES)) if carried <= TINY_BYTES else lanes
+
+
+def _item_bytes(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize

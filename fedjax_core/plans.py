@@ -14,7 +14,7 @@ class Plan:
 
     Attributes:
       lanes: clients trained at the same time, over the whole mesh; 1 is one client after another; None picks the
-        backend's default.
+        backend's default, and many for a program that carries next to nothing from step to step.
       mesh: devices to spread the cohort over, or None for one device.
       axis: the mesh axis the clients are spread over.
     """
