@@ -37,7 +37,7 @@ ALPHAS = (0.1, 0.5)
 
 RATES = (0.01, 0.03, 0.1, 0.3)  # of the clients
 FACTORS = (0.3, 1.0, 3.0)  # on the method's own server rate
-TUNING_ROUNDS, TUNING_SEED = 30, 1000
+TUNING_ROUNDS, TUNING_SEED = 25, 1000
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Anarchic clients send steps, of which a local epoch has about eleven.
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--alphas", nargs="+", type=float, default=list(ALPHAS))
-    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--save", default="comparison", help="name of the results (comparison)")
     parser.add_argument("--draw", action="store_true", help="do not run anything")

@@ -182,7 +182,7 @@ def estimate():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--models", nargs="*", default=["logistic", "mlp", "cnn", "char_lstm", "transformer"])
+    parser.add_argument("--models", nargs="*", default=["logistic", "mlp"])
     parser.add_argument("--estimate", action="store_true", help="the arithmetic alone")
     parser.add_argument("--save", default="mesh")
     args = parser.parse_args()

@@ -21,6 +21,8 @@ from fedjax_core.types import Array, Key, PyTree
 
 TINY_BYTES, TINY_LANES = 1024, 64
 """A client that carries no more from step to step is trained beside so many others, unless a plan says otherwise."""
+TOGETHER_BYTES = 2**26
+"""What all lanes carry, up to which they end together where each slot has one."""
 
 
 class Slots(NamedTuple):
@@ -374,11 +376,13 @@ def _queue(
         lane_state, taken, *_ = state
         return jnp.any(lane_state.slot >= 0) | (taken < num_active)
 
+    # Ending together reads all lanes whenever one is done: not for models that are more than launches of operations.
+    each_its_own = 1 < lanes == num_slots and lanes * _num_bytes(run.carry) <= TOGETHER_BYTES
     # All lanes begin at once; a single one begins in the loop, where the program to do so is anyway.
     first = jnp.arange(lanes, dtype=jnp.int32)
     if lanes == 1:
         lane_state = idle()
-    elif lanes == num_slots:
+    elif each_its_own:
         lane_state = jax.vmap(begin)(first, busy)
     else:
         lane_state = jax.vmap(begin)(queue[:lanes], first < num_active)
@@ -390,7 +394,6 @@ def _queue(
         jnp.zeros((num_slots,), run.loss.dtype),
         jnp.int32(0),
     )
-    each_its_own = 1 < lanes == num_slots
     loop = end_together if each_its_own else body
     _, _, total, outputs, losses, executed = jax.lax.while_loop(unfinished, loop, start)
     return total, outputs, losses, jnp.full((num_groups,), executed)
@@ -404,9 +407,13 @@ def _num_lanes(run: Run, num_slots: int) -> int:
     lanes = run.plan.lanes_per_device(num_slots)
     if run.plan.lanes is not None:
         return lanes
-    carried = sum(leaf.size * _item_bytes(leaf.dtype) for leaf in jax.tree.leaves(run.carry))
-    return max(lanes, min(num_slots, TINY_LANES)) if carried <= TINY_BYTES else lanes
+    return max(lanes, min(num_slots, TINY_LANES)) if _num_bytes(run.carry) <= TINY_BYTES else lanes
 
 
-def _item_bytes(dtype: Any) -> int:
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+def _num_bytes(shapes: PyTree) -> int:
+    """Bytes of arrays of these shapes; a key counts as 8."""
+
+    def item(dtype: Any) -> int:
+        return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+
+    return sum(leaf.size * item(leaf.dtype) for leaf in jax.tree.leaves(shapes))

@@ -5,6 +5,7 @@ used.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from benchmarks.peers import jax_models
 from benchmarks.peers.worker import Recorder, Task
 from fedjax_core import (
     ClientProgram,
+    Cohort,
     Plan,
     Population,
     client_mesh,
@@ -25,6 +27,7 @@ from fedjax_core import (
     place,
     shardings,
 )
+from fedjax_core.plans import default_lanes
 
 
 def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
@@ -46,20 +49,22 @@ def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
     population = place(population, everywhere(mesh))
     state = fedavg.init(jax_models.load(model, task.parameters))
     state = place(state, shardings(state, mesh))
-    round_fn = jax.jit(fedavg.round)
+    round_fn, count = jax.jit(fedavg.round), executed_steps(task, plan)
     recorder.ready(jax.default_backend(), jax_models.versions())
 
     for t, ids in enumerate(task.cohorts):
         state, metrics = round_fn(state, population.cohort(ids), jax.random.key(t))
         jax.block_until_ready((state, metrics))
-        executed = partial(executed_steps, task, population, ids, plan)
+        executed = partial(count, population.cohort(ids))
         if not recorder.round_done(partial(jax_models.unload, state.params), executed):
             break
 
 
-def executed_steps(task: Task, population: Population, ids, plan: Plan) -> int:
-    """Steps that the plan executes for this cohort, idle ones included, counted with clients that do nothing."""
+def executed_steps(task: Task, plan: Plan) -> Callable[[Cohort], int]:
+    """How many steps the plan executes for a cohort, idle ones included, counted with clients that do nothing."""
     idle = ClientProgram(lambda *_: (), lambda shared, carry, batch: (carry, jnp.zeros(())), lambda *_: ((), ()))
     work = local_work(task.workload.batch_size, order="sequential")
-    results = for_each_client(idle, (), (), population.cohort(ids), jax.random.key(0), work=work, plan=plan)
-    return int(results.executed_steps)
+    # Spelled out, because for clients that do nothing a plan left open is another one.
+    plan = Plan(lanes=plan.lanes or default_lanes() * plan.num_devices, mesh=plan.mesh)
+    run = jax.jit(lambda c: for_each_client(idle, (), (), c, jax.random.key(0), work=work, plan=plan).executed_steps)
+    return lambda cohort: int(run(cohort))

@@ -188,6 +188,23 @@ def test_packing_wastes_little_on_log_normal_sizes():
     assert int(results.steps.sum()) / int(results.executed_steps) > 0.95
 
 
+@pytest.mark.parametrize(
+    ("width", "plan", "together"), [(4, None, True), (4, Plan(lanes=1), False), (400, None, False)]
+)
+def test_tiny_programs_train_side_by_side_unless_told_otherwise(width, plan, together):
+    """All execute as many steps as the longest needs; one after another they execute their own."""
+    sizes = [5, 1, 3, 0, 2]
+    program = ClientProgram(
+        lambda shared, own, key: jnp.zeros(width, jnp.float32),
+        lambda shared, carry, batch: (carry + batch.examples["x"].sum(), jnp.zeros(())),
+        lambda shared, carry: (carry, carry),
+    )
+    cohort = softmax_population(sizes).cohort(jnp.arange(5))
+    results = for_each_client(program, (), (), cohort, jax.random.key(0), work=local_work(1), plan=plan)
+    assert int(results.executed_steps) == (5 * 5 if together else 11)
+    assert (results.outputs[3] == 0).all()
+
+
 def test_vmap_puts_all_members_in_one_queue():
     """Seeds, learning rates and even populations batch into groups of one loop; results match a Python loop."""
     sizes = [(3, 9, 1, 4), (6, 2, 8, 1)]
