@@ -152,7 +152,7 @@ def study(model: str, alpha: float, rounds: int, names: list[str], out: Path) ->
             curves = history["test/accuracy"].astype(np.float64)
             own = {key: value for key, value in history.items() if key.startswith("test/") and key != "test/loss"}
             result |= {
-                "command": config.command("runs/one").replace(f"--data-dir {config.data_dir} ", ""),
+                "command": config.command(f"runs/{name}"),
                 "accuracy": curves.round(4).tolist(),
                 "own": {key[5:]: np.round(value[:, -1].astype(float), 4).tolist() for key, value in own.items()},
                 "down": int(history["round/downloaded"][0, -1]),
