@@ -203,8 +203,8 @@ def one_head_at_a_time(x, k):
 
 
 ATTENTIONS = {
-    "heads behind tokens (the library's)": heads_last,
-    "heads before tokens": heads_first,
+    "heads behind tokens": heads_last,
+    "heads before tokens (the library's)": heads_first,
     "one product for query, key and value": joint_projection,
     "one head at a time": one_head_at_a_time,
 }
