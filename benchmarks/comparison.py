@@ -35,9 +35,9 @@ MODELS = {"logistic_regression": 0.78, "mlp": 0.80}
 """Model to the test accuracy for which rounds are counted."""
 ALPHAS = (0.1, 0.5)
 
-RATES = (0.01, 0.03, 0.1, 0.3)  # of the clients
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the clients
 FACTORS = (0.3, 1.0, 3.0)  # on the method's own server rate
-TUNING_ROUNDS, TUNING_SEED = 25, 1000
+TUNING_ROUNDS, TUNING_SEED = 20, 1000
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Anarchic clients send steps, of which a local epoch has about eleven.
@@ -82,6 +82,7 @@ def configuration(model: str, alpha: float, rounds: int, chosen: dict[str, dict[
         validation_share=0.1,
         cohort_size=10,
         model=model,
+        hidden=(50,),
         batch_size=50,
         epochs=1,
         rounds=rounds,
