@@ -160,7 +160,7 @@ def study(model: str, alpha: float, rounds: int, names: list[str], out: Path) ->
                 "up": int(history["round/uploaded"][0, -1]),
             }
         except (train.Diverged, ValueError) as error:
-            result["error"] = str(error)
+            result["error"] = str(error).splitlines()[0]  # what comes after names folders
         result["seconds"] = time.perf_counter() - begin
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
