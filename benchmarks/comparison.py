@@ -1,6 +1,6 @@
 """All methods on one problem: Fashion-MNIST, unequal mixes of labels, every method with learning rates of its own.
 
-    python -m benchmarks.comparison                   # all of it, 40 minutes on two cores; goes on where it was
+    python -m benchmarks.comparison                   # all of it, 50 minutes on two cores; goes on where it was
     python -m benchmarks.comparison --only fedavg scaffold --models logistic_regression --alphas 0.1
     python -m benchmarks.comparison --draw            # the tables and figures again from what is there
 
