@@ -30,6 +30,7 @@ from benchmarks import _measure
 from fedjax_core import continue_rounds, evaluate
 from pipelines import figures, methods, setup, train
 from pipelines.config import Config
+from pipelines.history import evaluated_rounds
 
 MODELS = {"logistic_regression": 0.78, "mlp": 0.80}
 """Model to the test accuracy for which rounds are counted."""
@@ -38,6 +39,7 @@ ALPHAS = (0.1, 0.5)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the clients
 FACTORS = (0.3, 1.0, 3.0)  # on the method's own server rate
 TUNING_ROUNDS, TUNING_SEED = 20, 1000
+EVAL_EVERY = 5
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Anarchic clients send steps, of which a local epoch has about eleven.
@@ -86,7 +88,7 @@ def configuration(model: str, alpha: float, rounds: int, chosen: dict[str, dict[
         batch_size=50,
         epochs=1,
         rounds=rounds,
-        eval_every=5,
+        eval_every=EVAL_EVERY,
         checkpoint_every=rounds,
         seeds=3,
         target=MODELS[model],
@@ -113,7 +115,7 @@ def tune(experiment: setup.Experiment, name: str) -> list[float]:
 
     def late_accuracy(rates: dict[str, Any], population: Any, held_back: Any) -> Any:
         algorithm = experiment.make(name, experiment.plan, rates)
-        rounds = continue_rounds(algorithm, experiment.sampler, 5)
+        rounds = continue_rounds(algorithm, experiment.sampler, EVAL_EVERY)
 
         def evaluated(state: Any, _: None) -> Any:
             state, _ = rounds(state, population, setup.run_keys(key)[1])
@@ -122,7 +124,7 @@ def tune(experiment: setup.Experiment, name: str) -> list[float]:
         states = setup.initial_states(experiment, algorithm, key[None])
         states = setup.explored(algorithm, states, population, key[None])
         state = jax.tree.map(lambda leaf: leaf[0], states)
-        return jax.lax.scan(evaluated, state, length=TUNING_ROUNDS // 5)[1][-3:].mean()
+        return jax.lax.scan(evaluated, state, length=TUNING_ROUNDS // EVAL_EVERY)[1][-3:].mean()
 
     grid = choices(name)
     rates = {key: jnp.asarray([choice[key] for choice in grid], jnp.float32) for key in grid[0]}
@@ -173,14 +175,10 @@ def label(model: str, alpha: float) -> str:
     return f"{model}, alpha {alpha:g}"
 
 
-def evaluations(rounds: int) -> np.ndarray:
-    return np.arange(5, rounds + 1, 5)
-
-
 def rounds_to(target: float, curves: np.ndarray, rounds: int) -> list[int | None]:
     """The first evaluated round of each seed that reaches the target, None for a seed that does not."""
     reached = curves >= target
-    return [int(evaluations(rounds)[row.argmax()]) if row.any() else None for row in reached]
+    return [int(evaluated_rounds(rounds, EVAL_EVERY)[row.argmax()]) if row.any() else None for row in reached]
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -238,7 +236,7 @@ def draw(result: dict[str, Any], pages_folder: Path) -> None:
     shown = {name: s for name, s in result["settings"].items() if s["alpha"] == min(ALPHAS)}
     pages = {method: page for page, several in PAGES.items() for method in several}
     names = dict.fromkeys(method for s in shown.values() for method in s["methods"])
-    x = evaluations(result["rounds"])
+    x = evaluated_rounds(result["rounds"], EVAL_EVERY)
     for page in dict.fromkeys(pages.get(name, name) for name in names):
         if not (pages_folder / f"{page}.md").exists():
             continue
