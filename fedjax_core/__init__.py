@@ -3,7 +3,7 @@
 Knows no paper, no data set and no neural-network library.
 """
 
-from fedjax_core import checks, samplers, shuffle
+from fedjax_core import checks, keys, linalg, samplers, shuffle
 from fedjax_core.aggregation import Aggregator, client_weights, mapped, weighted_mean, weighted_sum
 from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
 from fedjax_core.clients import (
@@ -29,6 +29,7 @@ from fedjax_core.evaluation import (
     evaluate_personal,
     spread,
 )
+from fedjax_core.execution import num_bytes
 from fedjax_core.gradients import (
     ClientOptimizer,
     Length,
@@ -107,11 +108,14 @@ __all__ = [
     "global_client_params",
     "init_on_host",
     "join_tables",
+    "keys",
+    "linalg",
     "local_training",
     "local_work",
     "mapped",
     "move",
     "needed_memory",
+    "num_bytes",
     "num_scalars",
     "optimizer_at",
     "out_of_memory",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import checks, shuffle
+from fedjax_core import checks, keys, shuffle
 from fedjax_core.types import Array, Examples, Key
 
 Order = Literal["shuffled", "replacement", "sequential"]
@@ -135,14 +135,17 @@ def draw_batch(
       step: int32[], from 0.
     """
     lane = jnp.arange(work.batch_size, dtype=jnp.int32)
-    step_key = jax.random.fold_in(key, step)
+    step_key = keys.derive(key, step)
     if work.order == "replacement":
-        draw_key, step_key = jax.random.split(step_key)
+        draw_key, step_key = keys.split(step_key)
         index = jax.random.randint(draw_key, lane.shape, 0, jnp.maximum(size, 1))
         mask = jnp.ones(lane.shape, bool)
     else:
-        per_epoch = jnp.maximum(-(-size // work.batch_size), 1)
-        epoch, position = step // per_epoch, (step % per_epoch) * work.batch_size + lane
+        # Nothing is negative here: `//` and `%` would look at the signs, an operation each.
+        batch_size = jnp.int32(work.batch_size)
+        per_epoch = jnp.maximum(jax.lax.div(size + (batch_size - 1), batch_size), 1)
+        epoch = jax.lax.div(step, per_epoch)
+        position = (step - epoch * per_epoch) * batch_size + lane
         mask = position < size
         index = jnp.minimum(position, jnp.maximum(size - 1, 0))
         if work.order == "shuffled":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_core import checks, execution
+from fedjax_core import checks, execution, keys
 from fedjax_core.aggregation import Aggregator, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
@@ -97,7 +97,7 @@ def for_each_client(
     aggregator = aggregator or weighted_mean()
     plan = plan or Plan()
     weight = client_weights(weights, cohort)
-    client_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.maximum(cohort.ids, 0))
+    client_keys = keys.derive(key, jnp.maximum(cohort.ids, 0))
     steps = work.steps(cohort.ids, cohort.sizes)
     client_inputs = execution.strong(client_inputs)
     for leaf in jax.tree.leaves(client_inputs):

@@ -5,6 +5,7 @@ a batch that the caller vmaps over, such as a seed: `vmap` of a round does not r
 seeds, it puts the clients of all seeds in one queue.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from fedjax_core import shuffle
+from fedjax_core import keys, shuffle
 from fedjax_core.batching import LocalWork, draw_batch
 from fedjax_core.plans import Plan
 from fedjax_core.types import Array, Key, PyTree
@@ -244,10 +245,10 @@ def _queue(
     queue = jnp.argsort(-slots.steps if lanes > 1 else ~busy).astype(jnp.int32)
 
     def lane_get(tree: PyTree, lane: Array) -> PyTree:
-        return tree if lanes == 1 else jax.tree.map(lambda leaf: leaf[lane], tree)
+        return tree if lanes == 1 else jax.tree.map(lambda leaf: _row(leaf, lane), tree)
 
     def lane_put(tree: PyTree, lane: Array, new: PyTree) -> PyTree:
-        return new if lanes == 1 else jax.tree.map(lambda leaf, n: leaf.at[lane].set(n), tree, new)
+        return new if lanes == 1 else jax.tree.map(lambda leaf, n: _with_row(leaf, lane, n), tree, new)
 
     def values(lane_shared: list[Array]) -> Any:
         own = iter(lane_shared)
@@ -278,12 +279,12 @@ def _queue(
             carry=zeros(run.carry),
         )
 
-    def begin(slot: Array, there_is_one: Array) -> _Lanes:
+    def begin(slot: Array, there_is_one: Array | bool) -> _Lanes:
         """A lane at the start of the client in a slot, idle if there is none."""
         own = [leaf[slots.group[slot]] for g, leaf in zip(grouped, leaves, strict=True) if g]
         shared, init_consts, _, _ = values(own)
         client_input = jax.tree.map(lambda leaf: leaf[slot], slots.input)
-        seed_key, init_key, step_key = jax.random.split(slots.key[slot], 3)
+        seed_key, init_key, step_key = keys.split(slots.key[slot], 3)
         return _Lanes(
             slot=jnp.where(there_is_one, slot, -1),
             left=jnp.where(there_is_one, slots.steps[slot], 0),
@@ -298,31 +299,43 @@ def _queue(
             carry=run.init(init_consts, shared, client_input, init_key),
         )
 
-    def end(lane: _Lanes, done: Array) -> tuple[PyTree, PyTree, Array]:
+    def end(lane: _Lanes, done: Array | bool) -> tuple[PyTree, PyTree, Array]:
         """What a lane's client adds to the total (nothing unless done), its output, and its mean loss."""
         shared, _, _, final_consts = values(lane.shared)
         summand, output = run.final(final_consts, shared, lane.carry, slots.weight[jnp.maximum(lane.slot, 0)])
         summand = jax.tree.map(lambda s: jnp.where(done, s, jnp.zeros_like(s)), summand)
         return summand, output, lane.loss / jnp.maximum(lane.examples_seen, 1)
 
-    def is_free(state: Any) -> Array:
-        # A lane wants service when its client is done, or when it is idle and clients wait.
-        lane_state, taken, *_ = state
-        return (lane_state.left == 0) & ((lane_state.slot >= 0) | (taken < num_active))
+    # Ends and starts are two loops: in one, the lanes would be read and written at once, and the processor's compiler
+    # would copy all of them for each client.
 
-    def serve(state: Any) -> Any:
-        """Finishes the client of one free lane, if it has one, and gives the lane the next client of the queue."""
-        lane_state, taken, total, outputs, losses = state
-        lane = jnp.argmax(is_free(state)).astype(jnp.int32)
+    def is_done(state: Any) -> Array:
+        lane_state, *_ = state
+        return (lane_state.slot >= 0) & (lane_state.left == 0)
+
+    def finish(state: Any) -> Any:
+        """Ends the client of one lane that is done."""
+        lane_state, total, outputs, losses = state
+        lane = jnp.argmax(is_done(state)).astype(jnp.int32)
         old = lane_get(lane_state, lane)
-        done, slot = old.slot >= 0, jnp.maximum(old.slot, 0)
-        summand, output, loss = end(old, done)
-        total = jax.tree.map(lambda t, s: t.at[slots.group[slot]].add(s), total, summand)
-        outputs = jax.tree.map(lambda o, n: o.at[slot].set(jnp.where(done, n, o[slot])), outputs, output)
-        losses = losses.at[slot].set(jnp.where(done, loss, losses[slot]))
-        more = taken < num_active
-        new = begin(queue[jnp.minimum(taken, num_slots - 1)], more)
-        return lane_put(lane_state, lane, new), taken + more, total, outputs, losses
+        summand, output, loss = end(old, True)
+        group = slots.group[old.slot]
+        total = jax.tree.map(lambda t, s: _with_row(t, group, _row(t, group) + s), total, summand)
+        outputs = jax.tree.map(lambda o, n: _with_row(o, old.slot, n), outputs, output)
+        losses = _with_row(losses, old.slot, loss)
+        free = lane_put(lane_state.slot, lane, jnp.int32(-1))
+        return lane_state._replace(slot=free), total, outputs, losses
+
+    def is_wanted(state: Any) -> Array:
+        lane_state, taken = state
+        return (lane_state.slot < 0) & (taken < num_active)
+
+    def take_next(state: Any) -> Any:
+        """Gives one free lane the next client of the queue."""
+        lane_state, taken = state
+        lane = jnp.argmax(is_wanted(state)).astype(jnp.int32)
+        new = begin(queue[taken], True)
+        return lane_put(lane_state, lane, new), taken + 1
 
     def step_lane(lane: _Lanes) -> _Lanes:
         shared, _, step_consts, _ = values(lane.shared)
@@ -348,11 +361,13 @@ def _queue(
         return jax.lax.fori_loop(0, segment, lambda _, s: step_lanes(s), lane_state), segment
 
     def body(state: Any) -> Any:
-        *state, executed = state
-        state = jax.lax.while_loop(lambda s: jnp.any(is_free(s)), serve, tuple(state))
-        lane_state, *rest = state
+        lane_state, taken, *results, executed = state
         lane_state, segment = advance(lane_state)
-        return lane_state, *rest, executed + segment * lanes
+        state = lane_state, *results
+        lane_state, *results = jax.lax.while_loop(lambda s: jnp.any(is_done(s)), finish, state)
+        state = lane_state, taken
+        lane_state, taken = jax.lax.while_loop(lambda s: jnp.any(is_wanted(s)), take_next, state)
+        return lane_state, taken, *results, executed + segment * lanes
 
     def end_together(state: Any) -> Any:
         """As `body` where each slot has a lane of its own, lane i for slot i: no queue, who is done ends at once."""
@@ -377,7 +392,7 @@ def _queue(
         return jnp.any(lane_state.slot >= 0) | (taken < num_active)
 
     # Ending together reads all lanes whenever one is done: not for models that are more than launches of operations.
-    each_its_own = 1 < lanes == num_slots and lanes * _num_bytes(run.carry) <= TOGETHER_BYTES
+    each_its_own = 1 < lanes == num_slots and lanes * num_bytes(run.carry) <= TOGETHER_BYTES
     # All lanes begin at once; a single one begins in the loop, where the program to do so is anyway.
     first = jnp.arange(lanes, dtype=jnp.int32)
     if lanes == 1:
@@ -407,13 +422,25 @@ def _num_lanes(run: Run, num_slots: int) -> int:
     lanes = run.plan.lanes_per_device(num_slots)
     if run.plan.lanes is not None:
         return lanes
-    return max(lanes, min(num_slots, TINY_LANES)) if _num_bytes(run.carry) <= TINY_BYTES else lanes
+    return max(lanes, min(num_slots, TINY_LANES)) if num_bytes(run.carry) <= TINY_BYTES else lanes
 
 
-def _num_bytes(shapes: PyTree) -> int:
-    """Bytes of arrays of these shapes; a key counts as 8."""
+# What `leaf[i]` and `leaf.at[i].set(row)` do for an index in range, which needs no check: with the check, the
+# processor's compiler copies the whole leaf before it writes the row.
+
+
+def _row(leaf: Array, index: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+
+def _with_row(leaf: Array, index: Array, row: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(leaf, row, index, 0)
+
+
+def num_bytes(shapes: PyTree) -> int:
+    """Bytes of arrays, or of whatever has their shapes and dtypes; a key counts as 8."""
 
     def item(dtype: Any) -> int:
         return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
 
-    return sum(leaf.size * item(leaf.dtype) for leaf in jax.tree.leaves(shapes))
+    return sum(math.prod(leaf.shape) * item(leaf.dtype) for leaf in jax.tree.leaves(shapes))

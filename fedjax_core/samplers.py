@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import checks, shuffle
+from fedjax_core import checks, keys, shuffle
 from fedjax_core.types import Array, Key
 
 Sampler = Callable[[Key, Array], Array]
@@ -22,7 +22,7 @@ def uniform(num_clients: int, cohort_size: int) -> Sampler:
     _check_sizes(num_clients, cohort_size)
 
     def sample(key: Key, round: Array) -> Array:
-        seed = shuffle.seed(jax.random.fold_in(key, round))
+        seed = shuffle.seed(keys.derive(key, round))
         return shuffle.permute(seed, jnp.arange(cohort_size, dtype=jnp.int32), jnp.int32(num_clients))
 
     return sample
@@ -50,7 +50,7 @@ def weighted(weights: Any, cohort_size: int) -> Sampler:
     log_weights = np.log(np.where(weights > 0, weights, 1)) + np.where(weights > 0, 0.0, -np.inf)
 
     def sample(key: Key, round: Array) -> Array:
-        noise = jax.random.gumbel(jax.random.fold_in(key, round), weights.shape)
+        noise = jax.random.gumbel(keys.derive(key, round), weights.shape)
         return jax.lax.top_k(jnp.asarray(log_weights) + noise, cohort_size)[1].astype(jnp.int32)
 
     return sample
@@ -69,7 +69,7 @@ def bernoulli(probabilities: Any, num_clients: int | None = None) -> Sampler:
     rates = _rates("probabilities", probabilities, num_clients)
 
     def sample(key: Key, round: Array) -> Array:
-        draw = jax.random.uniform(jax.random.fold_in(key, round), rates.shape)
+        draw = jax.random.uniform(keys.derive(key, round), rates.shape)
         return _present(draw < jnp.asarray(rates, draw.dtype))
 
     return sample
@@ -133,7 +133,7 @@ def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Sampl
 
         def search(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             t, known, value, flips = state
-            draw = jax.random.uniform(jax.random.fold_in(key, t), on.shape, jnp.float32)
+            draw = jax.random.uniform(keys.derive(key, t), on.shape, jnp.float32)
             from_off, from_on = draw < rate_on, draw < 1 - rate_off
             constant, swap = from_off == from_on, from_off & ~from_on
             value = jnp.where(~known & constant, from_off ^ flips, value)
@@ -143,7 +143,7 @@ def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Sampl
         none = jnp.zeros(on.shape, bool)
         start = (jnp.asarray(round, jnp.int32), none, none, none)
         _, known, value, flips = jax.lax.while_loop(lambda s: (s[0] > 0) & ~jnp.all(s[1]), search, start)
-        first = jax.random.uniform(jax.random.fold_in(key, 0), on.shape, jnp.float32) < rate_on / (rate_on + rate_off)
+        first = jax.random.uniform(keys.derive(key, 0), on.shape, jnp.float32) < rate_on / (rate_on + rate_off)
         return _present(jnp.where(known, value, first ^ flips))
 
     return sample

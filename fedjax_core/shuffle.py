@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_core import keys
 from fedjax_core.types import Array, Key
 
 NUM_SWAPS = 24
@@ -17,7 +18,7 @@ NUM_SWAPS = 24
 
 def seed(key: Key) -> Array:
     """Seed of a permutation, uint32[2]."""
-    return jax.random.bits(key, (2,), jnp.uint32)
+    return keys.words(key)
 
 
 def permute(seed: Array, index: Array, size: Array) -> Array:

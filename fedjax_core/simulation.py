@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_core import checks
+from fedjax_core import checks, keys
 from fedjax_core.population import Population
 from fedjax_core.samplers import Sampler
 from fedjax_core.types import Algorithm, Key, Metrics, Params
@@ -18,9 +18,9 @@ def step(algorithm: Algorithm, sampler: Sampler, population: Population, state: 
     Both the cohort and the clients' randomness are functions of (key, round) alone, so a run that stops anywhere
     and goes on from its state gives the numbers of a run that did not stop.
     """
-    sample_key, train_key = jax.random.split(key)
-    cohort = population.cohort(sampler(sample_key, state.round))
-    return algorithm.round(state, cohort, jax.random.fold_in(train_key, state.round))
+    sample_key, train_key = keys.split(key)
+    ids = sampler(sample_key, state.round)
+    return algorithm.round(state, population.cohort(ids), keys.derive(train_key, state.round))
 
 
 def continue_rounds(
@@ -33,10 +33,18 @@ def continue_rounds(
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
 
     def run(state: Any, population: Population, key: Key) -> tuple[Any, Metrics]:
-        def body(state: Any, _: None) -> tuple[Any, Metrics]:
-            return step(algorithm, sampler, population, state, key)
+        sample_key, train_key = keys.split(key)
 
-        return jax.lax.scan(body, state, length=num_rounds)
+        # What `step` does, with the next cohort's ids carried from round to round. XLA copies the expression of a value
+        # into everything that reads it, and it would draw the cohort some ten times over: that took more than half of
+        # a round of ten clients with ten parameters.
+        def body(carry: Any, _: None) -> tuple[Any, Metrics]:
+            state, ids = carry
+            state, metrics = algorithm.round(state, population.cohort(ids), keys.derive(train_key, state.round))
+            return (state, sampler(sample_key, state.round)), metrics
+
+        (state, _), metrics = jax.lax.scan(body, (state, sampler(sample_key, state.round)), length=num_rounds)
+        return state, metrics
 
     return run
 

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
 from fedjax_core.clients import join_tables, split_tables
+from fedjax_core.keys import derive, split
 from fedjax_core.plans import auto_mesh
 from fedjax_core.population import Cohort, Population, check_ids, check_offsets, offsets_of
 from fedjax_core.samplers import Sampler
@@ -191,7 +192,7 @@ def continue_staged(
         checks.positive_int("horizon", horizon, "it is the number of rounds of the whole run")
     cohorts = _Cohorts(sampler)
     everywhere = None if mesh is None else NamedSharding(auto_mesh(mesh), PartitionSpec())
-    fold_in = {False: jax.jit(jax.random.fold_in), True: jax.jit(jax.vmap(jax.random.fold_in, (0, None)))}
+    round_key_of = jax.jit(derive)
     rounds = {batched: jax.jit(_round(algorithm, batched), donate_argnums=0) for batched in (False, True)}
 
     def run(state: Any, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
@@ -220,7 +221,7 @@ def continue_staged(
         # The caller keeps its state, as with any other function, but for the tables.
         device = jax.tree.map(jnp.copy, device)
         stage = _Stage(population, cohorts, tables, batched, everywhere)
-        train_key = jax.vmap(jax.random.split)(keys)[:, 1] if batched else jax.random.split(key)[1]
+        train_key = split(key)[..., 1]
         totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), everywhere)
 
         metrics: list[Metrics] = []
@@ -228,7 +229,7 @@ def continue_staged(
         staged = stage(first, None)
         changed = staged.tables
         for t in range(first, last):
-            round_key = fold_in[batched](train_key, t)
+            round_key = round_key_of(train_key, t)
             before, staged_before = running, staged
             device, changed, info = rounds[batched](
                 device, staged.slots, staged.examples, staged.tables, changed, totals, round_key
@@ -330,7 +331,7 @@ class _Cohorts:
             of, with_keys, known = self._prepared
             if of is population and np.array_equal(with_keys, data) and rounds[0] in known and rounds[-1] in known:
                 return
-        self._population, self._sample_key = population, jax.vmap(jax.random.split)(keys)[:, 0]
+        self._population, self._sample_key = population, split(keys)[..., 0]
         slots = jax.eval_shape(self._sampler, keys[0], jnp.int32(0)).shape[0]
         self._block = max(1, min(len(rounds), _SAMPLED_AT_ONCE // (slots * keys.shape[0])))
         self._have: tuple[int, np.ndarray] | None = None

@@ -1,6 +1,6 @@
 """Flax models as pure functions, their losses and metrics, and nothing federated."""
 
-from models import capture, convolution, heads, losses, metrics
+from models import capture, convolution, heads, initialization, losses, metrics
 from models._common import Model, num_parameters
 from models.cnn import cnn
 from models.dense import logistic_regression, mlp
@@ -15,6 +15,7 @@ __all__ = [
     "cnn",
     "convolution",
     "heads",
+    "initialization",
     "logistic_regression",
     "losses",
     "metrics",

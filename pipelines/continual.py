@@ -159,8 +159,10 @@ def _split(config: Continual, dataset: Dataset) -> Scenario:
 
 def _model(config: Continual, dataset: Dataset, outputs: int) -> models.Model:
     if config.model == "cnn":
-        return models.cnn(dataset.input_shape, outputs)
-    return models.mlp(dataset.input_shape, outputs, config.hidden, config.dropout)
+        model = models.cnn(dataset.input_shape, outputs)
+    else:
+        model = models.mlp(dataset.input_shape, outputs, config.hidden, config.dropout)
+    return models.initialization.uniform(model) if config.start == "uniform" else model
 
 
 def _scenario(

@@ -31,6 +31,7 @@ class Continual:
       model: "mlp" or "cnn".
       hidden: mlp: widths of the hidden layers.
       dropout: mlp: rate after each of them; none of all unless given.
+      start: "normal", weights with variance 1 / fan in, as flax has them, or "uniform", a third of that, as PyTorch.
       batch_size: examples of a local step.
       epochs: local epochs.
       client_lr: learning rate of the clients' SGD.
@@ -56,6 +57,7 @@ class Continual:
     model: str = "mlp"
     hidden: tuple[int, ...] = (100, 100)
     dropout: tuple[float, ...] | None = None
+    start: str = "normal"
     batch_size: int = 16
     epochs: int = 1
     client_lr: float = 0.1
@@ -73,6 +75,7 @@ class Continual:
         pick("scenario", self.scenario, SCENARIOS)
         pick("partition", self.partition, ("iid", "shards"))
         pick("model", self.model, ("mlp", "cnn"))
+        pick("start", self.start, ("normal", "uniform"))
         for name in self.methods:
             pick("method", name, METHODS)
         if not self.methods:

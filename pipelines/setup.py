@@ -25,6 +25,7 @@ from fedjax_core import (
     Population,
     Sampler,
     client_mesh,
+    num_bytes,
     samplers,
     split_tables,
 )
@@ -363,7 +364,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     opt_state = jax.eval_shape((opt(jnp.int32(0)) if callable(opt) else opt).init, params)
     # One step's program holds the whole mesh's lanes; a device has its share of them, and of the tables' rows.
     lanes = experiment.plan.lanes_per_device(slots * config.seeds)
-    table = _bytes(rows) - _bytes(rows) // experiment.plan.num_devices
+    table = num_bytes(rows) - num_bytes(rows) // experiment.plan.num_devices
     batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[: config.batch_size], e), experiment.test)
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
@@ -371,12 +372,12 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
         return jnp.mean(experiment.loss_fn(params, batch, key))
 
     backward = _traced_bytes(jax.grad(mean_loss), params, batch, jax.random.key(0))
-    model = _bytes(params)
-    training = lanes * (3 * model + _bytes(opt_state) + backward) + config.seeds * model
-    training += 2 * sum(_bytes(leaf) // num_clients for leaf in rows) * slots
+    model = num_bytes(params)
+    training = lanes * (3 * model + num_bytes(opt_state) + backward) + config.seeds * model
+    training += 2 * sum(num_bytes(leaf) // num_clients for leaf in rows) * slots
     return {
-        "data": _training_bytes(experiment, slots) + _bytes(experiment.test),
-        "state": _bytes(states) - (_bytes(rows) if staged else table),
+        "data": _training_bytes(experiment, slots) + num_bytes(experiment.test),
+        "state": num_bytes(states) - (num_bytes(rows) if staged else table),
         "local training": training,
         "evaluation": config.seeds * _traced_bytes(experiment.score_fn, params, test_batch),
     }
@@ -399,7 +400,7 @@ def _training_bytes(experiment: Experiment, slots: int) -> int:
     """Bytes of training examples on the device: all of them, or two of the largest cohorts that there can be."""
     population = experiment.population
     if not isinstance(population, HostPopulation):
-        return _bytes(population)
+        return num_bytes(population)
     largest = np.sort(population.sizes)[::-1][: slots * experiment.config.seeds].sum()
     each = sum(leaf.dtype.itemsize * math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(population.examples))
     return 2 * int(largest) * each
@@ -417,19 +418,7 @@ def _mesh(num_devices: int | None, model_parallel: int) -> Mesh | None:
     return client_mesh(num_devices, model=model_parallel)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree))
-
-
-def _itemsize(dtype: Any) -> int:
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
-
-
 def _traced_bytes(function: Callable[..., Any], *args: Any) -> int:
     """Bytes of all intermediate values of a function, loops counted once."""
-    return sum(
-        math.prod(out.aval.shape) * _itemsize(out.aval.dtype)
-        for equation in jax.make_jaxpr(function)(*args).eqns
-        for out in equation.outvars
-        if hasattr(out.aval, "shape")
-    )
+    equations = jax.make_jaxpr(function)(*args).eqns
+    return num_bytes([out.aval for equation in equations for out in equation.outvars if hasattr(out.aval, "shape")])

@@ -24,6 +24,7 @@ from fedjax_core import (
     Scalar,
     checks,
     global_algorithm,
+    linalg,
     local_training,
     local_work,
     move,
@@ -234,7 +235,7 @@ def expand(basis: Basis, sketch: Sketch, energy: Array, *, squared: bool) -> Bas
     U, rank = basis
     d = U.shape[0]
     r = jnp.where(sketch.whole > 0, sketch.part / jnp.where(sketch.whole > 0, sketch.whole, 1), 0)
-    Q, S = _svd(sketch.Y)
+    Q, S, _ = linalg.svd(sketch.Y)
     total = jnp.sum(S**2)
     # 1 - eps of the whole may be lost, which is this share of the residual: 1 - (r - (1 - eps)) / r.
     lost = (1 - energy.astype(U.dtype)) / jnp.where(r > 0, r, 1)
@@ -251,25 +252,8 @@ def expand(basis: Basis, sketch: Sketch, energy: Array, *, squared: bool) -> Bas
     added = jnp.take(Q, jnp.clip(column - rank, 0, Q.shape[1] - 1), axis=1)
     joined = jnp.where(column < rank, U, jnp.where(column < rank + k, added, 0))
     # Householder's QR gives d orthonormal columns of which the first span those of `joined`; the rest is not kept.
-    orthonormal = jnp.where(column < rank + k, _qr(joined), 0)
+    orthonormal = jnp.where(column < rank + k, linalg.qr(joined)[0], 0)
     return Basis(jnp.where(k > 0, orthonormal, U), rank + k)
-
-
-# Under a vmap, over seeds for example, one after the other: batches of such calls wait for threads of the pool that
-# they run in on a CPU, and those of two layers may wait for each other for ever (seen with jaxlib 0.10.2).
-
-
-@jax.custom_batching.sequential_vmap
-def _svd(matrix: Array) -> tuple[Array, Array]:
-    """Left singular vectors and singular values."""
-    Q, S, _ = jnp.linalg.svd(matrix, full_matrices=False)
-    return Q, S
-
-
-@jax.custom_batching.sequential_vmap
-def _qr(matrix: Array) -> Array:
-    """Orthonormal columns that span those of the matrix."""
-    return jnp.linalg.qr(matrix)[0]
 
 
 def check_layers(params: Params, layers: Mapping[str, int]) -> None:

@@ -24,6 +24,7 @@ from fedjax_core import (
     batch_loss,
     checks,
     global_algorithm,
+    linalg,
     local_training,
     move,
     optimizer_at,
@@ -156,13 +157,11 @@ def principal_mean(updates: Params, weights: Array, kept: Scalar) -> Params:
     root = jnp.sqrt(p)
     rows = [jnp.where(p[:, None] > 0, leaf.reshape(leaf.shape[0], -1), 0).astype(dtype) for leaf in leaves]
     gram = jnp.stack([jnp.matmul(g, g.T, precision=jax.lax.Precision.HIGHEST) for g in rows])
-    # One call for all leaves: on a CPU with few cores two large batches at a time have waited for each other's threads
-    # forever (jaxlib 0.10).
-    s, e = jnp.linalg.eigh(root[:, None] * root * gram)
     k = jnp.maximum(jnp.floor(kept * jnp.sum(p > 0) + 1e-4), 1)  # 0.7 * 10 is 7 whatever the precision
     rounding = 4 * p.shape[0] * jnp.finfo(dtype).eps
 
-    def coefficients(gram: Array, s: Array, e: Array) -> Array:
+    def coefficients(gram: Array) -> Array:
+        s, e = linalg.eigh(root[:, None] * root * gram)
         norm = jnp.sqrt(jnp.diagonal(gram))
         s, e = s[::-1], e[:, ::-1]  # the largest first
         principal = (jnp.arange(s.shape[0]) < k) & (s > rounding * s[0])
@@ -172,7 +171,7 @@ def principal_mean(updates: Params, weights: Array, kept: Scalar) -> Params:
         share = jnp.where(principal, s / jnp.where(s[0] > 0, jnp.sum(s), 1), 0)
         return root * (e @ (share * ((p * norm) @ sign) / length))
 
-    parts = zip(jax.vmap(coefficients)(gram, s, e), rows, leaves, strict=True)
+    parts = zip(jax.vmap(coefficients)(gram), rows, leaves, strict=True)
     means = [
         jnp.matmul(a, g, precision=jax.lax.Precision.HIGHEST).reshape(leaf.shape[1:]).astype(leaf.dtype)
         for a, g, leaf in parts

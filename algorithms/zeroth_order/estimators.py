@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fedjax_core import Array, Batch, Examples, Key, LossFn, Params, Scalar, batch_loss, checks
+from fedjax_core import Array, Batch, Examples, Key, LossFn, Params, Scalar, batch_loss, checks, linalg
 
 Estimate = Callable[[Params, Batch], tuple[Array, Params]]
 """`(y, batch) -> (f_i(y), estimate of its gradient)`, from values of f_i alone."""
@@ -39,7 +39,7 @@ def orthonormal_directions(key: Key, count: int, like: Array) -> Array:
     Gaussian vectors put through Gram-Schmidt. Without the signs, a QR decomposition leaves them to the backend.
     """
     draw = jax.random.normal(key, (count, like.size), jnp.float32).astype(like.dtype)
-    columns, triangle = jnp.linalg.qr(draw.T)
+    columns, triangle = linalg.qr(draw.T)
     return (columns * jnp.where(jnp.diag(triangle) < 0, -1, 1).astype(like.dtype)).T
 
 

@@ -97,6 +97,19 @@ def test_split_tasks_have_their_own_classes_and_heads_that_are_not_protected():
     assert tasks.model.apply(params, tasks.test(2)["x"]).shape == (len(tasks.test(2)["y"]), 2)
 
 
+@pytest.mark.parametrize("kind", ["permuted", "split"])
+def test_a_model_may_start_uniformly(kind):
+    kernels, biases = {}, {}
+    for start in ("normal", "uniform"):
+        model = scenario(Continual(scenario=kind, start=start)).model
+        layer = model.init(jax.random.key(0))["dense_1"]
+        kernels[start], biases[start] = (np.abs(np.asarray(layer[name])) * 10 for name in ("kernel", "bias"))
+    assert kernels["normal"].max() > 1.5
+    assert 0.99 < kernels["uniform"].max() <= 1
+    assert biases["normal"].max() == 0
+    assert 0.9 < biases["uniform"].max() <= 1
+
+
 def test_the_clients_of_the_joint_run_hold_all_they_hold_in_any_task():
     tasks = scenario(Continual(clients=20))
     joint, parts = tasks.joint(), [tasks.population(t) for t in range(3)]
@@ -194,6 +207,7 @@ def test_every_method_is_built_and_ends_its_tasks_or_has_none():
     [
         (lambda: Continual(scenario="splitt"), "did you mean 'split'"),
         (lambda: Continual(methods=("fott",)), "did you mean 'fot'"),
+        (lambda: Continual(start="unifrom"), "did you mean 'uniform'"),
         (lambda: Continual(methods=()), "methods is empty"),
         (lambda: Continual(tasks=0), "tasks must be an integer of at least 1"),
         (lambda: scenario(Continual(scenario="split", tasks=11)), "tasks=11, but digits has 10 classes"),
