@@ -32,7 +32,7 @@ def derive(key: Key, data: ArrayLike) -> Key:
 
 def split(key: Key, num: int = 2) -> Key:
     """Keys [..., num] for every key: `derive` with 0 to num - 1. For JAX's default keys it is `jax.random.split`."""
-    return derive(key[..., None], np.arange(num))
+    return derive(key[..., None], jnp.arange(num))
 
 
 def words(key: Key) -> Array:
@@ -42,7 +42,7 @@ def words(key: Key) -> Array:
         for _ in key.shape:
             bits = jax.vmap(bits)
         return bits(key)
-    hashed = _hash(jax.random.key_data(key)[..., None, :], np.arange(2, dtype=np.uint32))
+    hashed = _hash(jax.random.key_data(key)[..., None, :], jnp.arange(2, dtype=jnp.uint32))
     return hashed[..., 0] ^ hashed[..., 1]
 
 
@@ -50,7 +50,7 @@ def _is_threefry(key: Key) -> bool:
     return str(jax.random.key_impl(key)) == "threefry2x32"
 
 
-def _hash(key: Array, count: Array | np.ndarray) -> Array:
+def _hash(key: Array, count: Array) -> Array:
     """Threefry-2x32 of 20 rounds (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
 
     Args:
@@ -69,5 +69,5 @@ def _hash(key: Array, count: Array | np.ndarray) -> Array:
         left = left + schedule[(group + 1) % 3]
         right = right + schedule[(group + 2) % 3] + np.uint32(group + 1)
     # One expression for both words is one call; and no consumer shall copy it.
-    both = jnp.where(np.arange(2) == 0, left[..., None], right[..., None])
+    both = jnp.where(jnp.arange(2) == 0, left[..., None], right[..., None])
     return jax.lax.optimization_barrier(both)

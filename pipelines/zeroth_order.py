@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import algorithms
-from fedjax_core import Algorithm, Array, LossFn, Plan, Population, samplers
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, samplers
 from fedjax_core.simulation import step
 from pipelines import files
 from pipelines.names import pick
@@ -166,15 +166,20 @@ def metric(
     reach: float = 0.2,
     hidden: int = 14,
     pretraining: int = 3,
+    pool: int = 1,
 ) -> Task:
     """1 - macro precision, recall, F1 or Jaccard index of a small perceptron, whose weights x shifts by up to `reach`.
 
     The perceptron has had `pretraining` rounds of FedAvg on all clients' examples. f_i is the score of the shifted
     weights w + reach (2 x - 1) on client i's own training examples, all of them at once: it is no mean over examples
-    and piecewise constant. A class that neither occurs nor is predicted does not count.
+    and piecewise constant, with steps as fine as the client has examples. A class that neither occurs nor is predicted
+    does not count. Of images the mean of every `pool` x `pool` pixels is taken, which leaves fewer weights.
     """
     pick("score", score, _SCORES)
-    model, start, population, num_classes = _pretrained(dataset, data_dir, clients, alpha, hidden, pretraining, trial)
+    checks.positive_int("pool", pool, "1 leaves images as they are")
+    model, start, population, num_classes = _pretrained(
+        dataset, data_dir, clients, alpha, hidden, pretraining, trial, pool
+    )
     sizes = np.asarray(population.sizes)
     width = int(sizes.max())
     rows = np.minimum(np.arange(width), sizes[:, None] - 1) + np.asarray(population.offsets)[:-1, None]
@@ -443,7 +448,7 @@ _SCORES: Mapping[str, Callable[[Array, Array, Array], Array]] = {
 
 
 def _federated(
-    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, pool: int = 1
 ) -> tuple[Any, Population, Any, Any]:
     """The data set, the clients' examples, a perceptron, and the same of inputs as the clients have them."""
     import models
@@ -455,10 +460,24 @@ def _federated(
     if loaded.normalization is not None:  # bytes
         parts = ({**part, "x": part["x"].astype(np.float32) / 255} for part in (loaded.train, loaded.test))
         loaded = loaded._replace(train=next(parts), test=next(parts), normalization=None)
+    if pool > 1:
+        parts = ({**part, "x": _pooled(dataset, part["x"], pool)} for part in (loaded.train, loaded.test))
+        loaded = loaded._replace(train=next(parts), test=next(parts))
     loaded = setup.in_precision(loaded)
     assignment = partition.dirichlet(loaded.train["y"], clients, alpha=alpha, min_size=20)
     model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
     return loaded, partition.federate(loaded, assignment), model, data.normalized(model, loaded.normalization)
+
+
+def _pooled(dataset: str, x: np.ndarray, pool: int) -> np.ndarray:
+    """Means of squares of pixels, [n, height / pool, width / pool, channels]."""
+    if x.ndim != 4 or x.shape[1] % pool or x.shape[2] % pool:
+        raise ValueError(
+            f"pool={pool}, but an input of {dataset} has shape {list(x.shape[1:])}: take images, and a divisor of "
+            "their height and width"
+        )
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // pool, pool, width // pool, pool, channels).mean(axis=(2, 4))
 
 
 @cache
@@ -492,12 +511,12 @@ def _classifiers(
 
 
 def _pretrained(
-    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, rounds: int, seed: int
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, rounds: int, seed: int, pool: int = 1
 ) -> tuple[Any, Any, Population, int]:
     """The model, its parameters after some rounds of FedAvg, the clients' examples, and the number of classes."""
     import models
 
-    loaded, population, model, inputs = _federated(dataset, data_dir, clients, alpha, hidden)
+    loaded, population, model, inputs = _federated(dataset, data_dir, clients, alpha, hidden, pool)
     fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.sgd(0.1), batch_size=20)
     state, round_fn = fedavg.init(model.init(jax.random.key(seed))), jax.jit(fedavg.round)
     for t in range(rounds):

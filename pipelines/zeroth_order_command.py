@@ -72,6 +72,7 @@ def attack(**values: Any) -> None:
 @click.option("--data-dir", default=None, help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
 @click.option("--clients", type=int, default=7, show_default=True, help="Number of clients.")
 @click.option("--alpha", type=float, default=10.0, show_default=True, help="Of the Dirichlet split; small is skewed.")
+@click.option("--pool", type=int, default=1, show_default=True, help="Of images, means of squares of that many pixels.")
 @click.option("--reach", type=float, default=0.2, show_default=True, help="Largest shift of a weight.")
 @_of_study
 def metric(**values: Any) -> None:

@@ -65,6 +65,17 @@ def test_scores_are_those_of_scikit_learn(score, reference):
     assert not np.allclose(values_at(task, np.random.default_rng(0).uniform(size=task.start.size)), 1 - expected)
 
 
+def test_images_may_be_made_smaller_for_a_metric():
+    task = experiments.metric(0, clients=3, hidden=4, pretraining=1, pool=2)
+    assert task.start.size == 4 * 4 * 4 + 4 + 4 * 10 + 10
+    _, _, whole, _ = experiments._pretrained("digits", None, 3, 10.0, 4, 1, 0)
+    _, _, pooled, _ = experiments._pretrained("digits", None, 3, 10.0, 4, 1, 0, 2)
+    for row in range(2):
+        for column in range(2):
+            square = np.asarray(whole.examples["x"])[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            np.testing.assert_allclose(pooled.examples["x"][:, row, column], square.mean(axis=(1, 2)), rtol=1e-5)
+
+
 def test_an_attack_starts_from_an_image_that_all_have_right_and_moves_pixels_by_at_most_epsilon():
     task = experiments.attack(1, clients=3, hidden=8)
     assert (values_at(task, task.start) > 0).all()
@@ -109,6 +120,8 @@ def test_a_study_from_the_command_line_that_goes_on_where_it_stopped(tmp_path):
     [
         (("synthetic", "--function", "ackly"), "did you mean 'ackley'?"),
         (("metric", "--score", "f2"), "did you mean 'f1'?"),
+        (("metric", "--pool", 3), "pool=3, but an input of digits has shape [8, 8, 1]"),
+        (("metric", "--dataset", "wine", "--pool", 2), "pool=2, but an input of wine has shape [13]"),
         (("attack", "--dataset", "digitz"), "digits"),
     ],
 )
