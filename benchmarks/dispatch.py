@@ -1,6 +1,6 @@
 """Rounds a second of a tiny model: all rounds in one compiled call, against a Python loop of compiled rounds.
 
-    python benchmarks/dispatch.py [--rounds 2000] [--repeats 7]
+    python benchmarks/dispatch.py [--rounds 20000] [--repeats 7]
 
 A quadratic in 10 dimensions, 10 of 100 clients a round, one local step: the work is next to nothing, what is left is
 what a round costs beside its work. The loop is what a researcher writes first: `jax.jit(fedavg.round)`, the cohort
@@ -32,7 +32,7 @@ def quadratic(params, batch, key):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=20000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--save", default="dispatch")
     args = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
         "one call": _measure.first_call(together, params, population, key)[0],
         "loop": _measure.first_call(loop, 1)[0],
     }
-    few = max(args.rounds // 20, 1)
+    few = max(args.rounds // 100, 1)
     contenders = {"one call": partial(together, params, population, key), "loop": partial(loop, few)}
     times = _measure.take_turns(contenders, args.repeats)
     for name, rounds in (("one call", args.rounds), ("loop", few)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from importlib.metadata import version
 
 # Reports about usage to the makers of Flower and Ray are no part of a round.
@@ -66,6 +67,9 @@ def run(task: Task, recorder: Recorder) -> None:
     @server.main()
     def main(grid, context):
         gpus = torch.cuda.device_count()
+        # The simulation registers its nodes one after the other, and a thousand of them take longer than a start.
+        while len(list(grid.get_node_ids())) < task.workload.num_clients:
+            time.sleep(0.1)
         recorder.ready(
             "cuda" if gpus else "cpu", {"flwr": version("flwr"), "ray": version("ray"), "torch": version("torch")}
         )
