@@ -47,7 +47,7 @@ class Study(NamedTuple):
       rounds: rounds of each method.
       steps: local steps of a round, T.
       trials: functions and starts drawn anew.
-      lr: learning rate of the clients' Adam.
+      lr: learning rate of the clients' Adam, whose steps end at the faces of the box [0, 1]^d.
       directions: q of the baselines.
       mu: length of the baselines' differences.
       radius: half-width of the boxes of FZooS.
@@ -55,6 +55,7 @@ class Study(NamedTuple):
       neighbors: queries that a surrogate is given.
       features: random Fourier features, M.
       lengthscale: of the features; it must be longer than the way that a client goes in a round.
+      correction_decay: how fast the corrections of FZooS fade within a round; 0 keeps them, for very unlike clients.
       capacity: queries that a client remembers.
     """
 
@@ -71,6 +72,7 @@ class Study(NamedTuple):
     neighbors: int = 150
     features: int = 10000
     lengthscale: float = 1.0
+    correction_decay: float = 1.0
     capacity: int = 1000
 
 
@@ -213,7 +215,7 @@ def build(name: str, study: Study, task: Task) -> Algorithm:
     settings: dict[str, Any] = dict(own)
     if factory == "fzoos":
         settings |= {"capacity": study.capacity, "neighbors": study.neighbors, "num_features": study.features}
-        settings |= {"feature_lengthscale": study.lengthscale}
+        settings |= {"feature_lengthscale": study.lengthscale, "correction_decay": study.correction_decay}
         settings |= {
             "radius": study.radius,
             "noise": study.noise,
@@ -224,9 +226,20 @@ def build(name: str, study: Study, task: Task) -> Algorithm:
         settings |= {"num_directions": study.directions, "mu": study.mu}
         settings |= {"num_clients": num_clients} if factory == "scaffold_zo" else {}
     plan = Plan(lanes=1) if jax.default_backend() == "cpu" else Plan(lanes=num_clients)
+    # Functions are flat outside their box: a coordinate that left it would have no slope to come back by.
+    optimizer = optax.chain(optax.adam(study.lr), _stay_in_box())
     return getattr(algorithms, factory)(
-        task.loss_fn, optax.adam(study.lr), batch_size=1, num_steps=study.steps, plan=plan, **settings
+        task.loss_fn, optimizer, batch_size=1, num_steps=study.steps, plan=plan, **settings
     )
+
+
+def _stay_in_box() -> optax.GradientTransformation:
+    """Cuts steps off where they would leave [0, 1]^d; the last of a chain."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x, step: jnp.clip(x + step, 0, 1) - x, params, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, Any], dict[str, Array]]:

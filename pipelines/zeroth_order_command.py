@@ -18,6 +18,7 @@ _STUDY = (
     click.option("--neighbors", type=int, default=150, show_default=True, help="Queries that a surrogate is given."),
     click.option("--features", type=int, default=10000, show_default=True, help="Random Fourier features."),
     click.option("--lengthscale", type=float, default=1.0, show_default=True, help="Of the features."),
+    click.option("--correction-decay", type=float, default=1.0, show_default=True, help="0 keeps corrections whole."),
     click.option("--capacity", type=int, default=1000, show_default=True, help="Queries that a client remembers."),
     click.option("--out", type=click.Path(path_type=Path), default=None, help="Directory.  [default: runs/TASK]"),
 )

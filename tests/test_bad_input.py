@@ -256,6 +256,7 @@ TABLE = [
     ("probability of 0", lambda: fedstale(probabilities=[0.5, 0.0, 1.0]), ["probabilities", "0.0", "(0, 1]", "leave"]),
     ("probabilities of other clients", lambda: fedstale(probabilities=[0.5]), ["probabilities", "[1]", "float[3]"]),
     ("negative noise", lambda: fzoos(noise=-1e-6), ["noise", "-1e-06", "[0, inf]"]),
+    ("growing corrections", lambda: fzoos(correction_decay=-1.0), ["correction_decay", "-1", "[0, inf]"]),
     ("box of no width", lambda: fzoos(radius=0.0), ["radius", "0", "(0, inf]"]),
     ("unknown probabilities", lambda: fedstale(probabilities="known"), ["probabilities", "'known'", "'estimated'"]),
     ("period of -1", lambda: algorithms.fedamd(softmax_loss, SGD, num_clients=3, period=-1), ["period", "-1", "or 0"]),

@@ -108,6 +108,7 @@ def fzoos(
     feature_lengthscale: Scalar = 1.0,
     feature_seed: int = 0,
     ridge: Scalar = 1e-5,
+    correction_decay: Scalar = 1.0,
     safeguard: bool = False,
     diagnose: bool = False,
     server_lr: Scalar = 1.0,
@@ -120,7 +121,7 @@ def fzoos(
                          nu = sum_S w_i nu_i. (A client's first time: query x and `initial` random points, no nu_i.)
     Client, from y = x:  query the `active` of `active_candidates` points around y with the largest variance;
                          g = mean of the gradient at y of a Gaussian process given the queries near y;
-                         g <- g + 1 / (t + 1) (S(y; nu) - S(y; nu_i));  y <- y - lr g;  query y;  T times.
+                         g <- g + (t + 1)^-a (S(y; nu) - S(y; nu_i));  y <- y - lr g;  query y;  T times.
     Server:              x <- x + server_lr sum_S w_i (y_i - x).
 
     S(y; nu) is the gradient of phi(y)'nu, with M random Fourier features phi that everyone draws from one seed.
@@ -154,6 +155,8 @@ def fzoos(
         than the way that a client goes in a round, or the corrections are noise.
       feature_seed: seed of the features.
       ridge: variance of a query in that fit.
+      correction_decay: a. With 1 the correction fades within a round, and clients that differ very much drift apart as
+        without one; with 0 it stays, which asks for features that hold on all of the way (a longer lengthscale).
       safeguard: keep the old x unless F = sum_S w_i f_i is smaller at the new one, which costs one query each.
       diagnose: compare with the true gradients, which loss_fn must then have; nothing else changes.
       server_lr: 1 replaces the model by the average.
@@ -196,6 +199,7 @@ def fzoos(
     checks.scalar("longest", longest, low=least_longest, low_open=True)
     for name, variance in (("noise", noise), ("ridge", ridge)):
         checks.scalar(name, variance, low=0)
+    checks.scalar("correction_decay", correction_decay, low=0)
     checks.scalar("server_lr", server_lr, low=0)
     clients = local_training(**local)
     once = clients._replace(work=clients.work._replace(num_epochs=None, num_steps=1))
@@ -271,7 +275,8 @@ def fzoos(
             process = condition(closest(history, y), lengthscale, kernel=kernel, noise=noise)
             surrogate = gradient_mean(process, kernel=kernel)
             # S is linear in nu, so one pass over the features gives S(y; nu) - S(y; nu_i).
-            g = surrogate + features_gradient(features, difference, y) / (batch.step + 1).astype(y.dtype)
+            weight = (batch.step + 1).astype(y.dtype) ** -jnp.asarray(correction_decay, y.dtype)
+            g = surrogate + weight * features_gradient(features, difference, y)
             if diagnose:
                 true, _ = ravel_pytree(gradient(params, batch)[1])
                 accuracy = jax.tree.map(jnp.add, accuracy, compare(surrogate, true))

@@ -117,7 +117,7 @@ def value(i, x):
     return (x - CENTERS[i]) ** 2 @ np.array([1.0, 2.0, 0.5])
 
 
-def trace_by_hand(cohorts, lr=0.05, steps=2, features_seed=0):
+def trace_by_hand(cohorts, lr=0.05, steps=2, features_seed=0, decay=1):
     """The global models, and the numbers of queries of each round."""
     w_key, b_key = jax.random.split(jax.random.key(features_seed))
     m = SIZES["num_features"]
@@ -155,7 +155,7 @@ def trace_by_hand(cohorts, lr=0.05, steps=2, features_seed=0):
                 near, u, scale = closest(histories[i], y, SIZES["neighbors"])
                 g = scale * slopes(y, near, found).T @ solve(covariance(near, found), u)
                 if i in weights:
-                    g = g - np.sqrt(2 / m) * w @ (np.sin(y @ w + b) * (nu - weights[i])) / (step + 1)
+                    g = g - np.sqrt(2 / m) * w @ (np.sin(y @ w + b) * (nu - weights[i])) / (step + 1) ** decay
                 y = y - lr * g
                 ask(i, y)
             last[i] = y
@@ -168,9 +168,10 @@ def trace_by_hand(cohorts, lr=0.05, steps=2, features_seed=0):
 COHORTS = [[0, 1, 2], [2, 0], [1, 2, 0]]
 
 
-def test_golden_trace():
-    states, rows = rounds([[0, 1, 2], [2, 0, -1], [1, 2, 0]])
-    models, counts = trace_by_hand(COHORTS)
+@pytest.mark.parametrize("decay", [1, 0])
+def test_golden_trace(decay):
+    states, rows = rounds([[0, 1, 2], [2, 0, -1], [1, 2, 0]], correction_decay=decay)
+    models, counts = trace_by_hand(COHORTS, decay=decay)
     np.testing.assert_allclose([s.params for s in states], models, rtol=0, atol=1e-7)
     assert [int(m.extra.queries) for m in rows] == counts
 

@@ -85,6 +85,18 @@ def test_an_attack_starts_from_an_image_that_all_have_right_and_moves_pixels_by_
     assert not np.allclose(values_at(task, x), values_at(task, task.start), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["FedZO", "FZooS"])
+def test_steps_end_at_the_faces_of_the_box(name):
+    """Outside, a function is flat: nothing would lead back."""
+    study = experiments.Study("synthetic", steps=3, lr=0.4, directions=2, features=20, neighbors=20, capacity=70)
+    task = experiments.synthetic(0, dim=6, clients=2)
+    algorithm = experiments.build(name, study, task)
+    state, cohort = algorithm.init(jnp.full(6, 0.99)), task.population.cohort(np.arange(2))
+    state, _ = jax.jit(algorithm.round)(state, cohort, jax.random.key(0))
+    assert ((algorithm.params(state) >= 0) & (algorithm.params(state) <= 1)).all()
+    assert np.abs(algorithm.params(state) - 0.99).max() > 0.3
+
+
 SMALL = ("--dim", 6, "--clients", 2, "--rounds", 3, "--steps", 2, "--trials", 2, "--features", 20, "--capacity", 70)
 SMALL += ("--neighbors", 20, "--directions", 2)
 
