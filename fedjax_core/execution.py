@@ -299,11 +299,10 @@ def _queue(
             carry=run.init(init_consts, shared, client_input, init_key),
         )
 
-    def end(lane: _Lanes, done: Array | bool) -> tuple[PyTree, PyTree, Array]:
-        """What a lane's client adds to the total (nothing unless done), its output, and its mean loss."""
+    def end(lane: _Lanes) -> tuple[PyTree, PyTree, Array]:
+        """What a lane's client adds to the total, its output, and its mean loss."""
         shared, _, _, final_consts = values(lane.shared)
         summand, output = run.final(final_consts, shared, lane.carry, slots.weight[jnp.maximum(lane.slot, 0)])
-        summand = jax.tree.map(lambda s: jnp.where(done, s, jnp.zeros_like(s)), summand)
         return summand, output, lane.loss / jnp.maximum(lane.examples_seen, 1)
 
     # Ends and starts are two loops: in one, the lanes would be read and written at once, and the processor's compiler
@@ -318,7 +317,7 @@ def _queue(
         lane_state, total, outputs, losses = state
         lane = jnp.argmax(is_done(state)).astype(jnp.int32)
         old = lane_get(lane_state, lane)
-        summand, output, loss = end(old, True)
+        summand, output, loss = end(old)
         group = slots.group[old.slot]
         total = jax.tree.map(lambda t, s: _with_row(t, group, _row(t, group) + s), total, summand)
         outputs = jax.tree.map(lambda o, n: _with_row(o, old.slot, n), outputs, output)
@@ -374,16 +373,17 @@ def _queue(
         lane_state, taken, total, outputs, losses, executed = state
         lane_state, segment = advance(lane_state)
         done = (lane_state.slot >= 0) & (lane_state.left == 0)
-        summand, output, loss = jax.vmap(end)(lane_state, done)
+
+        def where_done(new: Array, old: Array) -> Array:
+            return jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        summand, output, loss = jax.vmap(end)(lane_state)
+        summand = jax.tree.map(lambda s: where_done(s, jnp.zeros_like(s)), summand)
         if num_groups == 1:
             total = jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0, keepdims=True), total, summand)
         else:
             total = jax.tree.map(lambda t, s: t.at[slots.group].add(s), total, summand)
-        outputs, losses = jax.tree.map(
-            lambda old, new: jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old),
-            (outputs, losses),
-            (output, loss),
-        )
+        outputs, losses = jax.tree.map(where_done, (output, loss), (outputs, losses))
         lane_state = lane_state._replace(slot=jnp.where(done, -1, lane_state.slot))
         return lane_state, taken, total, outputs, losses, executed + segment * lanes
 

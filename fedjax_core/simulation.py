@@ -12,30 +12,21 @@ from fedjax_core.samplers import Sampler
 from fedjax_core.types import Algorithm, Key, Metrics, Params
 
 
-def step(algorithm: Algorithm, sampler: Sampler, population: Population, state: Any, key: Key) -> tuple[Any, Metrics]:
-    """The round that comes next: samples the cohort of round `state.round` and runs it.
-
-    Both the cohort and the clients' randomness are functions of (key, round) alone, so a run that stops anywhere
-    and goes on from its state gives the numbers of a run that did not stop.
-    """
-    sample_key, train_key = keys.split(key)
-    ids = sampler(sample_key, state.round)
-    return algorithm.round(state, population.cohort(ids), keys.derive(train_key, state.round))
-
-
 def continue_rounds(
     algorithm: Algorithm, sampler: Sampler, num_rounds: int
 ) -> Callable[[Any, Population, Key], tuple[Any, Metrics]]:
     """Returns a pure `run(state, population, key) -> (state, metrics)` for the next `num_rounds` rounds.
 
-    Metrics are stacked over rounds, leaves [num_rounds, ...]. Give the same key to every part of a run.
+    Metrics are stacked over rounds, leaves [num_rounds, ...]. Both the cohort of round `state.round` and the clients'
+    randomness are functions of (key, round) alone: give the same key to every part of a run, and one that stops
+    anywhere and goes on from its state gives the numbers of a run that did not stop.
     """
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
 
     def run(state: Any, population: Population, key: Key) -> tuple[Any, Metrics]:
         sample_key, train_key = keys.split(key)
 
-        # What `step` does, with the next cohort's ids carried from round to round. XLA copies the expression of a value
+        # The next cohort's ids are carried from round to round. XLA copies the expression of a value
         # into everything that reads it, and it would draw the cohort some ten times over: that took more than half of
         # a round of ten clients with ten parameters.
         def body(carry: Any, _: None) -> tuple[Any, Metrics]:

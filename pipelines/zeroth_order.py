@@ -23,8 +23,7 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import algorithms
-from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, samplers
-from fedjax_core.simulation import step
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, samplers
 from pipelines import files
 from pipelines.names import pick
 
@@ -248,15 +247,16 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
     value is F(x) before the first and after every round, known to the figure but not to the method; queries are those
     of all clients so far, per client. FZooS adds "cosine" and "error", [rounds], if the task has gradients.
     """
-    algorithm, sampler = build(name, study, task), samplers.full(task.population.num_clients)
+    algorithm = build(name, study, task)
+    one = continue_rounds(algorithm, samplers.full(task.population.num_clients), 1)
 
     def run(population: Population, start: Array, key: Any) -> dict[str, Array]:
         def value(x: Array) -> Array:
             return jnp.mean(task.loss_fn(x, population.examples, key))
 
         def body(state: Any, _: None) -> tuple[Any, Any]:
-            state, metrics = step(algorithm, sampler, population, state, key)
-            accuracy = getattr(metrics.extra, "accuracy", ())
+            state, metrics = one(state, population, key)
+            accuracy = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "accuracy", ()))
             return state, (value(algorithm.params(state)), state.queries, accuracy)
 
         state = algorithm.init(start)
