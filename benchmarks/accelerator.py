@@ -51,20 +51,19 @@ def make(name: str, convolution: str, small: bool):
     num_clients, _, each, _, _ = (SMALL_FEDERATION if small else FEDERATION)[name]
     rng, total = np.random.default_rng(0), num_clients * each
     if name == "resnet":
-        model = models.resnet18_gn((32, 32, 3), 10, width=4 if small else 64, convolution=convolution)
+        width = 4 if small else 64
+        model = models.resnet18_gn((32, 32, 3), 10, width=width, convolution=convolution)
         examples = {"x": rng.normal(size=(total, 32, 32, 3)).astype(np.float32)}
         examples["y"] = rng.integers(0, 10, total).astype(np.int32)
-        work = workloads.flops_per_example(workloads.WORKLOADS["resnet"])
+        work = workloads.flops_per_example(workloads.WORKLOADS["resnet"], width=width)
         return model, models.losses.cross_entropy(model), examples, work
     shape = SMALL_TRANSFORMER if small else TRANSFORMER
     model = models.transformer(**shape)
     tokens = rng.integers(0, shape["vocab_size"], (total, shape["max_len"] + 1)).astype(np.int32)
-    dim, length = shape["dim"], shape["max_len"]
-    # Of a token, forward: query, key, value, out and the two of the perceptron; scores and their sums; the head. Each
-    # product has two more in the gradient.
-    token = 2 * (shape["num_layers"] * (12 * dim**2 + 2 * length * dim) + dim * shape["vocab_size"])
     examples = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
-    return model, models.losses.sequence_cross_entropy(model), examples, 3 * length * token
+    text = workloads.WORKLOADS["transformer"]._replace(shape=(shape["max_len"],), num_classes=shape["vocab_size"])
+    work = workloads.flops_per_example(text, width=shape["dim"], blocks=shape["num_layers"])
+    return model, models.losses.sequence_cross_entropy(model), examples, work
 
 
 def in_precision(loss_fn, dtype):

@@ -3,8 +3,9 @@
     fedjax-core zeroth-order synthetic --function ackley --heterogeneity 5 --out runs/ackley
 
 Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the same starts, over trials that draw
-functions and start anew. Every (method, trial) is saved when it is done, so that the same command goes on where it
-was stopped. What comes out: curves.csv, curves.png and summary.md.
+functions and start anew. As many trials run at once as there are devices (from the command line, cores). Every (method,
+trial) is saved when it is done, so that the same command goes on where it was stopped. What comes out: curves.csv,
+curves.png and summary.md.
 """
 
 import csv
@@ -293,17 +294,24 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
 def _trials(
     name: str, study: Study, tasks: Sequence[Task], out: Path, say: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
-    """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there."""
+    """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there, one a device."""
     run = jax.jit(curve(name, study, tasks[0]))
-    parts = []
-    for trial, task in enumerate(tasks):
-        path = out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
-        if not path.exists():
-            result = run(task.population, task.start, jax.random.key(trial))
+    paths = [out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz" for trial in range(len(tasks))]
+    missing = [trial for trial, path in enumerate(paths) if not path.exists()]
+    devices = jax.devices()
+    for group in (missing[i : i + len(devices)] for i in range(0, len(missing), len(devices))):
+        # Calls return before they are done, so that all devices are at work; the first result is waited for.
+        results = [
+            run(*jax.device_put((tasks[trial].population, tasks[trial].start, jax.random.key(trial)), device))
+            for trial, device in zip(group, devices, strict=False)
+        ]
+        for trial, result in zip(group, results, strict=True):
             saved = {k: np.asarray(v) for k, v in result.items()}
-            files.write(path, partial(_save, arrays=saved))
+            files.write(paths[trial], partial(_save, arrays=saved))
             final, spent = saved["value"][-1], saved["queries"][-1]
             say(f"{name}, trial {trial}: F = {final:.5g} after {spent:g} queries a client")
+    parts = []
+    for path in paths:
         with np.load(path) as stored:
             parts.append(dict(stored))
     return {k: np.stack([part[k] for part in parts]) for k in parts[0]}

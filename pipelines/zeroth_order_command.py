@@ -35,7 +35,8 @@ def zeroth_order() -> None:
     """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: function values, no gradients.
 
     F against rounds and against queries, means and standard deviations over trials, as curves.png, curves.csv and
-    summary.md. A study that was stopped goes on when the same command is given again.
+    summary.md. Every core, or other device, has a trial of its own. A study that was stopped goes on when the same
+    command is given again.
 
     \b
     fedjax-core zeroth-order synthetic --function quadratic --heterogeneity 5
@@ -82,8 +83,10 @@ def metric(**values: Any) -> None:
 
 
 def _compare(task: str, values: dict[str, Any]) -> None:
+    from pipelines import processes
     from pipelines import zeroth_order as experiments
 
+    processes.cores_as_devices()
     out = values.pop("out") or Path("runs") / task
     own = {name: values.pop(name) for name in experiments.Study._fields if name in values}
     study = experiments.Study(task, tuple(sorted(values.items())), **own)

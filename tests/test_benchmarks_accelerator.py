@@ -7,6 +7,7 @@ import pytest
 
 import models
 from benchmarks import accelerator
+from tests.flops import count_flops
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,15 @@ def test_a_combination_is_measured():
     assert np.isfinite(row["loss"])
     assert row["round"]["repeats"] == 1
     assert row["parameters"] < 1e5
+
+
+@pytest.mark.parametrize("name", ["resnet", "transformer"])
+def test_operations_are_those_of_the_model(name):
+    model, loss_fn, examples, work = accelerator.make(name, "dots", True)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    one = {k: v[:1] for k, v in examples.items()}
+    closed = jax.make_jaxpr(jax.grad(lambda params: loss_fn(params, one, None).mean()))(params)
+    assert count_flops(closed.jaxpr) == work
 
 
 def test_the_step_computes_in_the_precision_asked_for_and_parameters_keep_theirs():

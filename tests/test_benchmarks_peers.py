@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.extend.core import jaxprs_in_params
 
 from benchmarks.peers import jax_models, report, workloads
 from benchmarks.peers.workloads import WORKLOADS
 from fedjax_core import local_work
+from tests.flops import count_flops
 
 every_workload = pytest.mark.parametrize("name", WORKLOADS)
 
@@ -28,19 +28,6 @@ NUM_PARAMETERS = {
 
 def small(name: str) -> workloads.Workload:
     return WORKLOADS[name]._replace(mean_size=7, num_clients=12, cohort_size=5)
-
-
-def count_flops(jaxpr) -> int:
-    """Floating-point operations of all matrix products, those of a scan's body as often as it runs."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-        inner = sum(count_flops(sub) for sub in jaxprs_in_params(equation.params))
-        total += inner * equation.params.get("length", 1) if equation.primitive.name == "scan" else inner
-    return total
 
 
 @every_workload

@@ -148,9 +148,9 @@ class Layer(NamedTuple):
     products: int = 3
 
 
-def layers(workload: Workload) -> dict[str, Layer]:
-    """The workload's model by path of its layers."""
-    return _MODELS[workload.name](workload)
+def layers(workload: Workload, **size: int) -> dict[str, Layer]:
+    """The workload's model by path of its layers; `size` is for a transformer or ResNet of another width or depth."""
+    return _MODELS[workload.name](workload, **size)
 
 
 def parameter_shapes(workload: Workload) -> dict[str, tuple[int, ...]]:
@@ -162,12 +162,12 @@ def num_parameters(workload: Workload) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(workload).values())
 
 
-def flops_per_example(workload: Workload) -> int:
+def flops_per_example(workload: Workload, **size: int) -> int:
     """Floating-point operations of the matrix products that training on one example needs, forwards and backwards.
 
     Nothing else is counted: not activations, normalization, pooling, the loss or the optimizer.
     """
-    return sum(2 * layer.products * layer.macs for layer in layers(workload).values())
+    return sum(2 * layer.products * layer.macs for layer in layers(workload, **size).values())
 
 
 def flops(workload: Workload, ids: np.ndarray) -> int:
@@ -255,11 +255,11 @@ def _lstm(workload: Workload) -> dict[str, Layer]:
     }
 
 
-def _transformer(workload: Workload) -> dict[str, Layer]:
-    """Two causal pre-norm blocks of width 128 with 4 heads."""
-    (T,), width = workload.shape, 128
+def _transformer(workload: Workload, width: int = 128, blocks: int = 2) -> dict[str, Layer]:
+    """Causal pre-norm blocks; how many heads there are changes neither shapes nor products."""
+    (T,) = workload.shape
     model = {"embed": _embed(workload.num_classes, width), "position": _embed(T, width)}
-    for i in range(2):
+    for i in range(blocks):
         model |= {f"block_{i}/{name}_norm": _norm(width) for name in ("attention", "mlp")}
         model |= {f"block_{i}/{name}": _dense(width, width, T) for name in ("query", "key", "value", "out")}
         model |= {f"block_{i}/up": _dense(width, 4 * width, T), f"block_{i}/down": _dense(4 * width, width, T)}
@@ -268,21 +268,21 @@ def _transformer(workload: Workload) -> dict[str, Layer]:
     return model | {"norm": _norm(width), "head": _dense(width, workload.num_classes, T)}
 
 
-def _resnet(workload: Workload) -> dict[str, Layer]:
-    """ResNet-18 with group normalization and the stem used for CIFAR."""
+def _resnet(workload: Workload, width: int = 64) -> dict[str, Layer]:
+    """ResNet-18 with group normalization and the stem used for CIFAR, whose channels are the width."""
     side, _, channels = workload.shape
-    model = {"stem": _conv(3, channels, 64, side, bias=False, products=2), "stem_norm": _norm(64)}
-    inputs = 64
+    model = {"stem": _conv(3, channels, width, side, bias=False, products=2), "stem_norm": _norm(width)}
+    inputs = width
     for i in range(8):
-        width = 64 * 2 ** (i // 2)
-        side = side // 2 if width != inputs else side
-        model[f"block_{i}/conv_1"] = _conv(3, inputs, width, side, bias=False)
-        model[f"block_{i}/conv_2"] = _conv(3, width, width, side, bias=False)
-        model |= {f"block_{i}/norm_{k}": _norm(width) for k in (1, 2)}
-        if width != inputs:
-            model[f"block_{i}/shortcut"] = _conv(1, inputs, width, side, bias=False)
-            model[f"block_{i}/shortcut_norm"] = _norm(width)
-        inputs = width
+        outputs = width * 2 ** (i // 2)
+        side = side // 2 if outputs != inputs else side
+        model[f"block_{i}/conv_1"] = _conv(3, inputs, outputs, side, bias=False)
+        model[f"block_{i}/conv_2"] = _conv(3, outputs, outputs, side, bias=False)
+        model |= {f"block_{i}/norm_{k}": _norm(outputs) for k in (1, 2)}
+        if outputs != inputs:
+            model[f"block_{i}/shortcut"] = _conv(1, inputs, outputs, side, bias=False)
+            model[f"block_{i}/shortcut_norm"] = _norm(outputs)
+        inputs = outputs
     return model | {"head": _dense(inputs, workload.num_classes)}
 
 
