@@ -76,11 +76,13 @@ class Scores(NamedTuple):
       accuracy: float[T, T], test accuracy on task j (column) after task i (row).
       untrained: float[T], that of the initial model.
       seconds: of rounds and ends of tasks, without compiling and testing.
+      directions: fot: path of a protected weight to how many directions its basis has at the end, and its width.
     """
 
     accuracy: np.ndarray
     untrained: np.ndarray
     seconds: float
+    directions: Mapping[str, tuple[int, int]] = {}
 
 
 def measures(accuracy: np.ndarray, untrained: np.ndarray) -> dict[str, float]:
@@ -266,6 +268,7 @@ def write(out: Path, results: Mapping[str, Scores]) -> None:
             "accuracy": scores.accuracy.tolist(),
             "untrained": scores.untrained.tolist(),
             "seconds": scores.seconds,
+            **({"directions": scores.directions} if scores.directions else {}),
         }
         for name, scores in results.items()
     }
@@ -387,8 +390,16 @@ def _run_method(
         accuracy = np.vstack([accuracy, scores(state)])
         save(state)
         shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])
-        reporter.say(f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)})")
-    return Scores(accuracy, untrained, seconds)
+        used = ", ".join(f"{path} {k} of {d}" for path, (k, d) in _directions(state).items())
+        reporter.say(
+            f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)}){used and '; directions: '}{used}"
+        )
+    return Scores(accuracy, untrained, seconds, _directions(state))
+
+
+def _directions(state: Any) -> dict[str, tuple[int, int]]:
+    """How full the bases are of a state that has some; a layer whose basis is full is frozen."""
+    return {path: (int(rank), len(columns)) for path, (columns, rank) in getattr(state, "bases", {}).items()}
 
 
 def _claim(out: Path, config: Continual) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from filelock import FileLock
 
 import models
-from benchmarks.permuted_mnist import configuration
+from benchmarks.permuted_mnist import configuration, configurations
 from fedjax_core import Plan
 from pipelines import cli, continual, continual_config
 from pipelines.continual import measures, scenario
@@ -125,6 +125,9 @@ def test_a_run_and_what_it_leaves(whole):
     summary = json.loads((out / "summary.json").read_text())["fot"]
     assert summary["accuracy"] == scores.accuracy.tolist()
     assert summary["average accuracy"] == pytest.approx(scores.accuracy[-1].mean())
+    assert summary["directions"] == {path: list(used) for path, used in scores.directions.items()}
+    assert {path: width for path, (_, width) in scores.directions.items()} == scenario(TINY).layers
+    assert all(0 < rank < width for rank, width in scores.directions.values())
     lines = (out / "accuracy.csv").read_text().splitlines()
     assert lines[0] == "method,after_task,task,accuracy"
     assert lines[1] == f"fot,-1,0,{scores.untrained[0]}"
@@ -243,11 +246,17 @@ def test_the_command_line_has_every_choice(tmp_path, monkeypatch):
         assert words in result.output
 
 
+def test_the_benchmark_gives_fot_every_energy_and_the_others_one_run():
+    found = [(c.methods, c.energy) for c in configurations("iid", ("fot", "fedavg"), None)]
+    assert found == [(("fot", "fedavg"), 0.96), (("fot",), 0.94)]
+    assert [c.methods for c in configurations("iid", ("fedavg",), None)] == [("fedavg",)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no prepared data in {REAL}; name its folder in FEDJAX_CORE_DATA")
 def test_the_real_digits_of_the_benchmark():
     """125 clients of 480 examples each, and a perceptron with two hidden layers of 400 more than the first."""
-    tasks = scenario(configuration("shards", ("fot",), str(REAL), tasks=2, rounds=1))
+    tasks = scenario(configuration("shards", ("fot",), str(REAL), 0.94, tasks=2, rounds=1))
     population = tasks.population(1)
     assert set(np.asarray(population.sizes).tolist()) == {480}
     assert population.examples["x"].shape == (60000, 28, 28, 1)
