@@ -377,7 +377,7 @@ def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
         axes[2].set(title="Surrogate gradients of FZooS", xlabel="round", ylim=(0, 1.5))
         axes[2].legend(loc="upper right")
     axes[0].legend(loc="best")
-    options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None)
+    options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None and k != "data_dir")
     drawn.suptitle(f"{study.task} ({options}); mean and standard deviation of {study.trials} trials", fontsize=9)
     return drawn
 
