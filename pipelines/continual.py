@@ -390,10 +390,9 @@ def _run_method(
         accuracy = np.vstack([accuracy, scores(state)])
         save(state)
         shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])
-        used = ", ".join(f"{path} {k} of {d}" for path, (k, d) in _directions(state).items())
-        reporter.say(
-            f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)}){used and '; directions: '}{used}"
-        )
+        reporter.say(f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)})")
+        if directions := _directions(state):
+            reporter.say("directions taken: " + ", ".join(f"{path} {k} of {d}" for path, (k, d) in directions.items()))
     return Scores(accuracy, untrained, seconds, _directions(state))
 
 
