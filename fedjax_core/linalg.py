@@ -1,6 +1,7 @@
 """Decompositions of matrices that stay quick, and end, when many are asked for at once on a processor."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,8 +36,11 @@ def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-cholesky = one_at_a_time(jnp.linalg.cholesky)
-"""Lower Cholesky factor, float[n, n], of a positive definite matrix; NaN where it has none."""
+cholesky = one_at_a_time(partial(jnp.linalg.cholesky, symmetrize_input=False))
+"""Lower Cholesky factor, float[n, n], of a positive definite matrix, of which half is read; NaN where it has none."""
+
+solve_lower = one_at_a_time(lambda factor, b: linalg.solve_triangular(factor, b, lower=True))
+"""`solve_lower(factor, b)`: x with factor x = b, for a lower factor float[n, n] and b float[n] or [n, m]."""
 
 cho_solve = one_at_a_time(lambda factor, b: linalg.cho_solve((factor, True), b))
 """`cho_solve(factor, b)`: x with factor factor' x = b, for a lower factor float[n, n] and b float[n] or [n, m]."""

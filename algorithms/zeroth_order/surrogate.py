@@ -16,7 +16,7 @@ from fedjax_core import Array, Scalar, linalg
 GRID = 8
 """Lengthscales at which the likelihood is compared before the best is refined."""
 REFINEMENTS = 12
-"""Most steps of the refinement. Five are the rule in single precision, seven in double."""
+"""Most steps of the refinement."""
 
 
 class History(NamedTuple):
@@ -73,7 +73,7 @@ class Kernel(NamedTuple):
     Attributes:
       value: k(s), with k(0) = 1.
       slope: h(s) with d k(x, x_j) / dx = -h(s) (x - x_j) / l^2. Then h(0) / l^2 is the prior variance of a
-        coordinate of the gradient, and d k / d log l = h(s) s^2.
+        coordinate of the gradient.
     """
 
     value: Callable[[Array], Array]
@@ -129,13 +129,20 @@ def nearest(history: History, x: Array, *, count: int) -> Neighbors:
 
 
 class _Search(NamedTuple):
-    """Where a maximum is looked for: between left and right, next at x; the slope at the point before; steps done."""
+    """A search for a maximum between left and right: the three best points so far, the best first, float[3] both.
+
+    `next` is where to look now, `by_parabola` whether it is the vertex through the three, `move` and `before` are how
+    far the last two points lay from the best.
+    """
 
     left: Array
     right: Array
+    points: Array
+    values: Array
+    next: Array
+    by_parabola: Array
+    move: Array
     before: Array
-    at_before: Array
-    x: Array
     steps: Array
 
 
@@ -146,11 +153,13 @@ def fit_lengthscale(
     """The lengthscale of greatest marginal likelihood, float[].
 
     `GRID` candidates, evenly spaced in log l from `shortest` to `longest` times the root mean square distance of the
-    neighbors. Then the zero of the likelihood's slope between the neighbors of the best, by the secant method from the
-    best and from the vertex of the parabola through the three; a step that leaves the interval in which the slope
-    changes sign goes to its middle. It ends when log l moves by no more than a thousand times the precision.
+    neighbors. Then Brent's search between the neighbors of the best: the vertex of the parabola through the three best
+    points, or a golden section where that leaves the interval or does not get closer. It ends when log l would move by
+    no more than 8 sqrt(epsilon), 0.3 % in single precision: nearer to its maximum a function is flat to rounding.
+
+    Search: Brent, "Algorithms for Minimization without Derivatives", 1973, chapter 5.
     """
-    k, h = KERNELS[kernel]
+    k = KERNELS[kernel].value
     u, r = neighbors.targets, _distances(neighbors)
     pairs = neighbors.present[:, None] & neighbors.present
     off_diagonal = jnp.maximum(jnp.sum(pairs) - jnp.sum(neighbors.present), 1)
@@ -158,49 +167,59 @@ def fit_lengthscale(
     typical = jnp.where(typical > 0, typical, 1)
     span = [jnp.log(jnp.asarray(bound, r.dtype) * typical) for bound in (shortest, longest)]
     grid = span[0] + (span[1] - span[0]) * jnp.linspace(0, 1, GRID, dtype=r.dtype)
+    tolerance = 8 * float(jnp.finfo(r.dtype).eps) ** 0.5
 
     def likelihood(log_l: Array) -> Array:
-        factor = _factor(neighbors, k(r / jnp.exp(log_l)), noise)
-        value = -u @ linalg.cho_solve(factor, u) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
+        factor = _factor(neighbors, k(r * jnp.exp(-log_l)), noise)
+        value = -jnp.sum(linalg.solve_lower(factor, u) ** 2) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
-    def slope(log_l: Array) -> Array:
-        s = r / jnp.exp(log_l)
-        factor = _factor(neighbors, k(s), noise)
-        inverse = linalg.cho_solve(factor, jnp.eye(u.size, dtype=u.dtype))
-        coefficients = inverse @ u
-        change = jnp.where(pairs, h(s) * s**2, 0)
-        return (coefficients @ change @ coefficients - jnp.sum(inverse * change)) / 2
+    def propose(state: _Search) -> _Search:
+        """Sets where to look next."""
+        x, (p, q) = state.points[0], state.points[1:] - state.points[0]
+        a, b = p * (state.values[2] - state.values[0]), q * (state.values[1] - state.values[0])
+        vertex = x + (p * a - q * b) / (2 * (a - b))
+        good = (vertex > state.left) & (vertex < state.right) & (jnp.abs(vertex - x) < state.before / 2)
+        larger = jnp.where(state.right - x > x - state.left, state.right, state.left)
+        section = x + (3 - 5**0.5) / 2 * (larger - x)
+        return state._replace(next=jnp.where(good, vertex, section), by_parabola=good)
 
     def moving(state: _Search) -> Array:
-        return (state.steps < REFINEMENTS) & (jnp.abs(state.x - state.before) > 1024 * jnp.finfo(r.dtype).eps)
-
-    def narrow(left: Array, right: Array, x: Array, at_x: Array) -> tuple[Array, Array]:
-        # The likelihood rises up to its maximum.
-        return jnp.where(at_x > 0, x, left), jnp.where(at_x > 0, right, x)
+        return (state.steps < REFINEMENTS) & (jnp.abs(state.next - state.points[0]) > tolerance)
 
     def step(state: _Search) -> _Search:
-        left, right, before, at_before, x, steps = state
-        at_x = slope(x)
-        left, right = narrow(left, right, x, at_x)
-        secant = x - at_x * (x - before) / (at_x - at_before)
-        inside = (secant > left) & (secant < right)
-        return _Search(left, right, x, at_x, jnp.where(inside, secant, (left + right) / 2), steps + 1)
+        x, new = state.points[0], state.next
+        value = likelihood(new)
+        # The maximum lies on the better one's side of the other.
+        better = value >= state.values[0]
+        inner, outer = jnp.where(better, new, x), jnp.where(better, x, new)
+        left, right = jnp.where(outer < inner, outer, state.left), jnp.where(outer > inner, outer, state.right)
+        # A tie goes to the newer point.
+        points, values = jnp.append(new, state.points), jnp.append(value, state.values)
+        best = jnp.argsort(-values)[:3]
+        return propose(
+            state._replace(
+                left=left,
+                right=right,
+                points=points[best],
+                values=values[best],
+                move=jnp.abs(new - x),
+                before=state.move,
+                steps=state.steps + 1,
+            )
+        )
 
     values = jax.vmap(likelihood)(grid)
     best = jnp.argmax(values)
-    x = grid[best]
+    # The best and two beside it, at an end of the range those that are there.
+    rows = jnp.clip(best, 1, GRID - 2) + jnp.arange(-1, 2)
+    rows = rows[jnp.argsort(-values[rows])]
     left, right = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, GRID - 1)]
-    at_x = slope(x)
-    below, middle, above = (values[jnp.clip(best + i, 0, GRID - 1)] for i in (-1, 0, 1))
-    bend = 2 * middle - below - above
-    vertex = x + (above - below) / (2 * bend) * (grid[1] - grid[0])
-    left, right = narrow(left, right, x, at_x)
-    inside = (vertex > left) & (vertex < right) & (bend > 0)
-    state = _Search(left, right, x, at_x, jnp.where(inside, vertex, (left + right) / 2), jnp.int32(0))
-    found = jax.lax.while_loop(moving, step, state).x
-    # Where nothing is to either side, the best lies at the end of the range.
-    return jnp.exp(jnp.where((left < right) & jnp.isfinite(found), found, x))
+    width = right - left
+    start = _Search(left, right, grid[rows], values[rows], grid[best], jnp.bool_(False), width, width, jnp.int32(0))
+    found = jax.lax.while_loop(moving, step, propose(start))
+    # The last vertex is nearer than the tolerance. A section that small says that nothing is better beside the best.
+    return jnp.exp(jnp.where(found.by_parabola, found.next, found.points[0]))
 
 
 @partial(jax.jit, static_argnames="kernel")

@@ -99,6 +99,8 @@ def test_lengthscale_stays_in_its_range():
     r = np.linalg.norm(points()[:, None] - points(), axis=-1)
     typical = np.sqrt((r**2).sum() / (N * (N - 1)))
     np.testing.assert_allclose(fit(near(constant)), 2 * typical, rtol=1e-6)
+    rough = stored()._replace(values=jnp.asarray(np.resize([1.0, -1.0], 32)))  # no point is like its neighbors
+    np.testing.assert_allclose(fit(near(rough), shortest=1.5, longest=6.0), 1.5 * typical, rtol=1e-6)
     assert 0.5 <= fit(lone) <= 2.0
 
 

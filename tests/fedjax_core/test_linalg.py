@@ -15,6 +15,7 @@ VECTORS = RNG.normal(size=(3, 4)).astype(np.float32)
 CASES = {
     "cholesky": (linalg.cholesky, (SYMMETRIC,), lambda matrix, factor: (factor @ factor.T, matrix)),
     "cho_solve": (linalg.cho_solve, (FACTORS, VECTORS), lambda factor, b, x: (factor @ factor.T @ x, b)),
+    "solve_lower": (linalg.solve_lower, (FACTORS, VECTORS), lambda factor, b, x: (factor @ x, b)),
     "eigh": (linalg.eigh, (SYMMETRIC,), lambda matrix, values, vectors: (matrix @ vectors, vectors * values)),
     "qr": (linalg.qr, (WIDE,), lambda matrix, columns, triangle: (columns @ triangle, matrix)),
     "svd": (linalg.svd, (WIDE,), lambda matrix, left, values, right: (left * values @ right, matrix)),
