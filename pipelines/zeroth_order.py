@@ -3,9 +3,10 @@
     fedjax-core zeroth-order synthetic --function ackley --heterogeneity 5 --out runs/ackley
 
 Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the same starts, over trials that draw
-functions and start anew. As many trials run at once as there are devices (from the command line, cores). Every (method,
-trial) is saved when it is done, so that the same command goes on where it was stopped. What comes out: curves.csv,
-curves.png and summary.md.
+functions and start anew. Where functions have gradients, FedAvg and SCAFFOLD are there with them: what the best of
+estimates would do, in local minima and with clients that drift apart. As many trials run at once as there are devices
+(from the command line, cores). Every (method, trial) is saved when it is done, so that the same command goes on where
+it was stopped. What comes out: curves.csv, curves.png and summary.md.
 """
 
 import csv
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.linalg.cython_lapack  # noqa: F401 - JAX loads it late, and threads are limited of what is loaded
 from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
@@ -36,6 +38,12 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "SCAFFOLD-ZO II": ("scaffold_zo", {"option": "II"}),
 }
 """Name in figures to the factory in `algorithms` and what distinguishes it."""
+
+REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "FedAvg with gradients": ("fedavg", {}),
+    "SCAFFOLD with gradients": ("scaffold", {}),
+}
+"""The same for methods that make no queries: they are given the true gradients."""
 
 
 class Study(NamedTuple):
@@ -209,22 +217,19 @@ TASKS: Mapping[str, Callable[..., Task]] = {"synthetic": synthetic, "attack": at
 
 
 def build(name: str, study: Study, task: Task) -> Algorithm:
-    """A method of `METHODS` for a study."""
-    factory, own = METHODS[pick("method", name, METHODS)]
+    """A method of `METHODS` or `REFERENCES` for a study."""
+    known = {**METHODS, **REFERENCES}
+    factory, own = known[pick("method", name, known)]
     num_clients = task.population.num_clients
     settings: dict[str, Any] = dict(own)
+    if factory in ("fzoos", "scaffold_zo", "scaffold"):
+        settings["num_clients"] = num_clients
     if factory == "fzoos":
         settings |= {"capacity": study.capacity, "neighbors": study.neighbors, "num_features": study.features}
         settings |= {"feature_lengthscale": study.lengthscale, "correction_decay": study.correction_decay}
-        settings |= {
-            "radius": study.radius,
-            "noise": study.noise,
-            "diagnose": task.differentiable,
-            "num_clients": num_clients,
-        }
-    else:
+        settings |= {"radius": study.radius, "noise": study.noise, "diagnose": task.differentiable}
+    elif name in METHODS:
         settings |= {"num_directions": study.directions, "mu": study.mu}
-        settings |= {"num_clients": num_clients} if factory == "scaffold_zo" else {}
     plan = Plan(lanes=1) if jax.default_backend() == "cpu" else Plan(lanes=num_clients)
     # Functions are flat outside their box: a coordinate that left it would have no slope to come back by.
     optimizer = optax.chain(optax.adam(study.lr), _stay_in_box())
@@ -246,7 +251,8 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
     """Returns `run(population, start, key) -> {"value", "queries": [rounds + 1]}` of one trial, to be jitted.
 
     value is F(x) before the first and after every round, known to the figure but not to the method; queries are those
-    of all clients so far, per client. FZooS adds "cosine" and "error", [rounds], if the task has gradients.
+    of all clients so far, per client, and absent for `REFERENCES`. FZooS adds "cosine" and "error", [rounds], if the
+    task has gradients.
     """
     algorithm = build(name, study, task)
     one = continue_rounds(algorithm, samplers.full(task.population.num_clients), 1)
@@ -258,14 +264,13 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
         def body(state: Any, _: None) -> tuple[Any, Any]:
             state, metrics = one(state, population, key)
             accuracy = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "accuracy", ()))
-            return state, (value(algorithm.params(state)), state.queries, accuracy)
+            return state, (value(algorithm.params(state)), getattr(state, "queries", ()), accuracy)
 
         state = algorithm.init(start)
         _, (values, queries, accuracy) = jax.lax.scan(body, state, length=study.rounds)
-        result = {
-            "value": jnp.concatenate([value(start)[None], values]),
-            "queries": jnp.concatenate([jnp.zeros(1, queries.dtype), queries]) / population.num_clients,
-        }
+        result = {"value": jnp.concatenate([value(start)[None], values])}
+        if name in METHODS:
+            result["queries"] = jnp.concatenate([jnp.zeros(1, queries.dtype), queries]) / population.num_clients
         return result | ({"cosine": accuracy.cosine, "error": accuracy.error} if accuracy else {})
 
     return run
@@ -285,8 +290,9 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     tasks = [TASKS[study.task](trial, **dict(study.options)) for trial in range(study.trials)]
     claim(study, out)
     # Systems of 150 unknowns are solved one after the other: a second thread has nothing to do but to wait loudly.
+    names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]
     with threadpool_limits(1, user_api="blas"):
-        results = {name: _trials(name, study, tasks, out, say) for name in METHODS}
+        results = {name: _trials(name, study, tasks, out, say) for name in names}
     report(study, results, tasks[0].optimum, out)
     return results
 
@@ -308,8 +314,8 @@ def _trials(
         for trial, result in zip(group, results, strict=True):
             saved = {k: np.asarray(v) for k, v in result.items()}
             files.write(paths[trial], partial(_save, arrays=saved))
-            final, spent = saved["value"][-1], saved["queries"][-1]
-            say(f"{name}, trial {trial}: F = {final:.5g} after {spent:g} queries a client")
+            after = f"{saved['queries'][-1]:g} queries a client" if name in METHODS else f"{study.rounds} rounds"
+            say(f"{name}, trial {trial}: F = {saved['value'][-1]:.5g} after {after}")
     parts = []
     for path in paths:
         with np.load(path) as stored:
@@ -339,10 +345,11 @@ def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "trial", "round", "queries_per_client", "value", "cosine", "error"])
     for name, result in results.items():
-        for trial, (queries, values) in enumerate(zip(result["queries"], result["value"], strict=True)):
-            for t, (q, v) in enumerate(zip(queries, values, strict=True)):
+        for trial, values in enumerate(result["value"]):
+            for t, v in enumerate(values):
+                queries = f"{result['queries'][trial, t]:g}" if "queries" in result else ""
                 own = [result[k][trial, t - 1] if k in result and t else "" for k in ("cosine", "error")]
-                writer.writerow([name, trial, t, f"{q:g}", v, *own])
+                writer.writerow([name, trial, t, queries, v, *own])
     files.write_text(out / "curves.csv", text.getvalue())
     with figures.style():
         figures.write(out / "curves.png", figure(study, results, optimum))
@@ -358,11 +365,12 @@ def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
     known = any("cosine" in result for result in results.values())
     drawn = Figure(figsize=(14 if known else 10, 4), layout="constrained")
     axes = drawn.subplots(1, 3 if known else 2)
-    for color, (name, result) in zip(figures.COLORS, results.items(), strict=False):
+    for color, (name, result) in zip((*figures.COLORS, "#777777"), results.items(), strict=False):
         values = result["value"] - (0 if optimum is None else optimum)
         rounds = np.arange(values.shape[1])
-        for axis, x in ((axes[0], rounds), (axes[1], result["queries"].mean(0))):
-            _band(axis, x, values, color, name)
+        _band(axes[0], rounds, values, color, name, "-" if "queries" in result else ":")
+        if "queries" in result:
+            _band(axes[1], result["queries"].mean(0), values, color, name)
         for key, line in (("cosine", "-"), ("error", "--")):
             if key in result:
                 label = {"cosine": "cosine with the true gradient", "error": "relative error"}[key]
@@ -404,6 +412,11 @@ def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optim
         "",
         "Final F is the mean and standard deviation over trials. The last column says after how many queries per",
         "client, in the median trial, FZooS is as low as the baseline in the end, and in how many trials it ever is.",
+        *(
+            ("Methods with gradients are given the true ones and query nothing.",)
+            if len(results) > len(METHODS)
+            else ()
+        ),
     ]
     lines += ["", "| method | final F | queries per client | FZooS needs |", "| --- | --- | --- | --- |"]
     for name, result in results.items():
@@ -414,7 +427,8 @@ def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optim
             needs = queries_to(final, results["FZooS"])
             there = ~np.isnan(needs)
             needed = f"{np.median(needs[there]):g} ({there.sum()} of {len(needs)})" if there.any() else "not reached"
-        lines.append(f"| {name} | {final.mean():.5g}{spread} | {result['queries'][:, -1].mean():g} | {needed} |")
+        queries = f"{result['queries'][:, -1].mean():g}" if "queries" in result else "none"
+        lines.append(f"| {name} | {final.mean():.5g}{spread} | {queries} | {needed} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,9 @@
 """The zeroth-order experiments: the functions against plain NumPy, and a small study from the command line."""
 
 import csv
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,13 +111,15 @@ def test_a_study_from_the_command_line_that_goes_on_where_it_stopped(tmp_path):
     assert first.exit_code == 0, first.output
     assert {p.name for p in out.iterdir()} == {"study.json", "curves", "curves.csv", "curves.png", "summary.md"}
     rows = list(csv.DictReader((out / "curves.csv").open()))
-    assert len(rows) == 5 * 2 * 4
-    last = {row["method"]: float(row["queries_per_client"]) for row in rows}
+    assert len(rows) == (5 + 2) * 2 * 4
+    last = {row["method"]: float(row["queries_per_client"]) for row in rows if row["queries_per_client"]}
     # Per client: FZooS 1 + 10 once, 1 + 50 twice, 2 (5 + 1) three times; the others 2 (2 + 1), with option I 3 (2 + 1).
     expected = {"FZooS": 11 + 102 + 36, "FedZO": 18, "FedProx-ZO": 18, "SCAFFOLD-ZO I": 27, "SCAFFOLD-ZO II": 18}
     assert last == expected
     assert all(float(row["cosine"]) <= 1 + 1e-5 for row in rows if row["cosine"])
-    assert "| FZooS |" in (out / "summary.md").read_text()
+    summary = (out / "summary.md").read_text()
+    assert "| FZooS |" in summary
+    assert summary.count("| none |") == 2
 
     kept = {name: (out / name).read_bytes() for name in ("curves.csv", "curves.png", "summary.md")}
     (out / "curves" / "FedZO-1.npz").unlink()
@@ -141,6 +146,49 @@ def test_mistakes_are_named(words, said, tmp_path):
     result = call(*words, "--out", tmp_path / "study")
     assert result.exit_code == 2
     assert said in result.output
+
+
+def test_methods_with_gradients_are_there_where_the_function_has_them():
+    """With one step a round, FedAvg takes the mean of the clients' first steps of Adam."""
+    task = experiments.synthetic(0, dim=6, clients=2)
+    study = experiments.Study("synthetic", rounds=2, steps=1)
+    result = jax.jit(experiments.curve("FedAvg with gradients", study, task))(
+        task.population, task.start, jax.random.key(0)
+    )
+    assert set(result) == {"value"}
+    x = np.asarray(task.start, np.float64)
+    for expected in result["value"]:
+        np.testing.assert_allclose(values_at(task, x).mean(), expected, rtol=1e-4)
+        gradients = jax.jacobian(task.loss_fn)(jnp.asarray(x, jnp.float32), task.population.examples, None)
+        # Adam's first step goes by its rate along the sign of each client's gradient; the server takes the mean.
+        x = x - study.lr * np.sign(gradients).mean(axis=0)
+
+
+@pytest.mark.parametrize(("task", "known"), [("synthetic", True), ("metric", False)])
+def test_methods_with_gradients_are_compared_only_where_there_are_gradients(task, known, tmp_path, monkeypatch):
+    names, curves = [], {"value": np.ones((1, 2)), "queries": np.ones((1, 2))}
+    monkeypatch.setattr(experiments, "_trials", lambda name, *rest: names.append(name) or curves)
+    options = {"synthetic": {"dim": 6}, "metric": {"dataset": "wine", "hidden": 4, "pretraining": 1, "clients": 3}}
+    experiments.compare(experiments.Study(task, tuple(options[task].items()), trials=1), tmp_path)
+    assert names == [*experiments.METHODS, *(experiments.REFERENCES if known else ())]
+
+
+def test_a_new_process_solves_with_one_thread(tmp_path):
+    """JAX's solver is loaded when it is first called, but the threads must be limited by then."""
+    program = """
+import jax.numpy as jnp, pathlib, sys, threadpoolctl
+from pipelines import zeroth_order
+def told(*args):
+    jnp.linalg.cholesky(jnp.eye(3)).block_until_ready()
+    print(*(library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"))
+    sys.exit()
+zeroth_order._trials = told
+zeroth_order.compare(zeroth_order.Study("synthetic", trials=1), pathlib.Path(sys.argv[1]))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", program, str(tmp_path / "study")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert set(done.stdout.split()) == {"1"}
 
 
 def test_queries_until_a_target_is_reached():
