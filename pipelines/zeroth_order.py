@@ -363,7 +363,7 @@ def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
     from pipelines import figures
 
     known = any("cosine" in result for result in results.values())
-    drawn = Figure(figsize=(14 if known else 10, 4), layout="constrained")
+    drawn = Figure(figsize=(14 if known else 10, 4.2), layout="constrained")
     axes = drawn.subplots(1, 3 if known else 2)
     for color, (name, result) in zip((*figures.COLORS, "#777777"), results.items(), strict=False):
         values = result["value"] - (0 if optimum is None else optimum)
@@ -384,7 +384,7 @@ def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
     if known:
         axes[2].set(title="Surrogate gradients of FZooS", xlabel="round", ylim=(0, 1.5))
         axes[2].legend(loc="upper right")
-    axes[0].legend(loc="best")
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None and k != "data_dir")
     drawn.suptitle(f"{study.task} ({options}); mean and standard deviation of {study.trials} trials", fontsize=9)
     return drawn
