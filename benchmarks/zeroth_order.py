@@ -29,13 +29,13 @@ from scipy.optimize import minimize_scalar
 from threadpoolctl import threadpool_limits
 
 import algorithms
+from algorithms.zeroth_order import surrogate
 from benchmarks import _measure
 from fedjax_core import Population
 
 D, CLIENTS, STEPS, FEATURES = 300, 5, 10, 2000
 NOISE, RIDGE, RADIUS, LR = 1e-6, 1e-5, 0.01, 0.01
 NEIGHBORS, FEATURE_NEIGHBORS = 150, 500
-TOLERANCE = 8 * float(np.finfo(np.float32).eps) ** 0.5  # of log l, as `fit_lengthscale` has it in single precision
 
 
 def loss_fn(x, batch, key):
@@ -94,7 +94,7 @@ def fitted(offsets, u):
         return u @ cho_solve(factor, u) / 2 + np.log(np.diag(factor[0])).sum()
 
     bounds = (typical + np.log(0.1), typical + np.log(100))
-    found = minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": TOLERANCE})
+    found = minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": surrogate.TOLERANCE})
     scale = np.float32(np.exp(found.x))
     return scale, cho_factor(kernel(r, scale) + noise, lower=True)
 
@@ -180,7 +180,7 @@ def main() -> None:
 
     clients = coefficients(CLIENTS)
     round_fn, state, cohort, seconds = compiled(CLIENTS)
-    features = algorithms.zeroth_order.surrogate.random_features(0, FEATURES, 1.0, state.params)
+    features = surrogate.random_features(0, FEATURES, 1.0, state.params)
     w, b = np.asarray(features.frequencies), np.asarray(features.phases)
     # Both do the same work, and it is worth as much.
     after, metrics = round_fn(state, cohort, jax.random.key(1))

@@ -16,7 +16,9 @@ from fedjax_core import Array, Scalar, linalg
 GRID = 8
 """Lengthscales at which the likelihood is compared before the best is refined."""
 REFINEMENTS = 12
-"""Most steps of the refinement."""
+"""Most steps of the refinement by values, and of that by slopes."""
+TOLERANCE = 2**-8.5
+"""Where the refinement by values ends, in log l: 0.3 %. Nearer to a maximum single precision sees no difference."""
 
 
 class History(NamedTuple):
@@ -73,7 +75,7 @@ class Kernel(NamedTuple):
     Attributes:
       value: k(s), with k(0) = 1.
       slope: h(s) with d k(x, x_j) / dx = -h(s) (x - x_j) / l^2. Then h(0) / l^2 is the prior variance of a
-        coordinate of the gradient.
+        coordinate of the gradient, and d k / d log l = h(s) s^2.
     """
 
     value: Callable[[Array], Array]
@@ -155,11 +157,12 @@ def fit_lengthscale(
     `GRID` candidates, evenly spaced in log l from `shortest` to `longest` times the root mean square distance of the
     neighbors. Then Brent's search between the neighbors of the best: the vertex of the parabola through the three best
     points, or a golden section where that leaves the interval or does not get closer. It ends when log l would move by
-    no more than 8 sqrt(epsilon), 0.3 % in single precision: nearer to its maximum a function is flat to rounding.
+    no more than `TOLERANCE`. In double precision the zero of the slope follows, by the secant method, to 2^15 times the
+    precision.
 
     Search: Brent, "Algorithms for Minimization without Derivatives", 1973, chapter 5.
     """
-    k = KERNELS[kernel].value
+    k, h = KERNELS[kernel]
     u, r = neighbors.targets, _distances(neighbors)
     pairs = neighbors.present[:, None] & neighbors.present
     off_diagonal = jnp.maximum(jnp.sum(pairs) - jnp.sum(neighbors.present), 1)
@@ -167,7 +170,6 @@ def fit_lengthscale(
     typical = jnp.where(typical > 0, typical, 1)
     span = [jnp.log(jnp.asarray(bound, r.dtype) * typical) for bound in (shortest, longest)]
     grid = span[0] + (span[1] - span[0]) * jnp.linspace(0, 1, GRID, dtype=r.dtype)
-    tolerance = 8 * float(jnp.finfo(r.dtype).eps) ** 0.5
 
     def likelihood(log_l: Array) -> Array:
         factor = _factor(neighbors, k(r * jnp.exp(-log_l)), noise)
@@ -185,7 +187,7 @@ def fit_lengthscale(
         return state._replace(next=jnp.where(good, vertex, section), by_parabola=good)
 
     def moving(state: _Search) -> Array:
-        return (state.steps < REFINEMENTS) & (jnp.abs(state.next - state.points[0]) > tolerance)
+        return (state.steps < REFINEMENTS) & (jnp.abs(state.next - state.points[0]) > TOLERANCE)
 
     def step(state: _Search) -> _Search:
         x, new = state.points[0], state.next
@@ -219,7 +221,30 @@ def fit_lengthscale(
     start = _Search(left, right, grid[rows], values[rows], grid[best], jnp.bool_(False), width, width, jnp.int32(0))
     found = jax.lax.while_loop(moving, step, propose(start))
     # The last vertex is nearer than the tolerance. A section that small says that nothing is better beside the best.
-    return jnp.exp(jnp.where(found.by_parabola, found.next, found.points[0]))
+    before, x = found.points[0], jnp.where(found.by_parabola, found.next, found.points[0])
+    precision = 2**15 * float(jnp.finfo(r.dtype).eps)
+    if precision > TOLERANCE:
+        return jnp.exp(x)
+
+    def slope(log_l: Array) -> Array:
+        s = r * jnp.exp(-log_l)
+        factor = _factor(neighbors, k(s), noise)
+        inverse = linalg.cho_solve(factor, jnp.eye(u.size, dtype=u.dtype))
+        coefficients = inverse @ u
+        change = jnp.where(pairs, h(s) * s**2, 0)
+        return (coefficients @ change @ coefficients - jnp.sum(inverse * change)) / 2
+
+    def apart(state: tuple[Array, Array, Array, Array]) -> Array:
+        before, _, x, steps = state
+        return (steps < REFINEMENTS) & (jnp.abs(x - before) > precision)
+
+    def secant(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        before, at_before, x, steps = state
+        at_x = slope(x)
+        new = x - at_x * (x - before) / (at_x - at_before)
+        return x, at_x, jnp.where((new > found.left) & (new < found.right), new, x), steps + 1
+
+    return jnp.exp(jax.lax.while_loop(apart, secant, (before, slope(before), x, jnp.int32(0)))[2])
 
 
 @partial(jax.jit, static_argnames="kernel")

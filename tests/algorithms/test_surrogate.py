@@ -89,7 +89,7 @@ def test_lengthscale_is_the_optimum_that_scipy_finds(kernel):
     grid = np.log(typical) + np.linspace(np.log(0.1), np.log(100), 300)
     start = int(np.argmin([cost(g) for g in grid]))
     best = minimize_scalar(cost, bounds=(grid[start - 1], grid[start + 1]), method="bounded", options={"xatol": 1e-10})
-    np.testing.assert_allclose(np.log(got), best.x, atol=1e-4)
+    np.testing.assert_allclose(np.log(got), best.x, atol=1e-6)
 
 
 def test_lengthscale_stays_in_its_range():
