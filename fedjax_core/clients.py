@@ -6,7 +6,6 @@ memory, never results beyond float rounding. C is the number of slots of the coh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -200,13 +199,13 @@ def num_scalars(tree: PyTree) -> int:
     return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ClientTable:
+class ClientTable(NamedTuple):
     """State that a method keeps for every client, one row each.
 
     A type of its own, so that what handles states (placing them on a mesh, keeping rows in host memory, predicting
-    memory) can tell rows of clients from everything else. Methods touch it only through `gather` and `scatter`.
+    memory) can tell rows of clients from everything else. Methods touch it only through `gather` and `scatter`. A
+    NamedTuple like the states that hold it, so that whatever writes pytrees to files (flax.serialization, orbax,
+    pickle) knows it without being told.
 
     Attributes:
       rows: pytree, leaves [num_clients, ...]; or [C, ...], the rows of one cohort (`fedjax_core.staging`).

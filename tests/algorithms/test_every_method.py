@@ -1,9 +1,11 @@
 """What every method must do. A new factory in `algorithms.__all__` is tested here by being there."""
 
 import inspect
+import pickle
 from functools import cache, partial
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,6 +310,13 @@ def test_state_survives_save_and_restore(name, tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    for again in (
+        restored,
+        flax.serialization.from_bytes(make(name).init(softmax_params()), flax.serialization.to_bytes(state)),
+        pickle.loads(pickle.dumps(state)),
+    ):
+        chex.assert_trees_all_equal_structs(again, state)
+        assert_trees_equal(again, state)
     assert_trees_equal(two_rounds(name)(restored, population(), KEY), two_rounds(name)(state, population(), KEY))
 
 
