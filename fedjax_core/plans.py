@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AxisType, Mesh
 
-from fedjax_core import checks
+from fedjax_core import checks, collectives
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Plan:
                 f"divide lanes={self.lanes}: use a multiple of {self.num_devices}"
             )
         object.__setattr__(self, "mesh", auto_mesh(self.mesh))
+        collectives.warn_if_too_late(self.mesh.devices.flat)
 
     @property
     def num_devices(self) -> int:

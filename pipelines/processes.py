@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fedjax_core import checks
+from fedjax_core import checks, client_mesh, everywhere, place
+from fedjax_core.placement import CLIENTS
 
 HEARTBEAT_SECONDS = 30
 _SUPERVISED = "FEDJAX_CORE_SUPERVISED"
@@ -135,6 +138,20 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             f"the processes of this run could not meet ({error}): start them all with the same coordinator and "
             "num_processes, each with its own process_id, before anything else uses JAX"
         ) from None
+    _meet()
+
+
+def _meet() -> None:
+    """One collective over all devices, while all processes are at the same point.
+
+    On processors the connections of a group of devices are made by its first collective, and a process whose partner
+    is not there within half a minute gives up: too short a time where one compiles or reads for longer.
+    """
+    multihost_utils.sync_global_devices("connected")
+    mesh = client_mesh()
+    ones = place(np.ones(mesh.size, np.int32), NamedSharding(mesh, PartitionSpec(CLIENTS)))
+    total = jax.jit(jnp.sum, out_shardings=everywhere(mesh))(ones)
+    assert int(total) == mesh.size
 
 
 def is_first() -> bool:
