@@ -5,6 +5,15 @@ number. The modules, in the order data passes through them: `data`, `partition`,
 (with `checkpoint` and `history`), `report`, `cli`.
 """
 
+from typing import Any
+
 from pipelines.config import Config
 
-__all__ = ["Config"]
+__all__ = ["Config", "load_run"]
+
+
+def load_run(out: Any, **options: Any) -> Any:
+    """A run, loaded from its directory to be used: see `pipelines.loading.load_run`."""
+    from pipelines import loading  # with all that trains and reports, which a configuration does not need
+
+    return loading.load_run(out, **options)

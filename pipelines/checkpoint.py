@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,12 @@ def save(
     return final
 
 
-def restore_latest(folder: Path, expected: Any, expected_name: str = "the state of this run") -> Saved | None:
+def restore_latest(
+    folder: Path,
+    expected: Any,
+    expected_name: str = "the state of this run",
+    wanted: Callable[[int], bool] = lambda round: True,
+) -> Saved | None:
     """Restores the latest checkpoint that is whole, or returns None if there is none.
 
     A damaged one is named in a `CheckpointWarning` and the one before is tried.
@@ -117,17 +122,20 @@ def restore_latest(folder: Path, expected: Any, expected_name: str = "the state 
       expected: pytree with the structure, shapes and dtypes of the saved state (arrays or `jax.ShapeDtypeStruct`).
         Where such a struct has a sharding the array is put there, and no process reads more than its part.
       expected_name: for the error.
+      wanted: whether a checkpoint after that round is one to go on from.
 
     Raises:
       ValueError: if a whole checkpoint holds a state of another structure, with the first leaf that differs.
     """
-    name = processes.first_does(lambda: _latest_whole(folder))
+    name = processes.first_does(lambda: _latest_whole(folder, wanted))
     return None if name is None else _restore(folder / name, expected, expected_name)
 
 
-def _latest_whole(folder: Path) -> str | None:
-    """Name of the latest checkpoint that is whole."""
+def _latest_whole(folder: Path, wanted: Callable[[int], bool]) -> str | None:
+    """Name of the latest checkpoint that is whole and wanted."""
     for path in reversed(_folders(folder)):  # none where there is no folder
+        if not wanted(_round_of(path)):
+            continue
         damage = verify(path)
         if not damage:
             return path.name

@@ -343,7 +343,10 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
         with _usage_errors(ctx):
             # A run that goes on keeps its plan, and with it its numbers to the last bit.
             saved = driver.saved_config(out)
-            config = plans.kept(config, saved, explicit) if saved is not None else plans.tuned(config, reporter)
+            if saved is not None:
+                config = plans.kept(config.with_methods_of(saved), saved, explicit)
+            else:
+                config = plans.tuned(config, reporter)
             experiment = setup.prepare(config)
             driver.claim(out, config)
         for line in report.described(experiment):

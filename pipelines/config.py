@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 from fedjax_core import checks
-from pipelines import methods
+from pipelines import growth, methods
 from pipelines.methods import Value
 from pipelines.names import pick
 
@@ -224,6 +225,30 @@ class Config:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)
 
+    def check_grown_from(self, there: "Config", out: Path) -> None:
+        """Checks that this is the run `there` of the directory `out`, or that run with more of it.
+
+        Raises:
+          ValueError: with every field that makes another run (`pipelines.growth`).
+        """
+        names = [f.name for f in dataclasses.fields(self)]
+        rules = {
+            **dict.fromkeys((*_PLACES, *MACHINE_FIELDS, *REPORT_FIELDS), growth.free),
+            "rounds": growth.at_least,
+            "seeds": growth.at_least,
+            "methods": growth.contains,
+            "settings": growth.same_for(there.methods),
+        }
+        here, before = ({name: getattr(config, name) for name in names} for config in (self, there))
+        can = f"more rounds, seeds and methods, and another {', '.join(REPORT_FIELDS)}"
+        growth.check(out, here, before, rules, "configuration", can)
+
+    def with_methods_of(self, there: "Config") -> "Config":
+        """This configuration with the methods of a run that it is to join, first those, with their settings."""
+        added = tuple(name for name in self.methods if name not in there.methods)
+        own = {m: chosen for m, chosen in there.settings.items() if m not in self.methods}
+        return dataclasses.replace(self, methods=(*there.methods, *added), settings={**own, **self.settings})
+
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Fields that differ and make another run: name to (here, there)."""
         return self._differences(other, (*_PLACES, *MACHINE_FIELDS))
@@ -306,6 +331,9 @@ FEDERATION_FIELDS = (
 
 MACHINE_FIELDS = ("lanes", "mesh", "model_parallel", "convolution", "memory")
 """The fields of `Config` that say how the machine is used."""
+
+REPORT_FIELDS = ("target", "checkpoint_every")
+"""The fields of `Config` that change no number of a run: another value may be given to one that is there."""
 
 _PLACES = ("data_dir", "federation")
 _COUNTS = {

@@ -44,7 +44,7 @@ from fedjax_core import (
     samplers,
     shardings,
 )
-from pipelines import checkpoint, data, figures, files, partition
+from pipelines import checkpoint, data, figures, files, growth, partition
 from pipelines.continual_config import Continual
 from pipelines.data import Dataset
 from pipelines.processes import sole_use
@@ -246,6 +246,7 @@ def run(
     """
     checks.positive_int("save_every", save_every, "save after every round at most")
     reporter = reporter or silent()
+    config = _joined(config, Path(out))
     tasks, out = scenario(config), Path(out)
     _claim(out, config)
     if plan is None:
@@ -404,11 +405,15 @@ def _directions(state: Any) -> dict[str, tuple[int, int]]:
 def _claim(out: Path, config: Continual) -> None:
     """Makes `out` the run directory of `config`, or raises ValueError if it is that of another or of something else."""
     path, content = out / "config.json", json.dumps(asdict(config), indent=2) + "\n"
-    if not files.run_directory(out):
-        files.write_text(path, content)
-    there, here = json.loads(path.read_text()), json.loads(content)
-    # More methods may join a run; everything else would change the numbers of those that are there.
-    different = [name for name in here if name != "methods" and there.get(name) != here[name]]
-    if different:
-        listing = ", ".join(f"{name} {here[name]!r} here, {there.get(name)!r} there" for name in different)
-        raise ValueError(f"{out} holds a run of another configuration ({listing}): choose another --out")
+    if files.run_directory(out):
+        there, here = json.loads(path.read_text()), json.loads(content)
+        rules = {"methods": growth.contains, "data_dir": growth.free}
+        growth.check(out, here, there, rules, "configuration", "more methods")
+    files.write_text(path, content)
+
+
+def _joined(config: Continual, out: Path) -> Continual:
+    """The configuration with the methods that the run in `out` has already: others join them and none leaves."""
+    path = out / "config.json"
+    there = json.loads(path.read_text()).get("methods", []) if path.is_file() else []
+    return replace(config, methods=(*there, *(name for name in config.methods if name not in there)))

@@ -12,18 +12,18 @@ def refuse_file(out: Path) -> None:
         raise ValueError(f"--out {out} is a file: choose a directory")
 
 
-def run_directory(out: Path) -> bool:
-    """Makes the directory of a run, if need be, and says whether it has a config.json, which is a run's.
+def run_directory(out: Path, marker: str = "config.json") -> bool:
+    """Makes the directory of a run, if need be, and says whether it has the file that is in every run's.
 
     Raises:
       ValueError: if it is a file, or holds something else.
     """
     refuse_file(out)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "config.json").exists():
+    if (out / marker).exists():
         return True
     if any(not path.name.endswith(TEMPORARY_SUFFIX) for path in out.iterdir()):
-        raise ValueError(f"{out} holds files but no run (no config.json): choose an empty or a new directory for --out")
+        raise ValueError(f"{out} holds files but no run (no {marker}): choose an empty or a new directory for --out")
     return False
 
 

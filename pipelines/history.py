@@ -79,7 +79,7 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
 
     Args:
       histories: method to history.
-      seeds: S seeds.
+      seeds: S seeds, or more: a method may not have run with all of them yet.
       eval_rounds: int[e], from `evaluated_rounds`.
     """
     extras: dict[str, None] = {}
@@ -98,7 +98,7 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
     for method, history in histories.items():
         if not history:
             continue
-        for s, seed in enumerate(seeds):
+        for s, seed in enumerate(seeds[: len(history["round/loss"])]):
             for t in range(history["round/loss"].shape[1]):
                 participants = int(history["round/participants"][s, t])
                 row = [str(history[f"round/{name}"][s, t]) for name in _BASE]

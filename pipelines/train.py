@@ -4,20 +4,26 @@ A chunk is one compiled call of `eval_every` rounds and the evaluation after the
 rounds, so that a run that was stopped anywhere makes the very calls that an uninterrupted one makes, and gives its
 numbers bit for bit (on one version of JAX and one kind of machine).
 
+A run can grow: the same directory is given more rounds, seeds or methods (`Config.check_grown_from`). More rounds go on
+from the last evaluation that the longer run makes too. Seeds that join later run beside the others as a batch of their
+own, so that no number of those that are there changes.
+
 A run directory:
 
-    config.json             what is run, and the versions that ran it
-    checkpoints/<method>/   `pipelines.checkpoint`: the state and the metrics so far
-    metrics.csv             every metric of every round, rewritten from the checkpoints
+    config.json             what is run, the versions that ran it, its batches of seeds, and what is known of the data
+    checkpoints/<method>/   `pipelines.checkpoint`: the state and the metrics so far; seeds-<first>/ in it is a batch
+                            that joined later
+    metrics.csv             every metric of every round, rewritten from the checkpoints; later seeds when they are done
     clients.csv, curves.png, clients.png, summary.md     at the end, see `pipelines.report`
 """
 
+import dataclasses
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -32,11 +38,12 @@ import numpy as np
 from fedjax_core import Algorithm, evaluate_examples, out_of_memory, split_tables
 from pipelines import checkpoint, engines, files, heterogeneity, history, methods, plans, processes, report
 from pipelines.config import MACHINE_FIELDS, Config
+from pipelines.description import Description, described
 from pipelines.federation import Federation
 from pipelines.history import History
 from pipelines.processes import Refused, sole_use
 from pipelines.progress import Progression, Reporter, duration, silent, size
-from pipelines.setup import EVAL_BATCH, Experiment, initial_states, prepare
+from pipelines.setup import EVAL_BATCH, Experiment, prepare
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -74,6 +81,7 @@ class Result(NamedTuple):
 
 def train(config: Config, out: str | Path, *, reporter: Reporter | None = None) -> dict[str, Result]:
     """Runs a configuration in the directory `out`, or what is left of it."""
+    config = joined(config, Path(out))
     with jax.enable_x64(config.x64):
         return run(prepare(config), out, reporter=reporter)
 
@@ -100,6 +108,7 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
     out = Path(out)
     claim(out, experiment.config)
     with sole_use(out), _all_processes(out):
+        processes.first_does(lambda: _record(out, experiment))
         return _run(experiment, out, reporter)
 
 
@@ -127,15 +136,11 @@ def final_params(out: str | Path, method: str) -> Any:
     Raises:
       ValueError: if `out` is no run directory, or has no checkpoint of the method.
     """
-    config = read_config(Path(out))
-    with jax.enable_x64(config.x64):
-        experiment = prepare(config)
-        algorithm = experiment.algorithms[method]
-        expected = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
-        saved = checkpoint.restore_latest(_folder(Path(out), method), expected)
-        if saved is None:
-            raise ValueError(f"{out} has no checkpoint of {method}: run it first")
-        return jax.vmap(algorithm.params)(saved.state)
+    from pipelines import loading  # which reads what this module writes
+
+    trained = loading.load_run(out, methods=[method], with_data=False).methods[method]
+    with jax.enable_x64(trained.x64):
+        return jax.vmap(trained.algorithm.params)(split_tables(trained.state)[0])
 
 
 def versions() -> dict[str, str]:
@@ -165,8 +170,14 @@ def saved_config(out: Path) -> Config | None:
     return None if found is None else Config.from_json(found)
 
 
+def joined(config: Config, out: Path) -> Config:
+    """The configuration with the methods that the run in `out` has already: others join them and none leaves."""
+    saved = saved_config(out)
+    return config if saved is None else config.with_methods_of(saved)
+
+
 def claim(out: Path, config: Config) -> None:
-    """Makes `out` the run directory of `config`, or checks that it is.
+    """Makes `out` the run directory of `config`, or checks that it is, or can grow to be.
 
     Raises:
       ValueError: if it holds a run of another configuration (with the fields that differ), or something else.
@@ -176,18 +187,39 @@ def claim(out: Path, config: Config) -> None:
 
 def _claim(out: Path, config: Config) -> None:
     if files.run_directory(out):
-        differences = config.differences(read_config(out))
-        if differences:
-            listing = "\n".join(
-                f"  {name}: {here!r} here, {there!r} there" for name, (here, there) in differences.items()
-            )
-            raise ValueError(
-                f"{out} holds a run of another configuration:\n{listing}\nchoose another --out, or run with that "
-                "configuration"
-            )
+        config.check_grown_from(read_config(out), out)
         return
     content = {"config": json.loads(config.to_json()), "versions": versions()}
     files.write_text(out / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def _record(out: Path, experiment: Experiment) -> None:
+    """Writes down what the run is now, if it has grown, and what is needed to use it without its data."""
+    path, config = out / "config.json", experiment.config
+    content, saved = json.loads(path.read_text()), read_config(out)
+    batches = content.get("batches", [saved.seeds])
+    # How the machine was used when it began stays on record: another plan changes last bits.
+    kept = {name: getattr(saved, name) for name in MACHINE_FIELDS}
+    now = {
+        **content,
+        "config": json.loads(dataclasses.replace(config, **kept).to_json()),
+        "batches": batches + [config.seeds - saved.seeds] * (config.seeds > saved.seeds),
+        "data": described(experiment),
+    }
+    if now != content:
+        files.write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def read_description(out: Path) -> Description | None:
+    """What the run directory says of its data, or None if it is of a version that said nothing."""
+    found: Description | None = json.loads((out / "config.json").read_text()).get("data")
+    return found
+
+
+def seed_batches(out: Path) -> list[int]:
+    """The numbers of seeds that were run at once, in the order in which they joined the run in `out`."""
+    content = json.loads((out / "config.json").read_text())
+    return list(content.get("batches", [content["config"]["seeds"]]))
 
 
 def _changed(out: Path, config: Config) -> list[tuple[str, Any, Any]]:
@@ -199,6 +231,24 @@ def _changed(out: Path, config: Config) -> list[tuple[str, Any, Any]]:
     return [(name, before, now) for name, (before, now) in pairs.items() if before is not None and before != now]
 
 
+class _Batch(NamedTuple):
+    """Seeds of a method that run at once.
+
+    Attributes:
+      experiment: the experiment with these seeds alone.
+      whole: the configuration of the run.
+      label: the method, and the seeds if they joined later, for messages.
+      folder: of the checkpoints.
+      before: what came of the method's batches before this one.
+    """
+
+    experiment: Experiment
+    whole: Config
+    label: str
+    folder: Path
+    before: list[Result]
+
+
 def _run_method(
     experiment: Experiment,
     name: str,
@@ -207,11 +257,52 @@ def _run_method(
     reporter: Reporter,
     stop_signal: Callable[[], int],
 ) -> Result:
+    """Runs a method, one batch of seeds after the other."""
+    results: list[Result] = []
+    for first, part in batches_of(experiment, processes.first_does(lambda: seed_batches(out))):
+        folder = folder_of(out, name, first)
+        label = name if not first else f"{name}, seeds {part.seeds[0]} to {part.seeds[-1]}"
+        batch = _Batch(part, experiment.config, label, folder, results)
+        results = [*results, _run_batch(batch, name, out, finished, reporter, stop_signal)]
+    return _merged(results)
+
+
+def batches_of(experiment: Experiment, sizes: Sequence[int]) -> list[tuple[int, Experiment]]:
+    """(number of seeds before it, the experiment with its seeds alone) of every batch."""
+    parts = []
+    for first, number in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
+        config = dataclasses.replace(experiment.config, first_seed=experiment.config.first_seed + first, seeds=number)
+        parts.append((first, experiment._replace(config=config, keys=experiment.keys[first : first + number])))
+    return parts
+
+
+def folder_of(out: Path, method: str, first: int) -> Path:
+    """Where the checkpoints of a batch of seeds are, of which `first` others were there before."""
+    return _folder(out, method) / f"seeds-{first}" if first else _folder(out, method)
+
+
+def _merged(results: Sequence[Result]) -> Result:
+    """What came of all batches: seeds side by side, seconds added up, the largest program's memory."""
+    if len(results) == 1:
+        return results[0]
+    histories, infos = [result.history for result in results], [result.info for result in results]
+    info = {key: (max if key == "memory" else sum)([each[key] for each in infos]) for key in infos[0]}
+    return Result({key: np.concatenate([h[key] for h in histories]) for key in histories[0]}, info)
+
+
+def _run_batch(
+    batch: _Batch,
+    name: str,
+    out: Path,
+    finished: dict[str, Result],
+    reporter: Reporter,
+    stop_signal: Callable[[], int],
+) -> Result:
     """Runs a method with the plan of the experiment, or with the first smaller one that memory suffices for."""
-    experiment = plans.fitted(experiment, name, reporter)
+    experiment = plans.fitted(batch.experiment, name, reporter)
     while True:
         try:
-            return _run_with_plan(experiment, name, out, finished, reporter, stop_signal)
+            return _run_with_plan(batch._replace(experiment=experiment), name, out, finished, reporter, stop_signal)
         except (_OutOfMemory, jax.errors.JaxRuntimeError) as error:
             if not (isinstance(error, _OutOfMemory) or out_of_memory(error)) or jax.process_count() > 1:
                 raise
@@ -227,35 +318,41 @@ def _run_method(
 
 
 def _run_with_plan(
-    experiment: Experiment,
+    batch: _Batch,
     name: str,
     out: Path,
     finished: dict[str, Result],
     reporter: Reporter,
     stop_signal: Callable[[], int],
 ) -> Result:
-    config, algorithm, folder = experiment.config, experiment.algorithms[name], _folder(out, name)
+    experiment, label, folder = batch.experiment, batch.label, batch.folder
+    config, algorithm = experiment.config, experiment.algorithms[name]
     engine = engines.engine(experiment, algorithm)
+    last_but_end = config.rounds // config.eval_every * config.eval_every
+
+    def on_grid(round: int) -> bool:
+        """Whether this run is evaluated there; one that was shorter ended anywhere."""
+        return round == config.rounds or (round < config.rounds and round % config.eval_every == 0)
 
     def first() -> tuple[Any, History, int, dict[str, Any]]:
-        saved = checkpoint.restore_latest(folder, engine.expected, f"the state of {name}")
+        saved = checkpoint.restore_latest(folder, engine.expected, f"the state of {name}", on_grid)
         if saved is None:
             return engine.start(), {}, 0, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0}
         return engine.place(saved.state), saved.arrays, saved.round, saved.info
 
     state, measured, round, info = first()
     if round >= config.rounds:
-        reporter.say(f"{name}: complete, {round} rounds")
+        reporter.say(f"{label}: complete, {round} rounds")
         return Result(measured, info)
     if stop := processes.highest(stop_signal()):
-        raise _interruption(experiment, out, name, round, stop)
+        raise _interruption(batch, out, round, stop)
     if round:
-        reporter.say(f"{name}: going on after round {round}")
+        reporter.say(f"{label}: going on after round {round}")
 
     grid = [0, *history.evaluated_rounds(config.rounds, config.eval_every).tolist()]
     lengths = {after - before for before, after in pairwise(grid) if after > round}
     begin = time.monotonic()
-    reporter.say(f"{name}: compiles with its first round" if config.staged else f"{name}: compiling ...")
+    reporter.say(f"{label}: compiles with its first round" if config.staged else f"{label}: compiling ...")
     chunks = {length: engine.compile(length, state) for length in sorted(lengths)}
     seconds = time.monotonic() - begin
     info["compile_seconds"] += seconds
@@ -266,14 +363,16 @@ def _run_with_plan(
             f"{size(plans.device_memory(experiment))}"
         )
     if not config.staged:
-        reporter.say(f"{name}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
+        reporter.say(f"{label}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
     def save() -> None:
         checkpoint.save(folder, round, state, measured, info)
         if not processes.is_first():
             return
-        everything = {**{n: result.history for n, result in finished.items()}, name: measured}
-        text = history.to_csv(everything, experiment.seeds, history.evaluated_rounds(config.rounds, config.eval_every))
+        this = _merged(batch.before).history if batch.before else measured
+        everything = {**{n: result.history for n, result in finished.items()}, name: this}
+        seeds = range(batch.whole.first_seed, batch.whole.first_seed + batch.whole.seeds)
+        text = history.to_csv(everything, seeds, history.evaluated_rounds(config.rounds, config.eval_every))
         files.write_text(out / "metrics.csv", text)
 
     began_at, begin = round, time.monotonic()
@@ -301,14 +400,15 @@ def _run_with_plan(
         speed = (round - began_at) / max(time.monotonic() - begin, 1e-9)
         loss = float(history.mean_losses(new, np.asarray([after - before])).mean())
         accuracy = float(new["test/accuracy"].mean())
-        reporter.update(Progression(name, round, config.rounds, speed, loss, accuracy))
+        reporter.update(Progression(label, round, config.rounds, speed, loss, accuracy))
         if round == config.rounds:
             measured |= _per_client(experiment, algorithm, state)
         stop = processes.highest(stop_signal())
-        if round % config.checkpoint_every == 0 or round == config.rounds or stop:
+        # From the last evaluation before an end between two a longer run can go on.
+        if round % config.checkpoint_every == 0 or round in (config.rounds, last_but_end) or stop:
             save()
         if stop and round < config.rounds:
-            raise _interruption(experiment, out, name, round, stop)
+            raise _interruption(batch, out, round, stop)
     return Result(measured, info)
 
 
@@ -458,8 +558,8 @@ def _numbers(experiment: Experiment, name: str) -> dict[str, float]:
     return {k: v for k, v in used.items() if isinstance(v, float)}
 
 
-def _interruption(experiment: Experiment, out: Path, name: str, round: int, number: int) -> Interrupted:
-    command = experiment.config.command(str(out))
+def _interruption(batch: _Batch, out: Path, round: int, number: int) -> Interrupted:
+    command, name = batch.whole.command(str(out)), batch.label
     where = f"stopped before {name} began" if round == 0 else f"stopped after round {round} of {name}, which is saved"
     return Interrupted(number, f"{where}. The same command goes on from there:\n  {command}")
 

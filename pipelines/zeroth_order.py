@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 import algorithms
 from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, samplers
-from pipelines import files
+from pipelines import files, growth
 from pipelines.names import pick
 
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -324,17 +324,24 @@ def _trials(
 
 
 def claim(study: Study, out: Path) -> None:
-    """Writes study.json, or checks that the directory holds the same study.
+    """Writes study.json, or checks that the directory holds the same study, or one with fewer trials.
 
     Raises:
-      ValueError: if it holds another one.
+      ValueError: if it holds another one (with what differs), or something else.
     """
     text = json.dumps(study._asdict() | {"options": dict(study.options)}, indent=2) + "\n"
     path = out / "study.json"
-    (out / "curves").mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text() != text:
-        raise ValueError(f"{out} holds another study, {path}: choose another directory, or remove it")
+    if files.run_directory(out, path.name):
+        here, there = (_flat(json.loads(each)) for each in (text, path.read_text()))
+        rules = {"trials": growth.at_least, "data_dir": growth.free}
+        growth.check(out, here, there, rules, "study", "more trials")
     files.write_text(path, text)
+    (out / "curves").mkdir(exist_ok=True)
+
+
+def _flat(study: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a study and its task's options side by side."""
+    return {**study, **study["options"]} | {"options": sorted(study["options"])}
 
 
 def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:

@@ -184,14 +184,15 @@ def test_one_run_at_a_time_in_a_directory(whole):
 
 def test_another_configuration_is_refused_and_other_methods_may_join(whole, monkeypatch):
     out, _ = whole
-    with pytest.raises(ValueError, match=r"energy 0\.5 here, 0\.9 there"):
+    with pytest.raises(ValueError, match=r"energy: 0\.5 here, 0\.9 there"):
         continual.run(Continual(**{**vars(TINY), "energy": 0.5}), out)
     ran = []
     nothing = continual.Scores(np.ones((2, 2)), np.zeros(2), 0.0)
     monkeypatch.setattr(continual, "_run_method", lambda config, name, *rest: ran.append(name) or nothing)
     monkeypatch.setattr(continual, "write", lambda out, results: None)
     continual.run(Continual(**{**vars(TINY), "methods": ("fot", "ewc")}), out)
-    assert ran == ["fot", "ewc"]
+    assert ran == [*TINY.methods, "ewc"], "what is there stays, and stays in the report"
+    assert json.loads((out / "config.json").read_text())["methods"] == ran
     with pytest.raises(ValueError, match=r"no config\.json"):
         continual.run(TINY, out / "checkpoints")
 
