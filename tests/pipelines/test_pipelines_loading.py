@@ -41,7 +41,7 @@ def own(tmp_path_factory):
 
 
 def test_a_run_of_arrays_of_ones_own_is_used_without_them(own):
-    out, experiment = own
+    out, _ = own
     # As if it were made on another machine, with more devices than there are here.
     elsewhere = out.parent / "elsewhere"
     shutil.copytree(out, elsewhere)
@@ -125,16 +125,15 @@ def test_a_model_is_built_from_the_description_as_from_the_data():
         (MINE, "mlp"),
     ):
         config = dataclasses.replace(OWN, model=model)
-        built = federation.build(config, dataset)
-        known = json.loads(json.dumps(description.of_federation(built)))
+        known = json.loads(json.dumps(description.of_federation(federation.build(config, dataset))))
         again = description.without_data(known)
         assert description.of_federation(again) == known | {"sizes": {"train": 1, "test": 1}}
         assert again.dataset.normalization == dataset.normalization
         assert again.num_clients == 5
-        shapes = [
-            jax.eval_shape(MODELS[model](each, config).init, jax.random.key(0)) for each in (dataset, again.dataset)
-        ]
-        assert shapes[0] == shapes[1]
+        one, other = (
+            jax.eval_shape(MODELS[model](d, config).init, jax.random.key(0)) for d in (dataset, again.dataset)
+        )
+        assert one == other
         assert description.misfit(dataset, known) == ""
 
 
