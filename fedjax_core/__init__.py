@@ -3,7 +3,7 @@
 Knows no paper, no data set and no neural-network library.
 """
 
-from fedjax_core import checks, keys, linalg, samplers, shuffle
+from fedjax_core import checks, keys, linalg, samplers, shuffle, sums
 from fedjax_core.aggregation import Aggregator, client_weights, mapped, weighted_mean, weighted_sum
 from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
 from fedjax_core.clients import (
@@ -129,6 +129,7 @@ __all__ = [
     "simulate_staged",
     "split_tables",
     "spread",
+    "sums",
     "try_plans",
     "value_and_grad",
     "weighted_mean",

@@ -5,13 +5,14 @@ finish (over lanes, devices and hosts alike), and the total is finished on the s
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import checks
+from fedjax_core import checks, sums
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, PyTree
 
@@ -21,32 +22,53 @@ class Aggregator(NamedTuple):
 
     Attributes:
       lift: `lift(upload, weight) -> summand`, any pytree; linear in nothing, applied once per participant.
-      finish: `finish(total) -> result`, where total is the sum of the summands (zeros if nobody took part).
+      finish: `finish(total) -> result`, where total is the sum of the summands (zeros if nobody took part), in their
+        dtypes. However many there are, the sum is as good as its dtype: it is taken in float32 at least.
     """
 
     lift: Callable[[PyTree, Array], PyTree]
     finish: Callable[[PyTree], PyTree]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Widened:
+    """Uploads times their weight, in the dtypes to sum in, and the dtypes that the result is to have."""
+
+    values: list[Array]
+    weight: Any
+    treedef: Any = field(metadata={"static": True})
+    dtypes: tuple[Any, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def lift(cls, upload: PyTree, weight: Array, counted: Any) -> "_Widened":
+        leaves, treedef = jax.tree.flatten(upload)
+        dtypes = tuple(sums.mean_dtype(jnp.result_type(leaf)) for leaf in leaves)
+        wide = [sums.widen(leaf) for leaf in leaves]
+        return cls([weight.astype(leaf.dtype) * leaf for leaf in wide], counted, treedef, dtypes)
+
+    def narrowed(self, divisor: Any = None) -> PyTree:
+        values = self.values if divisor is None else [leaf / divisor.astype(leaf.dtype) for leaf in self.values]
+        return jax.tree.unflatten(
+            self.treedef, [leaf.astype(dtype) for leaf, dtype in zip(values, self.dtypes, strict=True)]
+        )
+
+
 def weighted_sum() -> Aggregator:
-    """Sum of weight times upload."""
-    return Aggregator(
-        lambda upload, weight: jax.tree.map(lambda u: weight.astype(u.dtype) * u, upload), lambda total: total
-    )
+    """Sum of weight times upload, in the dtypes of the upload; integers are summed as floats."""
+    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, ()), lambda total: total.narrowed())
 
 
 def weighted_mean() -> Aggregator:
-    """Sum of weight times upload, divided by the sum of the weights; zeros if nobody took part."""
+    """Sum of weight times upload, divided by the sum of the weights; zeros if nobody took part.
 
-    def lift(upload: PyTree, weight: Array) -> PyTree:
-        return jax.tree.map(lambda u: weight.astype(u.dtype) * u, upload), weight
+    In the dtypes of the upload; the mean of integers is a float.
+    """
 
-    def finish(total: PyTree) -> PyTree:
-        summed, weight = total
-        divisor = jnp.where(weight > 0, weight, 1)
-        return jax.tree.map(lambda s: s / divisor.astype(s.dtype), summed)
+    def finish(total: _Widened) -> PyTree:
+        return total.narrowed(jnp.where(total.weight > 0, total.weight, 1))
 
-    return Aggregator(lift, finish)
+    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish)
 
 
 def mapped(function: Callable[[PyTree], PyTree], aggregator: Aggregator) -> Aggregator:
@@ -66,7 +88,8 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
       cohort: the cohort.
 
     Raises:
-      ValueError: for another string, or an array that is negative or not one-dimensional.
+      ValueError: for another string, or an array that is not one-dimensional, has a negative, infinite or NaN entry,
+        or nothing but zeros.
     """
     mask = cohort.mask
     dtype = jnp.result_type(float)
@@ -80,8 +103,19 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
             f"weights must be 'uniform', 'examples' or an array [num_clients], got shape "
             f"{jnp.shape(weights)}: pass one weight per client"
         )
-    if checks.is_concrete(weights) and not (np.asarray(weights) >= 0).all():
-        raise ValueError(f"weights must be at least 0, got {np.min(weights)}: pass non-negative weights")
+    if checks.is_concrete(weights):
+        given = np.asarray(weights, np.float64)
+        if not (given >= 0).all() or not np.isfinite(given).all():
+            raise ValueError(
+                f"weights must be finite and at least 0, got {given[~((given >= 0) & np.isfinite(given))][0]:g} for "
+                f"client {int(np.argmin((given >= 0) & np.isfinite(given)))}: pass non-negative weights"
+            )
+        if not (given > 0).any():
+            raise ValueError("weights are 0 for every client, which leaves no mean: give some client a positive weight")
+        weights = given / given.max()  # before they become float32, in which they may be nothing or infinite
     values = jnp.asarray(weights, dtype)
-    mean = jnp.mean(values)
+    # In proportion to the largest, so that the sum can neither overflow nor vanish.
+    largest = jnp.max(values)
+    values = values / jnp.where(largest > 0, largest, 1)
+    mean = sums.total(values) / values.shape[0]
     return jnp.where(mask, values[jnp.maximum(cohort.ids, 0)] / jnp.where(mean > 0, mean, 1), 0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_core import checks, execution, keys
+from fedjax_core import checks, execution, keys, sums
 from fedjax_core.aggregation import Aggregator, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
@@ -259,11 +259,11 @@ def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
 
 def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: Any = ()) -> Metrics:
     """The metrics every method reports, from a pass over the clients and the global model before and after."""
-    weight = jnp.sum(results.weights)
-    loss = jnp.sum(results.weights.astype(results.loss.dtype) * results.loss)
+    weight = sums.total(results.weights)
+    loss = sums.weighted(results.weights, results.loss)
     return Metrics(
-        loss=loss / jnp.where(weight > 0, weight, 1).astype(loss.dtype),
-        update_norm=optax.tree.norm(optax.tree.sub(new, old)),
+        loss=(loss / jnp.where(weight > 0, weight, 1).astype(loss.dtype)).astype(results.loss.dtype),
+        update_norm=sums.norm(optax.tree.sub(sums.widen(new), sums.widen(old))),
         uploaded=results.uploaded,
         downloaded=results.downloaded,
         participants=cohort.num_participants,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from fedjax_core import keys, shuffle
+from fedjax_core import keys, shuffle, sums
 from fedjax_core.batching import LocalWork, draw_batch
 from fedjax_core.plans import Plan
 from fedjax_core.types import Array, Key, PyTree
@@ -48,8 +48,8 @@ class _Lanes(NamedTuple):
     seed: Array
     key: Key
     step: Array
-    loss: Array  # sum of batch losses times batch counts
-    examples_seen: Array
+    loss: sums.Running  # sum of batch losses times batch counts
+    examples_seen: sums.Running
     shared: PyTree  # this lane's copy of what differs between groups
     carry: PyTree
 
@@ -168,8 +168,14 @@ def _spread(
 ) -> tuple[PyTree, PyTree, Array, Array]:
     """Spreads the slots over the devices of the plan's mesh and sums the totals."""
     mesh, axis, devices = run.plan.mesh, run.plan.axis, run.plan.num_devices
+
+    def in_own_dtypes(total: list[Array]) -> PyTree:
+        shapes, treedef = jax.tree.flatten(run.summand)
+        return jax.tree.unflatten(treedef, [t.astype(s.dtype) for t, s in zip(total, shapes, strict=True)])
+
     if mesh is None:
-        return _queue(run, grouped, num_groups, slots, leaves, examples)
+        total, *rest = _queue(run, grouped, num_groups, slots, leaves, examples)
+        return in_own_dtypes(total), *rest
 
     num_slots = slots.steps.shape[0]
     per_device = -(-num_slots // devices)
@@ -195,7 +201,7 @@ def _spread(
     )(slots, leaves, examples)
     back = jnp.argsort(dealt)[:num_slots]
     outputs, loss = jax.tree.map(lambda leaf: leaf[back], (outputs, loss))
-    return total, outputs, loss, executed
+    return in_own_dtypes(total), outputs, loss, executed
 
 
 def _deal(steps: Array, devices: int) -> Array:
@@ -235,9 +241,14 @@ def _queue(
     slots: Slots,
     leaves: list[Array],
     examples: PyTree,
-) -> tuple[PyTree, PyTree, Array, Array]:
-    """Feeds the slots to the lanes of one device: whenever a lane is free it takes the longest client left."""
+) -> tuple[list[Array], PyTree, Array, Array]:
+    """Feeds the slots to the lanes of one device: whenever a lane is free it takes the longest client left.
+
+    The totals are those of the leaves of the summand, in the dtypes they are summed in.
+    """
     num_slots = slots.steps.shape[0]
+    few_clients = num_slots <= sums.FEW * num_groups
+    few_steps = isinstance(run.work.num_steps, int) and run.work.num_steps <= sums.FEW
     lanes = _num_lanes(run, num_slots)
     busy = slots.steps > 0
     num_active = jnp.sum(busy, dtype=jnp.int32)
@@ -263,6 +274,14 @@ def _queue(
         is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
         return jnp.broadcast_to(slots.key[0], shape) if is_key else jnp.zeros(shape, dtype)
 
+    def no_loss() -> sums.Running:
+        return sums.start((), sums.accumulator(run.loss.dtype), few=few_steps)
+
+    def start_total(shape: Any) -> sums.Running:
+        # Sums of integers are exact.
+        dtype = sums.accumulator(shape.dtype) if jnp.issubdtype(shape.dtype, jnp.inexact) else shape.dtype
+        return sums.start((num_groups, *shape.shape), dtype, few=few_clients)
+
     def idle() -> _Lanes:
         zero = jnp.int32(0)
         return _Lanes(
@@ -273,8 +292,8 @@ def _queue(
             seed=jnp.zeros(2, jnp.uint32),
             key=blank((), slots.key.dtype),
             step=zero,
-            loss=jnp.zeros((), run.loss.dtype),
-            examples_seen=jnp.zeros((), run.loss.dtype),
+            loss=no_loss(),
+            examples_seen=no_loss(),
             shared=[blank(leaf.shape[1:], leaf.dtype) for g, leaf in zip(grouped, leaves, strict=True) if g],
             carry=zeros(run.carry),
         )
@@ -293,8 +312,8 @@ def _queue(
             seed=shuffle.seed(seed_key),
             key=step_key,
             step=jnp.int32(0),
-            loss=jnp.zeros((), run.loss.dtype),
-            examples_seen=jnp.zeros((), run.loss.dtype),
+            loss=no_loss(),
+            examples_seen=no_loss(),
             shared=own,
             carry=run.init(init_consts, shared, client_input, init_key),
         )
@@ -303,7 +322,8 @@ def _queue(
         """What a lane's client adds to the total, its output, and its mean loss."""
         shared, _, _, final_consts = values(lane.shared)
         summand, output = run.final(final_consts, shared, lane.carry, slots.weight[jnp.maximum(lane.slot, 0)])
-        return summand, output, lane.loss / jnp.maximum(lane.examples_seen, 1)
+        loss = sums.value(lane.loss) / jnp.maximum(sums.value(lane.examples_seen), 1)
+        return summand, output, loss.astype(run.loss.dtype)
 
     # Ends and starts are two loops: in one, the lanes would be read and written at once, and the processor's compiler
     # would copy all of them for each client.
@@ -312,6 +332,10 @@ def _queue(
         lane_state, *_ = state
         return (lane_state.slot >= 0) & (lane_state.left == 0)
 
+    def add_to_group(total: sums.Running, group: Array, summand: Array) -> sums.Running:
+        new = sums.add(jax.tree.map(lambda leaf: _row(leaf, group), total), summand)
+        return jax.tree.map(lambda leaf, row: _with_row(leaf, group, row), total, new)
+
     def finish(state: Any) -> Any:
         """Ends the client of one lane that is done."""
         lane_state, total, outputs, losses = state
@@ -319,7 +343,7 @@ def _queue(
         old = lane_get(lane_state, lane)
         summand, output, loss = end(old)
         group = slots.group[old.slot]
-        total = jax.tree.map(lambda t, s: _with_row(t, group, _row(t, group) + s), total, summand)
+        total = [add_to_group(t, group, s) for t, s in zip(total, jax.tree.leaves(summand), strict=True)]
         outputs = jax.tree.map(lambda o, n: _with_row(o, old.slot, n), outputs, output)
         losses = _with_row(losses, old.slot, loss)
         free = lane_put(lane_state.slot, lane, jnp.int32(-1))
@@ -340,12 +364,12 @@ def _queue(
         shared, _, step_consts, _ = values(lane.shared)
         batch = draw_batch(run.work, examples, lane.start, lane.size, lane.seed, lane.key, lane.step)
         carry, loss = run.step(step_consts, shared, lane.carry, batch)
-        count = jnp.sum(batch.mask, dtype=loss.dtype)
+        count = jnp.sum(batch.mask, dtype=sums.accumulator(loss.dtype))
         return lane._replace(
             left=jnp.maximum(lane.left - 1, 0),
             step=lane.step + 1,
-            loss=lane.loss + loss * count,
-            examples_seen=lane.examples_seen + count,
+            loss=sums.add(lane.loss, loss.astype(count.dtype) * count),
+            examples_seen=sums.add(lane.examples_seen, count),
             carry=carry,
         )
 
@@ -368,6 +392,20 @@ def _queue(
         lane_state, taken = jax.lax.while_loop(lambda s: jnp.any(is_wanted(s)), take_next, state)
         return lane_state, taken, *results, executed + segment * lanes
 
+    def add_all(total: sums.Running, summands: Array) -> sums.Running:
+        """Adds a summand of every slot."""
+        summands = summands.astype(total.high.dtype)
+        plain = few_clients or total.low is None
+        if num_groups == 1:
+            together = jnp.sum(summands, axis=0, keepdims=True) if plain else sums.total(summands)[None]
+        elif plain:
+            together = jnp.zeros_like(total.high).at[slots.group].add(summands)
+        else:  # on a mesh the slots are not in the order of their groups
+            order = jnp.argsort(slots.group)
+            ends = jnp.searchsorted(slots.group[order], jnp.arange(num_groups + 1, dtype=jnp.int32))
+            together = sums.of_segments(summands[order], ends)
+        return sums.add(total, together)
+
     def end_together(state: Any) -> Any:
         """As `body` where each slot has a lane of its own, lane i for slot i: no queue, who is done ends at once."""
         lane_state, taken, total, outputs, losses, executed = state
@@ -379,10 +417,7 @@ def _queue(
 
         summand, output, loss = jax.vmap(end)(lane_state)
         summand = jax.tree.map(lambda s: where_done(s, jnp.zeros_like(s)), summand)
-        if num_groups == 1:
-            total = jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0, keepdims=True), total, summand)
-        else:
-            total = jax.tree.map(lambda t, s: t.at[slots.group].add(s), total, summand)
+        total = [add_all(t, s) for t, s in zip(total, jax.tree.leaves(summand), strict=True)]
         outputs, losses = jax.tree.map(where_done, (output, loss), (outputs, losses))
         lane_state = lane_state._replace(slot=jnp.where(done, -1, lane_state.slot))
         return lane_state, taken, total, outputs, losses, executed + segment * lanes
@@ -404,14 +439,14 @@ def _queue(
     start = (
         lane_state,
         jnp.where(lanes > 1, jnp.minimum(num_active, lanes), 0),
-        zeros(run.summand, num_groups),
+        [start_total(s) for s in jax.tree.leaves(run.summand)],
         zeros(run.output, num_slots),
         jnp.zeros((num_slots,), run.loss.dtype),
         jnp.int32(0),
     )
     loop = end_together if each_its_own else body
     _, _, total, outputs, losses, executed = jax.lax.while_loop(unfinished, loop, start)
-    return total, outputs, losses, jnp.full((num_groups,), executed)
+    return [sums.value(t) for t in total], outputs, losses, jnp.full((num_groups,), executed)
 
 
 def _num_lanes(run: Run, num_slots: int) -> int:

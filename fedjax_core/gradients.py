@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_core import sums
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram
 from fedjax_core.types import Array, Key, LossFn, Params, Scalar
@@ -30,8 +31,8 @@ def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
             f"loss_fn must return one loss per example, float[{size}], but returned {got}: do not average over the "
             "batch, the library does that with the padding masked out"
         )
-    total = jnp.sum(jnp.where(batch.mask, values, 0))
-    return total / jnp.maximum(jnp.sum(batch.mask), 1).astype(values.dtype)
+    total = jnp.sum(sums.widen(jnp.where(batch.mask, values, 0)))
+    return (total / jnp.maximum(jnp.sum(batch.mask), 1).astype(total.dtype)).astype(values.dtype)
 
 
 def value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Array, Params]]:
@@ -63,8 +64,13 @@ def descend(
 
 
 def move(params: Params, scale: Scalar, direction: Params) -> Params:
-    """`params + scale * direction`, in the dtype of the parameters."""
-    return jax.tree.map(lambda p, d: p + jnp.asarray(scale, p.dtype) * d.astype(p.dtype), params, direction)
+    """`params + scale * direction`, in the dtype of the parameters and rounded once."""
+
+    def one(p: Array, d: Array) -> Array:
+        wide = sums.accumulator(p.dtype)
+        return (p.astype(wide) + jnp.asarray(scale, wide) * d.astype(wide)).astype(p.dtype)
+
+    return jax.tree.map(one, params, direction)
 
 
 class Length(NamedTuple):
@@ -101,17 +107,18 @@ def full_gradient_program(loss_fn: LossFn) -> ClientProgram:
     gradient = value_and_grad(loss_fn)
 
     def init(shared: Params, client_input: Any, key: Key) -> Any:
-        return optax.tree.zeros_like(shared), jnp.int32(0)
+        return sums.start_tree(shared), jnp.int32(0)
 
     def step(shared: Params, carry: Any, batch: Batch) -> Any:
         total, count = carry
         loss, grads = gradient(shared, batch)
         size = jnp.sum(batch.mask, dtype=jnp.int32)
-        return (optax.tree.add_scale(total, size, grads), count + size), loss
+        scaled = jax.tree.map(lambda g: size.astype(g.dtype) * g, sums.widen(grads))
+        return (sums.add_tree(total, scaled), count + size), loss
 
     def final(shared: Params, carry: Any) -> Any:
         total, count = carry
-        mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1).astype(t.dtype), total)
+        mean = sums.mean_tree(total, count, shared)
         return mean, mean
 
     return ClientProgram(init, step, final)
