@@ -252,13 +252,13 @@ def draw(result: dict[str, Any], pages_folder: Path) -> None:
                         continue
                     curves = 100 * np.array(r["accuracy"])
                     color = "#888888" if method == "fedavg" else figures.COLORS[i - 1]
-                    axis.plot(x, curves.mean(0), color=color, label=method, linewidth=1.5)
+                    axis.plot(x, curves.mean(0), color=color, label=methods.paper_name(method), linewidth=1.5)
                     axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
                 best = max(np.max(r["accuracy"]) for r in setting["methods"].values() if "error" not in r)
                 axis.set(title=title, xlabel="round", xlim=(0, x[-1]), ylim=(100 * best - 35, 100 * best + 1))
                 axis.title.set_fontsize(9)
             axes[0].set_ylabel("test accuracy, %")
-            axes[-1].legend(loc="lower right", fontsize=8)
+            figures.legend_below(figure, *axes)
             figures.write(folder / f"{page}.png", figure)
 
 

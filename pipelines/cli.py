@@ -381,7 +381,10 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
                 f"{name}: test accuracy {final}, rounds to {100 * config.target:g} %: {reached} "
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
-        reporter.say(f"written: {out / 'summary.md'}, curves.png, clients.png, metrics.csv, clients.csv, checkpoints")
+        reporter.say(
+            f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, checkpoints; curves and clients as "
+            ".png and .pdf"
+        )
     return 0
 
 
@@ -399,8 +402,9 @@ Examples:
   fedjax-core federate --dataset cifar10 --partition iid --feature-skew rotation --out federations/turned
   fedjax-core train --federation federations/turned
 
-In the directory are federation.md and federation.png, the assignments as .npz, and federation.json with their digest,
-so that a federation can be shared and is checked when it is used. Exit codes: 0 done, 2 a mistake in the arguments.
+In the directory are federation.md, federation.png and .pdf, the assignments as .npz, and federation.json with their
+digest, so that a federation can be shared and is checked when it is used. Exit codes: 0 done, 2 a mistake in the
+arguments.
 """,
 )
 @_of_federation
@@ -449,7 +453,7 @@ def federate(ctx: click.Context, out: Path | None, compare: tuple[str, ...], **v
     for line in saved["warnings"]:
         console.print(Text(f"warning: {line}"))
     console.print(Text(f"digest: {saved['digest']}"))
-    console.print(Text(f"written: {out / 'federation.md'}, federation.png, federation.json and the assignments"))
+    console.print(Text(f"written: {out / 'federation.md'}, .png, .pdf and .json, and the assignments"))
 
 
 def _train_part(config: Config, built: Any, partition: str) -> Any:
@@ -487,9 +491,9 @@ Examples:
   fedjax-core continual --dataset mnist --data-dir DIR --tasks 10 --rounds 200 --clients 125 --cohort-size 64 \\
       --hidden 400,400,400 --dropout 0.2,0.5,0.5 --batch-size 64 --client-lr 0.01 --energy 0.96
 
-In the run directory are accuracy.png, the test accuracy on every task after every task, the same as accuracy.csv, and
-summary.json. A run that was stopped goes on when the same command is given again, and other methods may join it. Exit
-codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments.
+In the run directory are accuracy.png and .pdf, the test accuracy on every task after every task, the same as
+accuracy.csv, results.tex and summary.json. A run that was stopped goes on when the same command is given again, and
+other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments.
 """,
 )
 @continual_config.options
@@ -508,7 +512,7 @@ def continual(ctx: click.Context, out: Path, save_every: int, **values: Any) -> 
         except FloatingPointError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
-    click.echo(f"written: {out / 'accuracy.png'}, accuracy.csv, summary.json, checkpoints")
+    click.echo(f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.json, checkpoints")
 
 
 @main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers.")

@@ -10,8 +10,8 @@ A method is trained for `rounds` rounds on every task, at whose end a method wit
 tested on all of them, learned or not. "joint" is FedAvg on the examples of all tasks together, for as many rounds and
 local steps as the others have in all: about what could be reached at best, if nothing were forgotten.
 
-A run directory holds config.json and checkpoints/<method>, and accuracy.csv, accuracy.png and summary.json of the
-methods that are finished.
+A run directory holds config.json and checkpoints/<method>, and accuracy.csv, accuracy.png and .pdf, results.tex and
+summary.json of the methods that are finished.
 """
 
 import csv
@@ -44,7 +44,7 @@ from fedjax_core import (
     samplers,
     shardings,
 )
-from pipelines import checkpoint, data, figures, files, growth, partition
+from pipelines import checkpoint, data, figures, files, growth, latex, methods, partition
 from pipelines.continual_config import Continual
 from pipelines.data import Dataset
 from pipelines.processes import sole_use
@@ -262,7 +262,7 @@ def run(
 
 
 def write(out: Path, results: Mapping[str, Scores]) -> None:
-    """Writes accuracy.csv, accuracy.png and summary.json of finished methods into the run directory."""
+    """Writes accuracy.csv, accuracy.png and .pdf, results.tex and summary.json of finished methods."""
     summary = {
         name: {
             **measures(scores.accuracy, scores.untrained),
@@ -275,6 +275,7 @@ def write(out: Path, results: Mapping[str, Scores]) -> None:
     }
     files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     files.write_text(out / "accuracy.csv", accuracy_csv(results))
+    files.write_text(out / "results.tex", results_tex(results))
     with figures.style():
         figures.write(out / "accuracy.png", heat_map(results))
 
@@ -290,6 +291,21 @@ def accuracy_csv(results: Mapping[str, Scores]) -> str:
     return text.getvalue()
 
 
+def results_tex(results: Mapping[str, Scores]) -> str:
+    """The measures of every method, in percent, as a table in LaTeX."""
+    rows = []
+    for name, scores in results.items():
+        values = measures(scores.accuracy, scores.untrained).values()
+        rows.append([shown_name(name), *("none" if np.isnan(v) else f"{100 * v:.2f} %" for v in values)])
+    first = next(iter(results.values()))
+    return latex.table(["method", *measures(first.accuracy, first.untrained)], rows, "made by fedjax-core continual")
+
+
+def shown_name(name: str) -> str:
+    """A method's name in figures and tables."""
+    return "Joint" if name == "joint" else methods.paper_name(name)
+
+
 def heat_map(results: Mapping[str, Scores]) -> Figure:
     """The accuracy matrix of every method: tasks tested from left to right, tasks learned from top to bottom."""
     num_tasks = len(next(iter(results.values())).untrained)
@@ -301,10 +317,10 @@ def heat_map(results: Mapping[str, Scores]) -> Figure:
         for (i, j), value in np.ndenumerate(scores.accuracy):
             color = "black" if value > 0.6 else "white"
             panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
-        panel.set(title=name, xlabel="tested on task", xticks=range(num_tasks), yticks=range(num_tasks))
+        panel.set(title=shown_name(name), xlabel="tested on task", xticks=range(num_tasks), yticks=range(num_tasks))
         panel.grid(visible=False)
     panels[0].set_ylabel("after task")
-    figure.colorbar(image, ax=list(panels), label="test accuracy")
+    figure.colorbar(image, ax=list(panels), label="test accuracy", format=figures.Percent())
     return figure
 
 

@@ -69,6 +69,18 @@ def describe(name: str) -> Method:
     return Method(name, paragraphs[0], paper, card, hyperparameters, needs_num_clients, factory)
 
 
+def paper_name(name: str) -> str:
+    """A method's name as papers write it, "SCAFFOLD-M-VR" for "scaffold_m_vr": what its card's first line begins with.
+
+    It is the name itself where the card has no such line.
+
+    Raises:
+      ValueError: if there is no such method, with the nearest match.
+    """
+    title, colon, _ = describe(name).title.partition(": ")
+    return title if colon else name
+
+
 def parse(method: str, hyperparameter: str, value: Value) -> Value:
     """Returns a hyper-parameter's value with the type of its default; a string is read as that type.
 

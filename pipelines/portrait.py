@@ -1,4 +1,4 @@
-"""A federation in words, tables and pictures, before anything is trained: federation.md and federation.png.
+"""A federation in words, tables and pictures, before anything is trained: federation.md and federation.png (and .pdf).
 
 Letters: N clients, K classes.
 """
@@ -116,7 +116,7 @@ def figure(config: Config, federation: Federation) -> Figure:
         title="Difference from all examples", xlabel="Jensen-Shannon divergence of the labels (nats)", ylabel="clients"
     )
     axes["divergence"].yaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn.suptitle(title(config, federation), fontsize=9)
+    figures.title(drawn, title(config, federation))
     return drawn
 
 
@@ -142,13 +142,14 @@ def _bubbles(axis: Axes, counts: np.ndarray, noun: str) -> None:
     client, label = np.nonzero(held)
     area = held[client, label] / max(held.max(), 1)
     axis.scatter(client, label, s=180 * area + 1, color=figures.COLORS[0], alpha=0.75, linewidths=0)
-    axis.set(xlim=(-1, len(shown)), ylim=(-1, len(labels)))
     few = len(labels) <= 12
     ticks = np.arange(len(labels)) if few else np.arange(0, len(labels), 5)
     axis.set_yticks(ticks, [str(labels[i]) for i in ticks])
     some = f", {len(shown)} of {num_clients:,} clients by size" if num_clients > _SHOWN else ""
     most = f", the {len(labels)} most frequent of {num_classes}" if len(labels) < num_classes else ""
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    clients = MaxNLocator("auto", integer=True).tick_values(0, max(len(shown) - 1, 1))
+    axis.set_xticks([tick for tick in clients if 0 <= tick < len(shown)])  # there is no client -1
+    axis.set(xlim=(-1, len(shown)), ylim=(-1, len(labels)))
     axis.set(title=f"Training examples by client and {noun}", xlabel=f"client{some}", ylabel=f"{noun}{most}")
 
 
@@ -164,5 +165,5 @@ def _sizes(axis: Axes, sizes: np.ndarray) -> None:
     if spread:
         axis.set_xscale("log")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(title="Sizes", xlabel="training examples of a client", ylabel="clients")
-    axis.legend(fontsize=8)
+    axis.set(xlabel="training examples of a client", ylabel="clients")
+    figures.legend_above(axis, "Sizes")

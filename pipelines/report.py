@@ -1,6 +1,8 @@
-"""What a run leaves behind: metrics.csv, clients.csv, curves.png, clients.png, summary.md.
+"""What a run leaves behind: metrics.csv, clients.csv, summary.md, results.tex, and figures as .png and .pdf.
 
 Everything is written from the histories (`pipelines.history`), so a report can be made again from checkpoints alone.
+There is a report for every run that has ended: what was not measured, because nobody took part or nobody has examples
+for it, is said in words.
 """
 
 import csv
@@ -14,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from fedjax_core import spread
-from pipelines import figures, files, methods, portrait
+from pipelines import figures, files, latex, methods, portrait
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.history import History, evaluated_rounds, mean_losses, to_csv
 from pipelines.progress import duration, size
 from pipelines.setup import ATTACK_STEPS, Experiment
 
 _CLIENT_METRICS = ("loss", "accuracy", "train_loss", "train_accuracy")
-_LINES = ("-", "--", ":")
+_NOTHING = "no examples"
 
 
 def write(
@@ -48,10 +50,11 @@ def write(
     sizes = experiment.federation.sizes
     files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds))
     files.write_text(out / "clients.csv", clients_csv(histories, experiment.seeds, sizes))
+    files.write_text(out / "results.tex", results_tex(experiment, histories))
+    files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
     with figures.style():
         figures.write(out / "curves.png", curves(experiment, histories, eval_rounds))
         figures.write(out / "clients.png", client_histogram(experiment, histories))
-    files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
 
 
 def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.ndarray) -> str:
@@ -76,34 +79,33 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
     config = experiment.config
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    losses = {}
     for i, (method, history) in enumerate(histories.items()):
-        _band(left, eval_rounds, history["test/accuracy"], i, method)
+        _band(left, eval_rounds, history["test/accuracy"], i, methods.paper_name(method))
         # A round's loss is that of a few clients; the mean since the last evaluation shows the course.
-        _band(right, eval_rounds, mean_losses(history, eval_rounds), i, method)
-    left.axhline(config.target, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
-    left.annotate(
-        f"target {100 * config.target:g} %",
-        (0, config.target),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
-        textcoords="offset points",
-        color="#666666",
-        fontsize=8,
-    )
+        losses[method] = mean_losses(history, eval_rounds)
+        _band(right, eval_rounds, losses[method], i, methods.paper_name(method))
     # Most of a curve is its beginning; what methods differ in is its end.
     finals = np.concatenate([h["test/accuracy"].mean(axis=0) for h in histories.values()])
-    left.set_ylim(max(0.0, float(np.quantile(finals, 0.05)) - 0.05), min(1.0, max(finals.max(), config.target) + 0.02))
-    left.set(title="Test accuracy", xlabel="round", xlim=(0, config.rounds))
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if len(histories) <= 6:
-        left.legend(loc="lower right")
-        right.legend(loc="upper right")
-    else:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    right.set(title="Training loss of the participants", xlabel="round", xlim=(0, config.rounds))
-    if all((h["round/loss"] >= 0).all() for h in histories.values()):
+    finals = finals[np.isfinite(finals)]
+    low = max(0.0, float(np.quantile(finals, 0.05)) - 0.05) if len(finals) else 0.0
+    left.set_ylim(low, min(1.0, max(finals.max(initial=0.0), config.target) + 0.02))
+    if config.target >= low:
+        style = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3))}
+        left.axhline(config.target, label=f"target {100 * config.target:g} %", **style)
+    for axis in (left, right):
+        axis.set(xlabel="round", xlim=(0, config.rounds))
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    left.set(title="Test accuracy")
+    left.yaxis.set_major_formatter(figures.Percent())
+    right.set(title="Training loss of the participants")
+    seen = np.concatenate([loss[np.isfinite(loss)] for loss in losses.values()])
+    if not len(seen):
+        _say(right, "nobody took part in any round")
+    elif seen.min() >= 0 and seen.max() > 0:
         right.set_yscale("log")
-    figure.suptitle(f"{_title(experiment)}; mean and standard deviation of {_count(config.seeds, 'seed')}", fontsize=9)
+    figures.legend_below(figure, left, right)
+    figures.title(figure, f"{_title(experiment)}; mean and standard deviation of {_count(config.seeds, 'seed')}")
     return figure
 
 
@@ -118,30 +120,80 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
     for unused in grid.reshape(-1)[len(histories) :]:
         unused.remove()
     values = {m: h["client/accuracy"][~np.isnan(h["client/accuracy"])] for m, h in histories.items()}
-    lowest = min(v.min() for v in values.values())
+    lowest = min((float(v.min()) for v in values.values() if len(v)), default=0.0)
     bins = np.linspace(min(math.floor(10 * lowest) / 10, 0.9), 1, 21)
     for i, (axis, (method, accuracy)) in enumerate(zip(axes, values.items(), strict=True)):
+        axis.set_xlim(bins[0], bins[-1])
+        axis.xaxis.set_major_formatter(figures.Percent())
+        axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        if not len(accuracy):
+            axis.set(title=methods.paper_name(method))
+            _say(axis, "no client has examples to be tested on")
+            continue
         axis.hist(
             accuracy,
-            bins=bins,
+            bins=bins.tolist(),
             weights=np.full(accuracy.shape, 1 / config.seeds),
             color=figures.COLORS[i % len(figures.COLORS)],
         )
-        tail = np.mean([worst_decile(row) for row in histories[method]["client/accuracy"]])
-        axis.axvline(accuracy.mean(), color="#222222", linewidth=1, label=f"mean {100 * accuracy.mean():.1f} %")
-        axis.axvline(tail, color="#222222", linewidth=1, linestyle=":", label=f"worst decile {100 * tail:.1f} %")
-        axis.set(title=method)
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axis.legend(loc="upper left", fontsize=8)
+        tail = np.nanmean([worst_decile(row) for row in histories[method]["client/accuracy"]])
+        axis.axvline(accuracy.mean(), color="#222222", linewidth=1, label="mean")
+        axis.axvline(tail, color="#222222", linewidth=1, linestyle=":", label="mean of the worst tenth")
+        axis.set_title(
+            f"{methods.paper_name(method)}\nmean {100 * accuracy.mean():.1f} %, worst tenth {100 * tail:.1f} %",
+            fontsize=9,
+        )
     for lowest_of_column in axes[-columns:]:
         lowest_of_column.tick_params(labelbottom=True)
-    figure.supxlabel("accuracy of a client", fontsize=10)
+        lowest_of_column.set_xlabel("accuracy of a client")
     figure.supylabel("clients (mean over seeds)" if config.seeds > 1 else "clients", fontsize=10)
+    figures.legend_below(figure, *axes)
     own = (
         "each client's test examples" if _tested_on_own(experiment) else "test examples in each client's mix of labels"
     )
-    figure.suptitle(f"{_title(experiment)}; final model on {own}", fontsize=9)
+    figures.title(figure, f"{_title(experiment)}; final model on {own}")
     return figure
+
+
+def results_tex(experiment: Experiment, histories: Mapping[str, History]) -> str:
+    """The table of results in LaTeX, without what depends on the machine."""
+    header, rows = results(experiment, histories)
+    over = f"{_count(experiment.config.seeds, 'seed')}"
+    comment = f"{_title(experiment)}\nmean and standard deviation over {over}; made by fedjax-core"
+    return latex.table(header, rows, comment)
+
+
+def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of results, without what depends on the machine."""
+    config = experiment.config
+    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    extra = _extra_parts(experiment)
+    header = [
+        "method",
+        "test accuracy",
+        *(["under attack"] if config.attack_radius else []),
+        "worst decile of clients",
+        *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
+        f"rounds to {100 * config.target:g} %",
+        "uploaded scalars",
+        "downloaded scalars",
+    ]
+    rows = []
+    for name, history in histories.items():
+        tails = np.asarray([worst_decile(row) for row in history["client/accuracy"]])
+        rows.append(
+            [
+                methods.paper_name(name),
+                mean_sd(history["test/accuracy"][:, -1].astype(np.float64)),
+                *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.attack_radius else []),
+                mean_sd(tails),
+                *[mean_sd(_mean_of_clients(history[f"{part}/accuracy"])) for part in extra],
+                rounds_to_target(history["test/accuracy"], eval_rounds, config.target),
+                f"{transferred(history, 'uploaded'):,}",
+                f"{transferred(history, 'downloaded'):,}",
+            ]
+        )
+    return header, rows
 
 
 def summary(
@@ -153,41 +205,16 @@ def summary(
 ) -> str:
     """The run in words and one table, as Markdown."""
     config = experiment.config
-    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
-    extra = [part for part in ("validation", "new") if part in experiment.federation.parts]
-    header = [
-        "method",
-        "test accuracy",
-        *(["under attack"] if config.attack_radius else []),
-        "worst decile of clients",
-        *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
-        f"rounds to {100 * config.target:g} %",
-        "uploaded scalars",
-        "downloaded scalars",
-        "compile",
-        "run",
-        "memory",
-    ]
-    rows = []
-    for name, history in histories.items():
-        accuracy = history["test/accuracy"][:, -1].astype(np.float64)
-        tails = np.asarray([worst_decile(row) for row in history["client/accuracy"]])
+    extra = _extra_parts(experiment)
+    header, rows = results(experiment, histories)
+    header += ["compile", "run", "memory"]
+    for row, name in zip(rows, histories, strict=True):
         spent = info[name]
-        rows.append(
-            [
-                name,
-                mean_sd(accuracy),
-                *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.attack_radius else []),
-                mean_sd(tails),
-                *[mean_sd(np.asarray(np.nanmean(history[f"{part}/accuracy"], axis=1))) for part in extra],
-                rounds_to_target(history["test/accuracy"], eval_rounds, config.target),
-                f"{transferred(history, 'uploaded'):,}",
-                f"{transferred(history, 'downloaded'):,}",
-                "in run" if config.staged else duration(spent["compile_seconds"]),
-                duration(spent["run_seconds"]),
-                size(spent["memory"]) if spent["memory"] else "unknown",
-            ]
-        )
+        row += [
+            "in run" if config.staged else duration(spent["compile_seconds"]),
+            duration(spent["run_seconds"]),
+            size(spent["memory"]) if spent["memory"] else "unknown",
+        ]
     own = "its own test examples" if _tested_on_own(experiment) else "test examples weighted to its mix of labels"
     also = "".join(
         f"{part.capitalize()} accuracy is the mean over {whose}. "
@@ -201,8 +228,9 @@ def summary(
         else ""
     )
     table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-    settings = ["| " + " | ".join(cells) + " |" for cells in [["method", "settings"], ["---", "---"]]]
-    settings += [f"| {name} | {settings_line(config, name)} |" for name in config.methods]
+    settings = ["| method | its name here | settings |", "| --- | --- | --- |"]
+    settings += [f"| {methods.paper_name(name)} | {name} | {settings_line(config, name)} |" for name in config.methods]
+    missing = "".join(f" {line}" for line in _missing(experiment, histories))
     lines = [
         f"# {_title(experiment)}",
         "",
@@ -211,7 +239,7 @@ def summary(
         f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
         f"the mean over the tenth of the clients that fare worst. {under_attack}{also}Scalars are summed over rounds "
-        "and participants, as a mean over seeds. Memory is what the compiled program needs, data included.",
+        f"and participants, as a mean over seeds. Memory is what the compiled program needs, data included.{missing}",
         "",
         "![Test accuracy and training loss against rounds](curves.png)",
         "",
@@ -275,7 +303,9 @@ def settings_line(config: Config, name: str) -> str:
 
 
 def worst_decile(accuracies: np.ndarray) -> float:
-    """Mean accuracy of the tenth of the clients that fare worst; NaN entries are left out."""
+    """Mean accuracy of the tenth of the clients that fare worst; NaN entries are left out, NaN if all are NaN."""
+    if np.isnan(accuracies).all():
+        return math.nan
     return float(spread(jnp.asarray(accuracies)).worst_decile)
 
 
@@ -297,19 +327,60 @@ def transferred(history: History, direction: str) -> int:
 
 
 def mean_sd(values: np.ndarray) -> str:
-    """Mean ± standard deviation of shares, in percent; one value alone has no spread."""
-    if len(values) == 1:
-        return f"{100 * values[0]:.2f} %"
-    return f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f} %"
+    """Mean ± standard deviation of shares, in percent; one value alone has no spread, and NaN entries are left out."""
+    known = values[~np.isnan(values)].astype(np.float64)
+    if not len(known):
+        return _NOTHING
+    if len(known) == 1:
+        return f"{100 * known[0]:.2f} %"
+    return f"{100 * known.mean():.2f} ± {100 * known.std(ddof=1):.2f} %"
+
+
+def _mean_of_clients(values: np.ndarray) -> np.ndarray:
+    """[S] of [S, N]: means over the clients that have a value; NaN where none has."""
+    there = ~np.isnan(values)
+    count = there.sum(axis=1)
+    mean = np.where(there, values, 0).sum(axis=1) / np.maximum(count, 1)
+    return np.asarray(np.where(count > 0, mean, np.nan))
+
+
+def _extra_parts(experiment: Experiment) -> list[str]:
+    return [part for part in ("validation", "new") if part in experiment.federation.parts]
+
+
+def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[str]:
+    """Sentences about what could not be measured."""
+    lines = []
+    for name, part in experiment.federation.parts.items():
+        if name != "train" and not len(part.assignment.rows):
+            whose = "None of the new clients" if name == "new" else "No client"
+            what = "any examples" if name == "new" else f"{name} examples"
+            lines.append(f"{whose} has {what}: the federation's {name} part is empty.")
+    for name, history in histories.items():
+        who = history["round/participants"]
+        rounds = int((who.sum(axis=0) == 0).sum())
+        if rounds == who.shape[1]:
+            lines.append(f"Nobody took part in any round of {methods.paper_name(name)}: its model is the initial one.")
+        elif rounds:
+            lines.append(f"In {_count(rounds, 'round')} of {methods.paper_name(name)} nobody took part.")
+    return lines
 
 
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str) -> None:
-    color, line = figures.COLORS[index % len(figures.COLORS)], _LINES[index // len(figures.COLORS) % len(_LINES)]
-    mean = values.mean(axis=0)
-    axis.plot(x, mean, line, color=color, linewidth=1.6, label=label)
+    there = np.isfinite(values).any(axis=0)
+    x, values = x[: values.shape[1]][there], values[:, there]
+    known = np.ma.masked_invalid(values)  # a seed may have a gap where others have none
+    mean = known.mean(axis=0).filled(np.nan)
+    look = figures.look(index)
+    marker = "o" if len(x) == 1 else None  # a line through one point cannot be seen
+    axis.plot(x, mean, linewidth=1.6, label=label, marker=marker, markersize=4, **look)
     if len(values) > 1:
-        sd = values.std(axis=0, ddof=1)
-        axis.fill_between(x, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
+        sd = known.std(axis=0, ddof=1).filled(0.0)
+        axis.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _say(axis: Axes, text: str) -> None:
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#666666", fontsize=9)
 
 
 def _title(experiment: Experiment) -> str:

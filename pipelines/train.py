@@ -14,7 +14,7 @@ A run directory:
     checkpoints/<method>/   `pipelines.checkpoint`: the state and the metrics so far; seeds-<first>/ in it is a batch
                             that joined later
     metrics.csv             every metric of every round, rewritten from the checkpoints; later seeds when they are done
-    clients.csv, curves.png, clients.png, summary.md     at the end, see `pipelines.report`
+    clients.csv, summary.md, results.tex, and curves and clients as .png and .pdf     at the end, see `pipelines.report`
 """
 
 import dataclasses
@@ -454,6 +454,11 @@ def _on_part(experiment: Experiment, params: Any, part: str) -> History:
     score = jax.jit(on_examples, out_shardings=engines.whole(experiment))
     place = engines.placement(experiment)
     values: dict[str, list[np.ndarray]] = {}
+    if not len(rows):  # nobody has any: NaN for every client, of the metrics that there would be
+        one = {name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in host.examples.items()}
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
+        names, num_seeds = jax.eval_shape(experiment.metric_fn, first, one), experiment.config.seeds
+        return {name: np.full((num_seeds, host.num_clients), np.nan, value.dtype) for name, value in names.items()}
     for start in range(0, len(rows), block):
         chosen = rows[start : start + block]
         if len(rows) > block:  # one shape for all blocks: the last begins earlier

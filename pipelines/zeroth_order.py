@@ -6,7 +6,7 @@ Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the sa
 functions and start anew. Where functions have gradients, FedAvg and SCAFFOLD are there with them: what the best of
 estimates would do, in local minima and with clients that drift apart. As many trials run at once as there are devices
 (from the command line, cores). Every (method, trial) is saved when it is done, so that the same command goes on where
-it was stopped. What comes out: curves.csv, curves.png and summary.md.
+it was stopped. What comes out: curves.csv, curves.png and .pdf, summary.md and results.tex.
 """
 
 import csv
@@ -345,8 +345,8 @@ def _flat(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:
-    """Writes curves.csv, curves.png and summary.md."""
-    from pipelines import figures
+    """Writes curves.csv, curves.png and .pdf, summary.md and results.tex."""
+    from pipelines import figures, latex
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -361,6 +361,9 @@ def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
     with figures.style():
         figures.write(out / "curves.png", figure(study, results, optimum))
     files.write_text(out / "summary.md", summary(study, results, optimum))
+    files.write_text(
+        out / "results.tex", latex.table(*table(results), f"{study.task}; made by fedjax-core zeroth-order")
+    )
 
 
 def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> Any:
@@ -390,10 +393,9 @@ def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
         axes[1].set_yscale("log")
     if known:
         axes[2].set(title="Surrogate gradients of FZooS", xlabel="round", ylim=(0, 1.5))
-        axes[2].legend(loc="upper right")
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    figures.legend_below(drawn, *axes, columns=7)
     options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None and k != "data_dir")
-    drawn.suptitle(f"{study.task} ({options}); mean and standard deviation of {study.trials} trials", fontsize=9)
+    figures.title(drawn, f"{study.task} ({options}); mean and standard deviation of {study.trials} trials")
     return drawn
 
 
@@ -422,7 +424,14 @@ def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optim
     ]
     if REFERENCES.keys() & results.keys():
         lines += ["Methods with gradients are given the true ones and query nothing."]
-    lines += ["", "| method | final F | queries per client | FZooS needs |", "| --- | --- | --- | --- |"]
+    header, rows = table(results)
+    lines += ["", *("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of results."""
+    rows = []
     for name, result in results.items():
         final = result["value"][:, -1].astype(float)
         spread = f" ± {final.std(ddof=1):.2g}" if len(final) > 1 else ""
@@ -432,8 +441,8 @@ def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optim
             there = ~np.isnan(needs)
             needed = f"{np.median(needs[there]):g} ({there.sum()} of {len(needs)})" if there.any() else "not reached"
         queries = f"{result['queries'][:, -1].mean():g}" if "queries" in result else "none"
-        lines.append(f"| {name} | {final.mean():.5g}{spread} | {queries} | {needed} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"{final.mean():.5g}{spread}", queries, needed])
+    return ["method", "final F", "queries per client", "FZooS needs"], rows
 
 
 def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str, line: str = "-") -> None:

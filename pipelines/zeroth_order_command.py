@@ -34,9 +34,9 @@ def _of_study(command: Any) -> Any:
 def zeroth_order() -> None:
     """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: function values, no gradients.
 
-    F against rounds and against queries, means and standard deviations over trials, as curves.png, curves.csv and
-    summary.md. Every core, or other device, has a trial of its own. A study that was stopped goes on when the same
-    command is given again.
+    F against rounds and against queries, means and standard deviations over trials, as curves.png and .pdf,
+    curves.csv, summary.md and results.tex. Every core, or other device, has a trial of its own. A study that was
+    stopped goes on when the same command is given again.
 
     \b
     fedjax-core zeroth-order synthetic --function quadratic --heterogeneity 5
@@ -95,4 +95,4 @@ def _compare(task: str, values: dict[str, Any]) -> None:
         experiments.compare(study, out, say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    click.echo(f"written: {out / 'summary.md'}, curves.png, curves.csv")
+    click.echo(f"written: {out / 'summary.md'}, results.tex, curves.png and .pdf, curves.csv")

@@ -143,6 +143,8 @@ def plot(result: dict, path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from pipelines import figures
+
     names = list(result["workloads"])
     figure, axes = plt.subplots(1, len(names), figsize=(2.3 * len(names) + 1.5, 2.9), sharey=True, squeeze=False)
     peers = list(LABELS)[::-1]
@@ -168,7 +170,7 @@ def plot(result: dict, path) -> None:
     axes[0][0].set_yticks(range(len(peers)), [LABELS[peer] for peer in peers])
     figure.supxlabel("milliseconds a local step", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figures.write(path, figure)
     plt.close(figure)
 
 

@@ -230,7 +230,15 @@ def test_federate_writes_and_says_what_it_built(tmp_path):
     result = call("federate", *SKEWED, "--compare", "iid", "--out", tmp_path / "f")
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "f").iterdir()}
-    assert names == {"federation.md", "federation.png", "federation.json", "train.npz", "test.npz", "new.npz"}
+    assert names == {
+        "federation.md",
+        "federation.png",
+        "federation.pdf",
+        "federation.json",
+        "train.npz",
+        "test.npz",
+        "new.npz",
+    }
     text = (tmp_path / "f" / "federation.md").read_text()
     for said in (result.output, text):
         for word in ("iris", "dirichlet", "iid", "new clients: 2", "size gini", "label entropy", "JS of pairs"):
