@@ -79,7 +79,10 @@ def fetch(
       cache_dir: where to keep them, or None for the user's cache folder.
       verify: whether to compare checksums, or None for the rule given above.
     """
-    folder = user_folder("data") if cache_dir is None else Path(cache_dir).expanduser().absolute()
+    try:
+        folder = user_folder("data") if cache_dir is None else Path(cache_dir).expanduser().absolute()
+    except OSError as error:
+        return _in_memory("the user's cache folder", error, build)
     key = hashlib.sha256(json.dumps([name, version, options], sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{name.replace('/', '-')}-{version}-{key}"
     kept = _read(path, source, verify)
@@ -90,12 +93,17 @@ def fetch(
     try:
         return _build(path, source, build)
     except _CannotWriteError as error:
-        warnings.warn(
-            f"cannot keep decoded data in {folder} ({error.__cause__}): building it in memory, as every start will "
-            "until the cache can be written; choose its place with cache_dir or XDG_CACHE_HOME",
-            CacheWarning,
-            stacklevel=2,
-        )
+        return _in_memory(folder, error.__cause__, build)
+
+
+def _in_memory(folder: Path | str, error: BaseException | None, build: Callable[[Allocate], dict[str, Any]]) -> Entry:
+    """Builds the arrays in memory, and says why."""
+    warnings.warn(
+        f"cannot keep decoded data in {folder} ({error}): building it in memory, as every start will until the cache "
+        "can be written; choose its place with cache_dir or XDG_CACHE_HOME",
+        CacheWarning,
+        stacklevel=3,
+    )
     arrays: dict[str, np.ndarray] = {}
 
     def allocate(array: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -107,9 +115,16 @@ def fetch(
 
 
 def user_folder(name: str) -> Path:
-    """The folder `name` in this library's part of the user's cache folder."""
+    """The folder `name` in this library's part of the user's cache folder.
+
+    Raises:
+      OSError: if nothing says where that is: no XDG_CACHE_HOME, and a user without a home directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(base) if base else Path.home() / ".cache") / "fedjax-core" / name
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fedjax-core" / name
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home directory, set HOME or XDG_CACHE_HOME") from None
 
 
 def _build(path: Path, source: str, build: Callable[[Allocate], dict[str, Any]]) -> Entry:

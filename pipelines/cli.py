@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import sys
 import warnings
@@ -19,11 +18,12 @@ from rich.text import Text
 
 from fedjax_core import samplers
 from pipelines import cache as kept
-from pipelines import continual_config, data, files, heterogeneity, methods, progress
+from pipelines import cards, continual_config, data, files, heterogeneity, methods, progress, terminal
 from pipelines import processes as several
-from pipelines.config import CLIENT_SETTINGS, Config
+from pipelines.config import CLIENT_SETTINGS, Config, count
 from pipelines.names import pick
 from pipelines.progress import duration, size
+from pipelines.terminal import usage_errors
 from pipelines.zeroth_order_command import zeroth_order
 
 _DEFAULTS = Config()
@@ -136,19 +136,27 @@ def _of_federation(command: Any) -> Any:
     return command
 
 
-@click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="fedjax-core", prog_name="fedjax-core")
-def main() -> None:
-    """Federated learning research in JAX: a whole federated round is one compiled step.
+_HELP = """Federated learning research in JAX: a whole federated round is one compiled step.
 
-    \b
-    fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
-    fedjax-core federate         describe and draw a federation before anything is trained
-    fedjax-core continual        learn one task after another, and see what is forgotten
-    fedjax-core list             what there is to choose from
-    fedjax-core list scaffold    a method's card and hyper-parameters
-    fedjax-core zeroth-order     compare methods that have function values and no gradients
-    """
+\b
+fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
+fedjax-core federate         describe and draw a federation before anything is trained
+fedjax-core continual        learn one task after another, and see what is forgotten
+fedjax-core list             what there is to choose from
+fedjax-core list scaffold    a method's card and hyper-parameters
+fedjax-core zeroth-order     compare methods that have function values and no gradients
+"""
+
+
+@click.group(
+    cls=terminal.Group,
+    help=_HELP,  # not the docstring, which `python -OO` leaves out
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="fedjax-core", prog_name="fedjax-core")
+@click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
+def main(debug: bool) -> None:
+    """Federated learning research in JAX; the help text is given above."""
 
 
 main.add_command(zeroth_order)
@@ -166,8 +174,8 @@ Examples:
   fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
 
 A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. Exit codes: 0 done,
-1 the loss or the model is no longer finite, 2 a mistake in the arguments, 3 another process of the run is gone, 130
-stopped by Ctrl-C.
+1 the loss or the model is no longer finite, 2 a mistake in the arguments, 3 another process of the run is gone, 4 an
+unexpected error, whose traceback is kept in a file, 130 stopped by Ctrl-C.
 """
 
 _CPU = "on the processor"
@@ -295,11 +303,11 @@ def train(
 ) -> None:
     """Train and compare federated methods; the help text is given above."""
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    if cache:
-        enable_compilation_cache()
     # Orbax tells of every step it takes through this logger.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    with _usage_errors(ctx):
+    with _warnings_as_lines(), usage_errors(ctx):
+        if cache:
+            terminal.keep_compiled()
         if values["steps"] is not None and "epochs" not in explicit:
             values["epochs"] = None
         if values["federation"] is not None:
@@ -308,18 +316,20 @@ def train(
         for name in chosen:
             methods.describe(name)
         config = Config(**values | {"methods": tuple(chosen), "settings": parse_settings(values["settings"], chosen)})
+        out = out or Path("runs") / config.slug()
+        files.check_directory(out)
         several.cores_as_devices(None if processes else config.mesh)
         if processes and not several.is_supervised():
-            sys.exit(_supervised(out or Path("runs") / config.slug()))
+            sys.exit(_supervised(out))
         if processes:
             several.connect(coordinator, num_processes, process_id)
         elif coordinator is not None or num_processes is not None or process_id is not None:
             raise ValueError("--coordinator, --num-processes and --process-id are for --processes: add it")
-    out = out or Path("runs") / config.slug()
-    console = Console(soft_wrap=True, highlight=False)
+        terminal.check_jax()
+    console = terminal.console()
     quiet = quiet or not several.is_first()
     reporter = progress.silent() if quiet else progress.bar(console) if console.is_terminal else progress.plain()
-    status = _train(ctx, config, out, explicit, reporter)
+    status = _train(ctx, config, out, explicit, terminal.going_on(reporter, out))
     if status == _LOST:
         several.leave(status)
     sys.exit(status)
@@ -340,7 +350,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
     from pipelines import train as driver
 
     with jax.enable_x64(config.x64), _warnings_as_lines():
-        with _usage_errors(ctx):
+        with usage_errors(ctx):
             # A run that goes on keeps its plan, and with it its numbers to the last bit.
             saved = driver.saved_config(out)
             if saved is not None:
@@ -429,19 +439,20 @@ def federate(ctx: click.Context, out: Path | None, compare: tuple[str, ...], **v
     from pipelines import federation as federations
     from pipelines import portrait, setup
 
-    with _warnings_as_lines(), _usage_errors(ctx):
+    with _warnings_as_lines(), usage_errors(ctx):
         config = Config(**values)
+        out = out or Path("federations") / config.federation_slug()
+        files.check_directory(out)
+        terminal.check_jax()
         for name in compare:
             pick("partition to compare with", name, [n for n in federations.PARTITIONS if n != config.partition])
         built = setup.federate(config)
         others = {name: _train_part(config, built, name) for name in compare}
-    out = out or Path("federations") / config.federation_slug()
-    with _usage_errors(ctx):
-        files.refuse_file(out)
+    with usage_errors(ctx):
         saved = federations.save(built, config, out)
-    rows = portrait.comparison(config, built, others)
-    portrait.write(out, config, built, rows, saved["warnings"])
-    console = Console(soft_wrap=True, highlight=False)
+        rows = portrait.comparison(config, built, others)
+        portrait.write(out, config, built, rows, saved["warnings"])
+    console = terminal.console()
     for line in portrait.described(config, built):
         console.print(Text(line))
     table = _table(*rows[0])
@@ -506,9 +517,13 @@ def continual(ctx: click.Context, out: Path, save_every: int, **values: Any) -> 
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     several.cores_as_devices()
-    with _warnings_as_lines(), _usage_errors(ctx):
+    with _warnings_as_lines(), usage_errors(ctx):
+        config = continual_config.from_options(values)
+        count("save_every", save_every, "1 saves after every round")
+        files.check_directory(out)
+        terminal.check_jax()
         try:
-            run(continual_config.from_options(values), out, save_every=save_every, reporter=progress.plain())
+            run(config, out, save_every=save_every, reporter=terminal.going_on(progress.plain(), out))
         except FloatingPointError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
@@ -524,7 +539,7 @@ def list_(ctx: click.Context, name: str | None) -> None:
     from pipelines import federation as federations
     from pipelines import setup, skew
 
-    console = Console(highlight=False)
+    console = terminal.console()
     groups: dict[str, tuple[Sequence[str], Callable[[str], Any]]] = {
         "models": (list(setup.MODELS), lambda n: getattr(models, n)),
         "data sets": (list(data.DATASETS), lambda n: data.DATASETS[n]),
@@ -534,14 +549,14 @@ def list_(ctx: click.Context, name: str | None) -> None:
     }
     if name is not None:
         known = [*methods.names(), *(entry for names, _ in groups.values() for entry in names)]
-        with _usage_errors(ctx):
+        with usage_errors(ctx):
             pick("name", name, known)
         if name in methods.names():
             _show_method(console, methods.describe(name))
             return
         for entries, find in groups.values():
             if name in entries:
-                click.echo(inspect.getdoc(find(name)))
+                click.echo(cards.text(find(name)))
         return
     table = _table("method", "what it is", "paper")
     for each in map(methods.describe, methods.names()):
@@ -551,7 +566,7 @@ def list_(ctx: click.Context, name: str | None) -> None:
         console.print()
         table = _table(title, "what it is")
         for entry in entries:
-            table.add_row(entry, Text(" ".join((inspect.getdoc(find(entry)) or "").split("\n\n")[0].split())))
+            table.add_row(entry, Text(" ".join(cards.text(find(entry)).split("\n\n")[0].split())))
         console.print(table)
     click.echo("\n`fedjax-core list NAME` shows everything about one of them.")
 
@@ -583,13 +598,6 @@ def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dic
     return {m: {**settings.get(m, {}), **own.get(m, {})} for m in chosen if m in settings or m in own}
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between processes, in the user's cache folder unless JAX is told of another."""
-    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009 (not in its type stub)
-        jax.config.update("jax_compilation_cache_dir", str(kept.user_folder("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _show_method(console: Console, method: methods.Method) -> None:
     click.echo(method.card)
     click.echo()
@@ -611,16 +619,6 @@ def _table(*headings: str) -> Table:
 
 
 @contextlib.contextmanager
-def _usage_errors(ctx: click.Context) -> Iterator[None]:
-    """A mistake in what was asked for is told in one line, with exit code 2, and without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        click.echo(f"Error: {error}\nTry `{ctx.command_path} --help`.", err=True)
-        ctx.exit(2)
-
-
-@contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     """Warnings of this package in one line, without the source line."""
     from pipelines.checkpoint import CheckpointWarning
@@ -629,13 +627,15 @@ def _warnings_as_lines() -> Iterator[None]:
     show = warnings.showwarning
 
     def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        if issubclass(category, ours):
-            click.echo(f"Warning: {message}", err=True)
+        said = terminal.repaired(str(message))
+        if said or issubclass(category, ours):
+            click.echo(f"Warning: {said or message}", err=True)
         else:
             show(message, category, *args, **kwargs)
 
     with warnings.catch_warnings():
         for category in ours:
             warnings.simplefilter("always", category)
+        warnings.filterwarnings("always", "Error reading persistent compilation cache")
         warnings.showwarning = line
         yield

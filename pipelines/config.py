@@ -144,16 +144,32 @@ class Config:
     attack_radius: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("methods", "hidden"):  # lists, as they come from JSON, are the same choice
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_kinds(self)
         for name, fix in _COUNTS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                checks.positive_int(name, value, fix)
+                count(name, value, fix)
+        for i, width in enumerate(self.hidden):
+            count(f"hidden[{i}]", width, "each hidden layer has at least one unit")
+        for name, fix in _NUMBERS.items():
+            at_least_zero(name, getattr(self, name), fix)
+        seeds = f"seeds={self.seeds} of them from first_seed={self.first_seed!r}"
+        if type(self.first_seed) is not int or not -LIMIT <= self.first_seed <= LIMIT - self.seeds + 1:
+            raise ValueError(
+                f"first_seed must be an integer from {-LIMIT} to {LIMIT}, and so the last one, got {seeds}: a seed "
+                "has 32 bits, take a smaller one"
+            )
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
                 f"epochs={self.epochs} and steps={self.steps}: local work is counted in one or the other, give one"
             )
         for name in ("participation", "turn_on", "turn_off", "target"):
             checks.scalar(name, getattr(self, name), low=0, high=1)
+        for name in _FINITE:
+            finite(name, getattr(self, name))
         checks.scalar("alpha", self.alpha, low=0, low_open=True)
         checks.scalar("imbalance", self.imbalance, low=1)
         checks.one_of("convolution", self.convolution, ("auto", "dots", "native"))
@@ -168,10 +184,6 @@ class Config:
         checks.scalar("attack_radius", self.attack_radius, low=0)
         for name in ("validation_share", "test_share"):
             checks.scalar(name, getattr(self, name), low=0, high=1, high_open=True)
-        for name in ("gap", "new_clients"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}: 0 leaves it out")
         if self.clients is None and self.partition != "natural":
             raise ValueError(f"clients=None with partition={self.partition!r}: only natural clients can be counted")
         if self.checkpoint_every % self.eval_every:
@@ -192,7 +204,7 @@ class Config:
         object.__setattr__(self, "settings", {m: dict(sorted(chosen.items())) for m, chosen in sorted(read.items())})
         for method in self.methods:
             client = self.client_settings(method)
-            checks.scalar("client_lr", client["client_lr"], low=0)
+            checks.scalar("client_lr", finite("client_lr", client["client_lr"]), low=0)
             checks.scalar("client_momentum", client["client_momentum"], low=0, high=1, high_open=True)
             checks.scalar("client_lr_decay", client["client_lr_decay"], low=0, high=1, low_open=True)
 
@@ -356,10 +368,76 @@ _COUNTS = {
     "model_parallel": "1 keeps every model whole on one device",
 }
 _OPTIONAL = ("clients", "epochs", "steps", "lanes", "mesh")
+_NUMBERS = {
+    "min_size": "0 lets clients have no examples",
+    "gap": "0 leaves it out",
+    "new_clients": "0 leaves it out",
+    "partition_seed": "every other number is another federation",
+}
+_FINITE = (
+    "alpha",
+    "sigma",
+    "exponent",
+    "imbalance",
+    "severity",
+    "attack_radius",
+    "client_lr",
+)
+
+LIMIT = 2**31 - 1
+"""The largest number of anything that is counted: devices count clients, examples, steps and rounds in 32 bits."""
+
+
+def count(name: str, value: Any, fix: str) -> int:
+    """Returns `value` as an int from 1 to `LIMIT`, or raises ValueError that ends with `fix`."""
+    if checks.positive_int(name, value, fix) > LIMIT:
+        raise ValueError(f"{name} must be at most {LIMIT}, got {value}: devices count in 32 bits, take a smaller one")
+    return int(value)
+
+
+def at_least_zero(name: str, value: Any, fix: str) -> int:
+    """Returns `value` as an int from 0 to `LIMIT`, or raises ValueError that ends with `fix`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}: {fix}")
+    return value if value == 0 else count(name, value, fix)
+
+
+def finite(name: str, value: Any) -> float:
+    """Returns a number, or raises ValueError if it is none, NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}: write it as one")
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} must be finite in single precision, got {value!r}: take another number")
+    return value
+
+
+_LARGEST = float.fromhex("0x1.fffffep127")
+"""The largest number of single precision."""
+
+
+def _check_kinds(config: Config) -> None:
+    """Raises ValueError for a field that is not of the kind its default is of, where no other check would say so."""
+    for each in dataclasses.fields(config):
+        value, default = getattr(config, each.name), each.default
+        optional = value is None and (default is None or each.name in _OPTIONAL)
+        kind = str if each.name in _TEXTS else type(default)
+        if kind in (str, bool, tuple) and not optional and not isinstance(value, kind):
+            noun = {str: "a text", bool: "True or False", tuple: "a tuple"}[kind]
+            raise ValueError(f"{each.name} must be {noun}, got {value!r}: write it as one")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{each.name} must not hold the character NUL, got {value!r}: leave it out")
+
+
+_TEXTS = ("data_dir", "federation", "federation_digest")
 
 
 def _setting(method: str, name: str, value: Value) -> Value:
     if name in CLIENT_SETTINGS:
-        return methods.read(f"{method}.{name}", value, CLIENT_SETTINGS[name])
-    known = [*methods.describe(method).hyperparameters, *CLIENT_SETTINGS]
-    return methods.parse(method, pick(f"hyper-parameter of {method}", name, known), value)
+        read = methods.read(f"{method}.{name}", value, CLIENT_SETTINGS[name])
+    else:
+        known = [*methods.describe(method).hyperparameters, *CLIENT_SETTINGS]
+        read = methods.parse(method, pick(f"hyper-parameter of {method}", name, known), value)
+    if isinstance(read, int) and abs(read) > LIMIT:
+        raise ValueError(f"{method}.{name} must be within -{LIMIT} and {LIMIT}, got {read}: devices count in 32 bits")
+    # NaN is not even equal to itself, so a run that was begun with it could not go on.
+    return read if isinstance(read, int | str) else finite(f"{method}.{name}", read)

@@ -1,6 +1,5 @@
 """Every choice of a run over several tasks, and the options of the command line that make it."""
 
-import inspect
 import re
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import click
 
 from fedjax_core import checks
+from pipelines import cards
+from pipelines.config import LIMIT, at_least_zero, count, finite
 from pipelines.names import pick
 
 SCENARIOS = ("permuted", "split")
@@ -80,19 +81,33 @@ class Continual:
             pick("method", name, METHODS)
         if not self.methods:
             raise ValueError(f"methods is empty: choose among {', '.join(METHODS)}")
-        for name in ("tasks", "rounds", "clients", "cohort_size", "batch_size", "epochs"):
-            checks.positive_int(name, getattr(self, name), "count at least one")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods={list(self.methods)} names one twice: name each once")
+        for name in ("tasks", "rounds", "clients", "cohort_size", "batch_size", "epochs", "oversampling"):
+            count(name, getattr(self, name), "count at least one")
+        for i, width in enumerate(self.hidden):
+            count(f"hidden[{i}]", width, "each hidden layer has at least one unit")
+        for name in ("client_lr", "weight_decay", "energy", "energy_step", "lam", "mu"):
+            finite(name, getattr(self, name))
+        for name in ("client_lr", "weight_decay"):
+            checks.scalar(name, getattr(self, name), low=0)
+        at_least_zero("seed", self.seed, "every other number is another run")
+        if self.tasks * self.rounds > LIMIT:
+            raise ValueError(
+                f"tasks={self.tasks} of rounds={self.rounds} are more than {LIMIT} rounds in all: devices count in 32 "
+                "bits, take fewer"
+            )
 
 
 def options(command: Any) -> Any:
     """Gives a click command an option for every field of `Continual`, with its docstring as help; lists by commas."""
-    text = (inspect.getdoc(Continual) or "").partition("Attributes:")[2]
+    text = cards.text(Continual).partition("Attributes:")[2]
     about = {name: " ".join(words.split()) for name, words in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text, re.M)}
     for field in reversed(fields(Continual)):
         default: Any = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         kind: Any = type(default) if isinstance(default, int | float) else str
         flag = "--" + field.name.replace("_", "-")
-        shown = {"help": about[field.name], "default": default, "show_default": default is not None}
+        shown = {"help": about.get(field.name), "default": default, "show_default": default is not None}
         command = click.option(flag, type=kind, metavar=kind.__name__.upper(), **shown)(command)
     return command
 

@@ -13,6 +13,7 @@ examples and of the assignments is checked when it is loaded.
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines import embedding, files, heterogeneity, partition, skew, splits
 from pipelines.assignment import Assignment
 from pipelines.config import FEDERATION_FIELDS, Config
 from pipelines.dataset import Dataset
-from pipelines.names import pick
+from pipelines.names import pick, shortened
 
 PARTITIONS: dict[str, Callable[..., Assignment]] = {**partition.PARTITIONS, "embedding": embedding.embedding}
 """Name to partitioner; the name of its first argument says what it reads: labels, groups or embeddings."""
@@ -161,7 +162,7 @@ def save(federation: Federation, config: Config, directory: str | Path) -> dict[
       The content of federation.json; "digest" and "warnings" take a pass over all examples.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_directory(folder)
     for name, (source, assignment) in federation.parts.items():
         assignment.save(folder / f"{name}.npz", source=source, dataset=federation.dataset.name)
     content = {
@@ -287,8 +288,10 @@ def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset
 
 def _content(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no federation (no {_FILE}): make one with `fedjax-core federate --out`")
+    if not os.path.isfile(path):  # a name that is too long is no file
+        raise ValueError(
+            f"{shortened(str(folder))} holds no federation (no {_FILE}): make one with `fedjax-core federate --out`"
+        )
     try:
         content = json.loads(path.read_text())
         if content["format"] != _FORMAT:

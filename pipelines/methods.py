@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import algorithms
 from fedjax_core import Algorithm, ClientOptimizer, LossFn
+from pipelines import cards
 from pipelines.names import pick
 
 Value = bool | int | float | str
@@ -60,7 +61,7 @@ def describe(name: str) -> Method:
       ValueError: if the name is unknown, with the nearest match.
     """
     factory = getattr(algorithms, pick("method", name, names()))
-    card = inspect.getdoc(factory) or ""
+    card = cards.text(factory)
     paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]
     paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
     keyword_only = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]

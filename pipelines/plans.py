@@ -8,6 +8,7 @@ convolutions, once for a device, a model and a batch size; what came of it is ke
 import dataclasses
 import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
@@ -121,18 +122,32 @@ def _tried(config: Config, reporter: Reporter) -> Config:
     """The fastest lanes and convolution for a configuration, tried now or looked up."""
     # Any one method stands for all: what is measured is the local step.
     experiment = prepare(dataclasses.replace(config, methods=("fedavg",), settings={}))
-    path = cache.user_folder("plans") / f"{_fingerprint(experiment)}.json"
+    name, where = f"{_fingerprint(experiment)}.json", "not kept"
     # Processes that took different plans would wait for each other for ever, so the first one's counts.
-    found = processes.first_does(lambda: json.loads(path.read_text()) if path.exists() else None)
+    found = processes.first_does(lambda: _kept_trial(name))
     if found is None:
         reporter.say("trying execution plans ...")
         found = processes.from_first(_measure(config, experiment))
         if processes.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(path, json.dumps(found, indent=2) + "\n")
+            with suppress(OSError):  # where nothing can be kept, the next run tries again
+                path = cache.user_folder("plans") / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_text(path, json.dumps(found, indent=2) + "\n")
+                where = f"kept in {path}"
+    else:
+        where = "kept from an earlier run"
     convolution = config.convolution if config.convolution != "auto" else found["convolution"]
-    reporter.say(f"plan: {found['lanes']} lanes, convolution {convolution} (tried on this device, kept in {path})")
+    reporter.say(f"plan: {found['lanes']} lanes, convolution {convolution} (tried on this device, {where})")
     return dataclasses.replace(config, lanes=found["lanes"], convolution=convolution)
+
+
+def _kept_trial(name: str) -> dict[str, Any] | None:
+    """What an earlier run has found, or None: also where the file is damaged, which is then written anew."""
+    try:
+        found = json.loads((cache.user_folder("plans") / name).read_text())
+        return {**found, "lanes": int(found["lanes"]), "convolution": str(found["convolution"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _measure(config: Config, experiment: Experiment) -> dict[str, Any]:

@@ -241,9 +241,10 @@ def available(data_dir: str | Path | None = None) -> list[str]:
 def _root(data_dir: str | Path | None) -> Path:
     chosen = data_dir or os.environ.get(VARIABLE)
     if chosen is None:
-        return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser().absolute()
-    root = Path(chosen).expanduser().absolute()
-    if not root.is_dir():
+        # os.path leaves "~" as it is where there is no home directory.
+        return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))).absolute()
+    root = Path(os.path.expanduser(chosen)).absolute()
+    if not os.path.isdir(root):  # a name that is too long is no folder
         said = f"data_dir={str(data_dir)!r}" if data_dir else f"environment variable {VARIABLE}={chosen!r}"
         raise ValueError(f"{said} is not a folder: name the one that holds the prepared data")
     return root

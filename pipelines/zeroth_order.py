@@ -28,6 +28,7 @@ from threadpoolctl import threadpool_limits
 import algorithms
 from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, samplers
 from pipelines import files, growth
+from pipelines.config import count, finite
 from pipelines.names import pick
 
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -276,6 +277,25 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
     return run
 
 
+def check(study: Study) -> None:
+    """Raises ValueError for numbers that make no sense whatever the task."""
+    pick("task", study.task, TASKS)
+    options = dict(study.options)
+    for name in ("rounds", "steps", "trials", "directions", "neighbors", "features", "capacity"):
+        count(name, getattr(study, name), "take at least one")
+    for name in ("clients", "dim", "pool"):
+        if name in options:
+            count(name, options[name], "take at least one")
+    for name in ("lr", "mu", "radius", "lengthscale"):
+        checks.scalar(name, finite(name, getattr(study, name)), low=0, low_open=True)
+    for name in ("alpha", "epsilon", "reach"):
+        if name in options:
+            checks.scalar(name, finite(name, options[name]), low=0, low_open=True)
+    for name in ("noise", "correction_decay"):
+        checks.scalar(name, finite(name, getattr(study, name)), low=0)
+    finite("heterogeneity", options.get("heterogeneity", 0.0))
+
+
 def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, np.ndarray]]:
     """Runs what is not yet there of a study, and writes its report into the directory `out`.
 
@@ -283,9 +303,9 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
       Name of a method to its curves, each [trials, rounds + 1] (see `curve`).
 
     Raises:
-      ValueError: if the directory holds another study.
+      ValueError: if something is wrong with the study, or the directory holds another one.
     """
-    pick("task", study.task, TASKS)
+    check(study)
     # Mistakes show in building a task, before the directory is there.
     tasks = [TASKS[study.task](trial, **dict(study.options)) for trial in range(study.trials)]
     claim(study, out)

@@ -1,10 +1,11 @@
 """The command `fedjax-core zeroth-order`: the experiments of `pipelines.zeroth_order`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from pipelines import files, progress, terminal
 
 _STUDY = (
     click.option("--rounds", type=int, default=50, show_default=True, help="Rounds of each method."),
@@ -30,19 +31,22 @@ def _of_study(command: Any) -> Any:
     return command
 
 
-@click.group(name="zeroth-order", short_help="Compare methods that query values and have no gradients.")
+_HELP = """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: function values, no gradients.
+
+F against rounds and against queries, means and standard deviations over trials, as curves.png and .pdf,
+curves.csv, summary.md and results.tex. Every core, or other device, has a trial of its own. A study that was
+stopped goes on when the same command is given again.
+
+\b
+fedjax-core zeroth-order synthetic --function quadratic --heterogeneity 5
+fedjax-core zeroth-order attack --dataset fashion_mnist --data-dir DIR --steps 5
+fedjax-core zeroth-order metric --score jaccard --mu 1 --lr 0.05
+"""
+
+
+@click.group(name="zeroth-order", short_help="Compare methods that query values and have no gradients.", help=_HELP)
 def zeroth_order() -> None:
-    """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: function values, no gradients.
-
-    F against rounds and against queries, means and standard deviations over trials, as curves.png and .pdf,
-    curves.csv, summary.md and results.tex. Every core, or other device, has a trial of its own. A study that was
-    stopped goes on when the same command is given again.
-
-    \b
-    fedjax-core zeroth-order synthetic --function quadratic --heterogeneity 5
-    fedjax-core zeroth-order attack --dataset fashion_mnist --data-dir DIR --steps 5
-    fedjax-core zeroth-order metric --score jaccard --mu 1 --lr 0.05
-    """
+    """Compare methods that have function values and no gradients; the help text is given above."""
 
 
 @zeroth_order.command(short_help="Quadratic, Ackley or Levy functions.")
@@ -51,9 +55,10 @@ def zeroth_order() -> None:
 @click.option("--clients", type=int, default=5, show_default=True, help="Number of clients.")
 @click.option("--heterogeneity", type=float, default=0.5, show_default=True, help="How much clients differ.")
 @_of_study
-def synthetic(**values: Any) -> None:
+@click.pass_context
+def synthetic(ctx: click.Context, **values: Any) -> None:
     """Synthetic functions whose clients differ."""
-    _compare("synthetic", values)
+    _compare(ctx, "synthetic", values)
 
 
 @zeroth_order.command(short_help="A black-box attack on the classifiers of all clients.")
@@ -63,9 +68,10 @@ def synthetic(**values: Any) -> None:
 @click.option("--alpha", type=float, default=1.0, show_default=True, help="Of the Dirichlet split; small is skewed.")
 @click.option("--epsilon", type=float, default=0.3, show_default=True, help="Largest change of a pixel in [0, 1].")
 @_of_study
-def attack(**values: Any) -> None:
+@click.pass_context
+def attack(ctx: click.Context, **values: Any) -> None:
     """One perturbation that is to mislead the classifiers of all clients."""
-    _compare("attack", values)
+    _compare(ctx, "attack", values)
 
 
 @zeroth_order.command(short_help="A metric without a gradient.")
@@ -77,12 +83,13 @@ def attack(**values: Any) -> None:
 @click.option("--pool", type=int, default=1, show_default=True, help="Of images, means of squares of that many pixels.")
 @click.option("--reach", type=float, default=0.2, show_default=True, help="Largest shift of a weight.")
 @_of_study
-def metric(**values: Any) -> None:
+@click.pass_context
+def metric(ctx: click.Context, **values: Any) -> None:
     """A macro-averaged score of a perceptron as a function of its weights."""
-    _compare("metric", values)
+    _compare(ctx, "metric", values)
 
 
-def _compare(task: str, values: dict[str, Any]) -> None:
+def _compare(ctx: click.Context, task: str, values: dict[str, Any]) -> None:
     from pipelines import processes
     from pipelines import zeroth_order as experiments
 
@@ -90,9 +97,9 @@ def _compare(task: str, values: dict[str, Any]) -> None:
     out = values.pop("out") or Path("runs") / task
     own = {name: values.pop(name) for name in experiments.Study._fields if name in values}
     study = experiments.Study(task, tuple(sorted(values.items())), **own)
-    say: Callable[[str], None] = click.echo
-    try:
-        experiments.compare(study, out, say)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    click.echo(f"written: {out / 'summary.md'}, results.tex, curves.png and .pdf, curves.csv")
+    reporter = terminal.going_on(progress.plain(), out)
+    with terminal.usage_errors(ctx):
+        files.check_directory(out)
+        terminal.check_jax()
+        experiments.compare(study, out, reporter.say)
+    reporter.say(f"written: {out / 'summary.md'}, results.tex, curves.png and .pdf, curves.csv")

@@ -16,10 +16,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 
+import fedjax_core  # noqa: F401 - before JAX is used, whose waiting it sets
+
 # Golden traces and plan agreement are proved in float64; float32 tests pass float32 arrays.
 jax.config.update("jax_enable_x64", True)
 # Stand-ins for a mesh: several CPU devices in one process.
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # made now: the command line asks for as many as there are cores where there are none yet
 
 
 MAPPINGS = Path("/proc/self/maps")

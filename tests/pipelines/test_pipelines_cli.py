@@ -204,11 +204,22 @@ def test_processes_are_asked_for(monkeypatch):
     assert "are for --processes: add it" in result.output
 
 
-def test_other_errors_are_not_dressed_up(monkeypatch, tmp_path):
-    result = run_with(monkeypatch, tmp_path, ZeroDivisionError("a bug"))
-    assert isinstance(result.exception, ZeroDivisionError)
-    value_error = run_with(monkeypatch, tmp_path, ValueError("a bug"))
-    assert isinstance(value_error.exception, ValueError), "a mistake in the arguments is found before the run"
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), ValueError("a bug")])
+def test_other_errors_are_told_in_a_sentence_and_kept_whole(error, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = run_with(monkeypatch, tmp_path, error)
+    assert result.exit_code == 4, "a mistake in the arguments (2) is found before the run"
+    said = result.output.splitlines()
+    assert f"Error: unexpected {type(error).__name__}: a bug" in said
+    assert "Traceback" not in result.output
+    (kept,) = tmp_path.glob("fedjax-core-*.txt")
+    assert str(kept) in said[-1]
+    assert "in run\n    raise outcome" in kept.read_text()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert "raise outcome" in run_with(monkeypatch, tmp_path, error).output, "nothing is hidden where nothing is kept"
+    monkeypatch.setattr(driver, "run", lambda experiment, out, *, reporter: 1 / 0)
+    words = ["--debug", "train", "--no-cache", *SMALL, "--method", "fedavg", "--out", tmp_path / "run"]
+    assert isinstance(call(*words).exception, ZeroDivisionError)
 
 
 def test_a_whole_run(tmp_path):
