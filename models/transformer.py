@@ -1,4 +1,4 @@
-"""A small decoder-only transformer."""
+"""A small transformer: a decoder that predicts the next token, or an encoder that classifies a text."""
 
 from functools import partial
 
@@ -21,7 +21,10 @@ def _norm() -> nn.LayerNorm:
 
 
 class _Block(nn.Module):
-    """[B, T, dim] -> [B, T, dim]: causal self-attention and a perceptron, each normalized first and added."""
+    """[B, T, dim] -> [B, T, dim]: self-attention and a perceptron, each normalized first and added.
+
+    Position t attends to the positions s with seen[..., t, s].
+    """
 
     dim: int
     num_heads: int
@@ -38,19 +41,18 @@ class _Block(nn.Module):
         self.down = _dense(self.dim, self.residual_stddev)
         self.drop = nn.Dropout(self.dropout)
 
-    def attention(self, x: Array) -> Array:
+    def attention(self, x: Array, seen: Array) -> Array:
         B, T, _ = x.shape
         # Heads before tokens: moved once, where the products would each move them (benchmarks/designs.py).
         projections = (self.query, self.key, self.value)
         q, k, v = (f(x).reshape(B, T, self.num_heads, -1).transpose(0, 2, 1, 3) for f in projections)
         scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
-        past = jnp.tril(jnp.ones((T, T), bool))
         # A finite minimum and not -inf: exp gives 0 either way, and no inf - inf can arise in a derivative.
-        weights = nn.softmax(jnp.where(past, scores, jnp.finfo(scores.dtype).min))
+        weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))
         return self.out(jnp.einsum("bhts,bhsd->bhtd", weights, v).transpose(0, 2, 1, 3).reshape(B, T, self.dim))
 
-    def __call__(self, x: Array, train: bool) -> Array:
-        x = x + self.drop(self.attention(self.attention_norm(x)), deterministic=not train)
+    def __call__(self, x: Array, seen: Array, train: bool) -> Array:
+        x = x + self.drop(self.attention(self.attention_norm(x), seen), deterministic=not train)
         return x + self.drop(self.down(nn.gelu(self.up(self.mlp_norm(x)))), deterministic=not train)
 
 
@@ -62,6 +64,8 @@ class _Transformer(nn.Module):
     num_heads: int
     mlp_dim: int
     dropout: float
+    num_classes: int | None
+    pad_token: int | None
 
     def setup(self) -> None:
         table = partial(nn.Embed, embedding_init=nn.initializers.normal(_STDDEV), param_dtype=PARAM_DTYPE)
@@ -74,14 +78,26 @@ class _Transformer(nn.Module):
         ]
         self.norm = _norm()
         self.drop = nn.Dropout(self.dropout)
-        self.head = _dense(self.vocab_size)
+        self.head = _dense(self.vocab_size if self.num_classes is None else self.num_classes)
 
     def features(self, x: Array, train: bool = False) -> Array:
         y = embed(self.embed, x) + self.position(jnp.arange(x.shape[1]))
         y = self.drop(y, deterministic=not train)
+        T = x.shape[1]
+        real = None if self.pad_token is None else x != self.pad_token
+        if self.num_classes is None:
+            seen = jnp.tril(jnp.ones((T, T), bool))
+        else:
+            seen = jnp.ones((T, T), bool) if real is None else real[:, None, None, :]
         for block in self.block:
-            y = block(y, train)
-        return self.norm(y)
+            y = block(y, seen, train)
+        y = self.norm(y)
+        if self.num_classes is None:
+            return y
+        if real is None:
+            return jnp.mean(y, axis=1)
+        total = jnp.sum(jnp.where(real[..., None], y, 0), axis=1)
+        return total / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(y.dtype)
 
     def __call__(self, x: Array, train: bool = False) -> Array:
         return self.head(self.features(x, train))
@@ -95,8 +111,11 @@ def transformer(
     num_heads: int,
     mlp_ratio: int = 4,
     dropout: float = 0.0,
+    num_classes: int | None = None,
+    pad_token: int | None = None,
 ) -> Model:
-    """Causal decoder: token plus learned position embeddings, pre-norm blocks, a final norm, a dense head.
+    """Token plus learned position embeddings, pre-norm blocks, a final norm, a dense head: a causal decoder, or, given
+    classes, an encoder of whole texts.
 
     Vaswani et al., "Attention Is All You Need", 2017 (https://arxiv.org/abs/1706.03762), in the pre-norm form
     of Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), 2019, with its
@@ -104,8 +123,12 @@ def transformer(
     and on what each sublayer adds, not on attention weights.
 
     Every weight is one matrix at a plain path ("block_0/query/kernel" [dim, dim], "block_0/up/kernel" [dim,
-    mlp_ratio dim]), which is what adapters and partitions by path want. Sequences padded on the right need no
-    mask: a position never sees a later one.
+    mlp_ratio dim]), which is what adapters and partitions by path want. A decoder needs no mask for sequences padded on
+    the right: a position never sees a later one.
+
+    With `num_classes` every position sees all others, the head is applied to the mean over positions, and positions
+    that hold `pad_token` are neither seen nor part of the mean, so that a text's logits do not depend on how far it
+    was padded.
 
     Args:
       vocab_size: number V of tokens; inputs are in 0..V-1, and a token outside gives NaN.
@@ -115,9 +138,12 @@ def transformer(
       num_heads: attention heads; must divide `dim`.
       mlp_ratio: width of a block's perceptron over `dim`.
       dropout: rate at training, in [0, 1).
+      num_classes: number K of classes of a text, or None to predict the next token.
+      pad_token: the token that fills up a text to be classified, in 0..V-1; None if there is none.
 
     Returns:
-      A `Model` from int[B, T] tokens, T <= max_len, to logits [B, T, V] and features [B, T, dim].
+      A `Model` from int[B, T] tokens, T <= max_len, to logits [B, T, V] and features [B, T, dim]; with `num_classes` to
+      logits [B, K] and features [B, dim].
     """
     dim, num_heads = check_positive("dim", dim), check_positive("num_heads", num_heads)
     if dim % num_heads:
@@ -125,6 +151,11 @@ def transformer(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}; 0 turns it off.")
     max_len = check_positive("max_len", max_len)
+    if num_classes is None and pad_token is not None:
+        raise ValueError(
+            f"pad_token={pad_token} is for texts to be classified: give num_classes too, or leave it out and tell the "
+            "loss what padding is (sequence_cross_entropy's pad_id)."
+        )
     module = _Transformer(
         check_positive("vocab_size", vocab_size),
         max_len,
@@ -133,5 +164,7 @@ def transformer(
         num_heads,
         check_positive("mlp_ratio", mlp_ratio) * dim,
         dropout,
+        None if num_classes is None else check_positive("num_classes", num_classes),
+        pad_token,
     )
     return build(module, (1, 1), int, partial(check_tokens, max_len=max_len))

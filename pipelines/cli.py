@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,16 +13,18 @@ from typing import Any
 import click
 import jax
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem, get_completion_class
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedjax_core import samplers
 from pipelines import cache as kept
-from pipelines import cards, continual_config, data, files, heterogeneity, methods, progress, terminal
+from pipelines import catalog, continual_config, files, heterogeneity, methods, progress, terminal
+from pipelines import config_file as config_files
 from pipelines import processes as several
 from pipelines.config import CLIENT_SETTINGS, Config, count
 from pipelines.names import pick
+from pipelines.own import short
 from pipelines.progress import duration, size
 from pipelines.terminal import usage_errors
 from pipelines.zeroth_order_command import zeroth_order
@@ -61,6 +64,23 @@ def _option(heading: str, *flags: str, **kwargs: Any) -> Callable[[Any], Any]:
     return click.option(*flags, cls=_Option, heading=heading, **kwargs)
 
 
+def _names(*kinds: str) -> Callable[..., list[Any]]:
+    """Completes names of the kinds, or of all kinds, in a shell; after a + the next one."""
+
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
+        found = catalog.kinds(ctx.params.get("data_dir"))
+
+        before, mark, begun = incomplete.rpartition("+")
+        return [
+            CompletionItem(before + mark + name, help=catalog.first_paragraph(card())[:80])
+            for kind in kinds or found
+            for name, card in found[kind].items()
+            if name.startswith(begun)
+        ]
+
+    return complete
+
+
 class _Clients(click.ParamType):
     """A number of clients, or "all" of them."""
 
@@ -92,7 +112,13 @@ class _Widths(click.ParamType):
 
 
 _FEDERATION_OPTIONS = (
-    _option("Data", "--dataset", metavar="NAME", help="Data set, or several joined by + as domains; a .npz file."),
+    _option(
+        "Data",
+        "--dataset",
+        metavar="NAME",
+        shell_complete=_names("data set"),
+        help="Data set, or several joined by + as domains; a .npz file; your own, as module:function.",
+    ),
     _option("Data", "--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]"),
     _option("Data", "--sequence-length", type=int, metavar="N", help="Text: positions of an example."),
     _option("Data", "--vocabulary", metavar="NAME", help="Text: characters, bytes or a file of tokenizers."),
@@ -101,6 +127,7 @@ _FEDERATION_OPTIONS = (
         "Clients",
         "--partition",
         metavar="NAME",
+        shell_complete=_names("partition"),
         help="Who holds which examples: iid, dirichlet, shards, classes, partial_classes, lognormal, power_law, "
         "natural, domains, clusters or embedding; `fedjax-core list` says what they are.",
     ),
@@ -118,7 +145,13 @@ _FEDERATION_OPTIONS = (
     _option("Clients", "--exponent", type=float, metavar="A", help="power_law: of the sizes."),
     _option("Clients", "--clusters", type=int, metavar="N", help="embedding: number of clusters."),
     _option("Clients", "--imbalance", type=float, metavar="F", help="Long tail: largest over smallest class."),
-    _option("Clients", "--feature-skew", metavar="NAME", help="What clients do to their inputs, such as rotation."),
+    _option(
+        "Clients",
+        "--feature-skew",
+        metavar="NAME",
+        shell_complete=_names("feature skew"),
+        help="What clients do to their inputs, such as rotation.",
+    ),
     _option("Clients", "--severity", type=float, metavar="S", help="Strength of the feature skew."),
     _option("Clients", "--validation-share", type=float, metavar="P", help="Share of a client's examples kept back."),
     _option("Clients", "--test-share", type=float, metavar="P", help="Share kept to test it."),
@@ -126,6 +159,16 @@ _FEDERATION_OPTIONS = (
     _option("Clients", "--gap", type=int, metavar="N", help="position: examples dropped between the parts."),
     _option("Clients", "--new-clients", type=int, metavar="N", help="Clients that take no part in training."),
     _option("Clients", "--partition-seed", type=int, metavar="SEED", help="Seed of all of this."),
+)
+
+
+_CONFIG = _option(
+    "Configuration",
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Options from a TOML, YAML or JSON file, or those of a run; what is given here goes before them.",
 )
 
 
@@ -145,6 +188,7 @@ fedjax-core continual        learn one task after another, and see what is forgo
 fedjax-core list             what there is to choose from
 fedjax-core list scaffold    a method's card and hyper-parameters
 fedjax-core zeroth-order     compare methods that have function values and no gradients
+fedjax-core completion bash  make the shell complete all of these (or zsh, or fish)
 """
 
 
@@ -187,6 +231,15 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
     help="Train with one or several federated methods, all seeds at once, and compare them." + _EXAMPLES,
     short_help="Train and compare federated methods.",
 )
+@_CONFIG
+@_option(
+    "Configuration",
+    "--write-config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write all options to such a file, and stop.",
+)
+@_option("Configuration", "--print-config", is_flag=True, show_default=False, help="Print them as TOML, and stop.")
 @_of_federation
 @_option(
     "Clients", "--federation", metavar="DIR", help="A federation saved by `fedjax-core federate`, instead of all that."
@@ -197,7 +250,9 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
     "methods",
     multiple=True,
     metavar="NAME",
-    help=f"Method to run; may be given several times.  [default: {', '.join(_DEFAULTS.methods)}]",
+    shell_complete=_names("method"),
+    help="Method to run, or your own as module:function; may be given several times.  "
+    f"[default: {', '.join(_DEFAULTS.methods)}]",
 )
 @_option(
     "Methods and model",
@@ -208,7 +263,13 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
     help="Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and client_lr_decay. "
     "May be given several times.",
 )
-@_option("Methods and model", "--model", metavar="NAME", help="Model; `fedjax-core list` shows them.")
+@_option(
+    "Methods and model",
+    "--model",
+    metavar="NAME",
+    shell_complete=_names("model"),
+    help="Model; `fedjax-core list` shows them. Your own: module:function.",
+)
 @_option(
     "Methods and model",
     "--hidden",
@@ -221,6 +282,7 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
     "Participation",
     "--sampler",
     metavar="NAME",
+    shell_complete=_names("sampler"),
     help="Who takes part in a round: uniform, weighted (by size), full, bernoulli, cyclic, periodic or markov.",
 )
 @_option("Participation", "--cohort-size", type=int, metavar="N", help="uniform, weighted, cyclic: clients a round.")
@@ -233,7 +295,13 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
 @_option("Local training", "--steps", type=int, metavar="N", help="Local steps, instead of epochs.")
 @_option("Local training", "--order", metavar="NAME", help="Order of examples: shuffled, replacement or sequential.")
 @_option("Local training", "--weights", metavar="NAME", help="Weights of clients in averages: uniform or examples.")
-@_option("Local training", "--client-optimizer", metavar="NAME", help="sgd, adam or adamw.")
+@_option(
+    "Local training",
+    "--client-optimizer",
+    metavar="NAME",
+    shell_complete=_names("client optimizer"),
+    help="sgd, adam or adamw.",
+)
 @_option("Local training", "--client-lr", type=float, metavar="LR", help="Learning rate of the clients.")
 @_option("Local training", "--client-momentum", type=float, metavar="M", help="Momentum of the clients (sgd).")
 @_option("Local training", "--client-lr-decay", type=float, metavar="F", help="Factor on client_lr after every round.")
@@ -299,6 +367,9 @@ def train(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
+    config_file: Path | None,
+    write_config: Path | None,
+    print_config: bool,
     **values: Any,
 ) -> None:
     """Train and compare federated methods; the help text is given above."""
@@ -308,6 +379,7 @@ def train(
     with _warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
+        filed = {} if config_file is None else _from_file(config_file, values, explicit)
         if values["steps"] is not None and "epochs" not in explicit:
             values["epochs"] = None
         if values["federation"] is not None:
@@ -315,7 +387,16 @@ def train(
         chosen = list(values.pop("methods")) or list(_DEFAULTS.methods)
         for name in chosen:
             methods.describe(name)
-        config = Config(**values | {"methods": tuple(chosen), "settings": parse_settings(values["settings"], chosen)})
+        settings = parse_settings(values["settings"], chosen)
+        for method, own in _filed_settings(filed, chosen).items():
+            settings[method] = own | settings.get(method, {})
+        config = Config(**values | {"methods": tuple(chosen), "settings": settings})
+        if write_config is not None:
+            config_files.write(write_config, config)
+        if print_config:
+            click.echo(config_files.text(config), nl=False)
+        if write_config is not None or print_config:
+            return
         out = out or Path("runs") / config.slug()
         files.check_directory(out)
         several.cores_as_devices(None if processes else config.mesh)
@@ -417,6 +498,7 @@ digest, so that a federation can be shared and is checked when it is used. Exit 
 arguments.
 """,
 )
+@_CONFIG
 @_of_federation
 @_option("Output", "--batch-size", type=int, metavar="N", help="Warn of clients with fewer examples.")
 @_option(
@@ -434,12 +516,17 @@ arguments.
     help="Directory.  [default: federations/<what it is>]",
 )
 @click.pass_context
-def federate(ctx: click.Context, out: Path | None, compare: tuple[str, ...], **values: Any) -> None:
+def federate(
+    ctx: click.Context, out: Path | None, compare: tuple[str, ...], config_file: Path | None, **values: Any
+) -> None:
     """Build, describe and draw a federation; the help text is given above."""
     from pipelines import federation as federations
     from pipelines import portrait, setup
 
+    explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     with _warnings_as_lines(), usage_errors(ctx):
+        if config_file is not None:
+            _from_file(config_file, values, explicit)
         config = Config(**values)
         out = out or Path("federations") / config.federation_slug()
         files.check_directory(out)
@@ -473,6 +560,36 @@ def _train_part(config: Config, built: Any, partition: str) -> Any:
 
     other = dataclasses.replace(config, partition=partition, feature_skew="none")
     return federations.build(other, built.dataset).parts["train"].assignment
+
+
+def _from_file(path: Path, values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """Puts what a file says into the values of the options that are not given, and returns its settings of methods."""
+    found = config_files.read(path)
+    settings = {"settings": found.pop("settings", {}), "methods": found.get("methods")}
+    work = {"epochs", "steps"}
+    if explicit & work:  # one of them here does away with both there
+        found = {name: value for name, value in found.items() if name not in work}
+    if "steps" in found and found["steps"] is not None:
+        found.setdefault("epochs", None)
+    if found.get("federation") is None or "federation" in explicit:
+        found.pop("federation_digest", None)
+    given = {name: value for name, value in found.items() if name not in explicit}
+    values |= {name: value for name, value in given.items() if name in values}
+    explicit |= set(given) & set(values)
+    return settings
+
+
+def _filed_settings(filed: dict[str, Any], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
+    """The settings of a file for the methods of this run; those of other methods of the file are left out."""
+    settings: dict[str, dict[str, methods.Value]] = dict(filed.get("settings", {}))
+    general = parse_settings([f"{name}={value}" for name, value in settings.pop("", {}).items()], chosen)
+    for method, own in settings.items():
+        called = [each for each in chosen if short(each) == method]
+        name = called[0] if method not in chosen and len(called) == 1 else method
+        pick("method in settings", name, list(dict.fromkeys([*chosen, *(filed.get("methods") or ())])))
+        if name in chosen:
+            general[name] = general.get(name, {}) | own
+    return general
 
 
 def _saved_federation(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
@@ -530,49 +647,56 @@ def continual(ctx: click.Context, out: Path, save_every: int, **values: Any) -> 
     click.echo(f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.json, checkpoints")
 
 
-@main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers.")
-@click.argument("name", required=False)
+@main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers, plans.")
+@click.argument("name", required=False, shell_complete=_names())
+@click.option("--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
 @click.pass_context
-def list_(ctx: click.Context, name: str | None) -> None:
+def list_(ctx: click.Context, name: str | None, data_dir: str | None) -> None:
     """Show what there is: all of it, or everything about the one thing called NAME."""
-    import models
-    from pipelines import federation as federations
-    from pipelines import setup, skew
-
     console = terminal.console()
-    groups: dict[str, tuple[Sequence[str], Callable[[str], Any]]] = {
-        "models": (list(setup.MODELS), lambda n: getattr(models, n)),
-        "data sets": (list(data.DATASETS), lambda n: data.DATASETS[n]),
-        "partitions": (list(federations.PARTITIONS), lambda n: federations.PARTITIONS[n]),
-        "feature skews": (list(skew.SKEWS), lambda n: skew.SKEWS[n]),
-        "samplers": (list(setup.SAMPLERS), lambda n: getattr(samplers, n)),
-    }
-    if name is not None:
-        known = [*methods.names(), *(entry for names, _ in groups.values() for entry in names)]
-        with usage_errors(ctx):
-            pick("name", name, known)
-        if name in methods.names():
+    with usage_errors(ctx):
+        if name is not None and (name in methods.names() or methods.looks_own(name)):
             _show_method(console, methods.describe(name))
             return
-        for entries, find in groups.values():
-            if name in entries:
-                click.echo(cards.text(find(name)))
-        return
-    table = _table("method", "what it is", "paper")
-    for each in map(methods.describe, methods.names()):
+        if name is not None:
+            click.echo(catalog.described(name, data_dir))
+            return
+        groups = catalog.kinds(data_dir)
+    table = _table("methods", "what it is", "paper")
+    for each in map(methods.describe, groups.pop("method")):
         table.add_row(each.name, Text(each.title), Text(each.paper))
     console.print(table)
-    for title, (entries, find) in groups.items():
+    for kind, entries in groups.items():
         console.print()
-        table = _table(title, "what it is")
-        for entry in entries:
-            table.add_row(entry, Text(" ".join(cards.text(find(entry)).split("\n\n")[0].split())))
+        table = _table(f"{kind}s", "what it is")
+        for entry, card in entries.items():
+            table.add_row(entry, Text(textwrap.shorten(catalog.first_paragraph(card()), 300, placeholder=" ...")))
         console.print(table)
-    click.echo("\n`fedjax-core list NAME` shows everything about one of them.")
+    click.echo(
+        "\n`fedjax-core list NAME` shows everything about one of them. Your own method, model or data set is named "
+        "module:name."
+    )
+
+
+@main.command(short_help="Print what makes a shell complete commands, options and names.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script by which a shell completes commands, options and names.
+
+    \b
+    bash:  echo 'eval "$(fedjax-core completion bash)"' >> ~/.bashrc
+    zsh:   echo 'eval "$(fedjax-core completion zsh)"' >> ~/.zshrc
+    fish:  fedjax-core completion fish > ~/.config/fish/completions/fedjax-core.fish
+    """
+    made = get_completion_class(shell)
+    assert made is not None
+    click.echo(made(main, {}, "fedjax-core", "_FEDJAX_CORE_COMPLETE").source())
 
 
 def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
     """Reads `[METHOD.]NAME=VALUE` pairs; a pair without a method goes to every chosen method that has the name.
+
+    A method of the user's own, `module:name`, may be called by its name alone.
 
     Raises:
       ValueError: if a pair is malformed, the method is not among the chosen, or nothing has the name.
@@ -585,6 +709,8 @@ def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dic
             raise ValueError(f"--set {pair!r} is not of the form NAME=VALUE or METHOD.NAME=VALUE")
         method, dot, name = key.strip().rpartition(".")
         if dot:
+            called = [each for each in chosen if short(each) == method]
+            method = called[0] if method not in chosen and len(called) == 1 else method
             pick("method among those of this run", method, chosen)
             own.setdefault(method, {})[name] = value
             continue
@@ -606,8 +732,10 @@ def _show_method(console: Console, method: methods.Method) -> None:
         return
     table = _table("hyper-parameter", "default of the factory", "in a run unless set")
     for name, default in method.hyperparameters.items():
-        used = methods.settings_of(method.name, {})[name]
-        table.add_row(Text(f"--set {method.name}.{name}=..."), str(default), str(used))
+        used = methods.settings_of(method.name, {}).get(name, "has to be set")
+        table.add_row(
+            Text(f"--set {short(method.name)}.{name}=..."), "" if default is None else str(default), str(used)
+        )
     console.print(table)
 
 

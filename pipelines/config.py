@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedjax_core import checks
-from pipelines import growth, methods
+from pipelines import growth, methods, own
 from pipelines.methods import Value
 from pipelines.names import pick
 
@@ -24,7 +24,8 @@ class Config:
     """Configuration of a run. Equal configurations give equal numbers.
 
     Attributes:
-      dataset: name of the data set (`pipelines.data.load`).
+      dataset: name of the data set (`pipelines.data.load`). It, methods and the model may be a user's own, named
+        `module:name` (`pipelines.own`).
       data_dir: folder of prepared data, or None for the usual one. A place: another one does not make another run.
       sequence_length: positions of an example, for data sets of text.
       vocabulary: "characters", "bytes" or a file, for data sets of text.
@@ -196,7 +197,7 @@ class Config:
             raise ValueError("methods is empty: name at least one, see `fedjax-core list`")
         for name in self.methods:
             methods.describe(name)
-        if len(set(self.methods)) < len(self.methods):
+        if len(set(map(methods.folder, self.methods))) < len(self.methods):
             raise ValueError(f"methods={list(self.methods)} names one twice: name each once")
         for method in self.settings:
             pick("method in settings (of this run)", method, self.methods)
@@ -216,6 +217,10 @@ class Config:
     def method_settings(self, method: str) -> dict[str, Value]:
         """The method's own hyper-parameters that this run sets."""
         return {k: v for k, v in self.settings.get(method, {}).items() if k not in CLIENT_SETTINGS}
+
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Of each method, model and data set of the user's own, the file it is in and its sha256 (`own.sources`)."""
+        return own.sources([*self.methods, self.model, *self.dataset.split("+")])
 
     def to_json(self) -> str:
         """The configuration as JSON text."""
@@ -303,7 +308,7 @@ class Config:
         but = (*_PLACES, *MACHINE_FIELDS)
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in but}
         digest = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.federation_slug()}-{self.model}-{digest}"
+        return f"{self.federation_slug()}-{own.file_name(self.model)}-{digest}"
 
     def federation_slug(self) -> str:
         """The readable part of that which says what the federation is."""

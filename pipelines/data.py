@@ -1,7 +1,8 @@
 """Data sets: a name to arrays, checked.
 
 A name is one of `DATASETS`, one of tensorflow-datasets that is prepared on this machine (`pipelines.prepared`), the
-path of a .npz file, or several of these joined by "+" as domains (`pipelines.sources`). Nothing is downloaded.
+path of a .npz file, a function of the user's own as `module:name` (`pipelines.own`), or several of these joined by "+"
+as domains (`pipelines.sources`). Nothing is downloaded.
 
 A named data set is a function that returns a `Dataset`; adding one is writing it and entering it in `DATASETS`. Its
 keyword arguments are its options.
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import prepared, sources
+from pipelines import own, prepared, sources, text
 from pipelines.dataset import Dataset, Normalization, check, normalization, normalized
 from pipelines.names import pick
 
@@ -36,7 +37,8 @@ def load(
     """Returns the data set `name`, checked.
 
     Args:
-      name: what to load, as the module says: "digits", "fashion_mnist", "glue/sst2", "mine.npz", "mnist+usps".
+      name: what to load, as the module says: "digits", "fashion_mnist", "glue/sst2", "mine.npz", "my_data:load",
+        "mnist+usps".
       data_dir: folder of prepared data, or None for that of the environment variable FEDJAX_CORE_DATA
         (`pipelines.prepared` says what it holds).
       cache_dir: where to keep what was decoded, or None for the user's cache folder (`pipelines.cache`).
@@ -54,7 +56,8 @@ def load(
     known = inspect.signature(read).parameters
     for option in options:
         pick(f"option of data set {name}", option, [key for key in known if key not in _PLACE])
-    return check(read(**{key: value for key, value in place.items() if key in known}, **options))
+    with own.telling("data set", name):
+        return check(read(**{key: value for key, value in place.items() if key in known}, **options))
 
 
 def options(name: str, data_dir: str | Path | None = None) -> list[str]:
@@ -67,7 +70,12 @@ def options(name: str, data_dir: str | Path | None = None) -> list[str]:
         each = [options(part, data_dir) for part in name.split("+")]
         return [option for option in each[0] if all(option in others for others in each[1:])]
     known = [key for key in inspect.signature(_reader(name, data_dir)).parameters if key not in _PLACE]
-    if name in DATASETS or prepared.TEXT_OPTIONS.isdisjoint(known) or prepared.is_text(name, data_dir):
+    if (
+        name in DATASETS
+        or own.is_own(name)
+        or prepared.TEXT_OPTIONS.isdisjoint(known)
+        or prepared.is_text(name, data_dir)
+    ):
         return known
     return [key for key in known if key not in prepared.TEXT_OPTIONS]
 
@@ -113,6 +121,8 @@ def _reader(name: str, data_dir: str | Path | None) -> Callable[..., Dataset]:
     """What makes a data set, with nothing but its options and `_PLACE` left to give."""
     if name in DATASETS:
         return DATASETS[name]
+    if own.is_own(name):
+        return _own_reader(name)
     if name.endswith(".npz"):
         return lambda: sources.from_npz(name)
     there = prepared.available(data_dir)
@@ -128,6 +138,24 @@ def _reader(name: str, data_dir: str | Path | None) -> Callable[..., Dataset]:
                 place = prepared.tfds_folder(data_dir)
                 raise ValueError(f"{error}; those prepared by tensorflow-datasets are looked for in {place}") from None
     return functools.partial(prepared.tfds, name)
+
+
+def _own_reader(name: str) -> Callable[..., Dataset]:
+    """A function of the user's own, which need not take the places and the options of text; or what it has made."""
+    found = own.find("data set", name)
+    parameters = own.signature("data set", name) if callable(found) else []
+
+    def read(**given: Any) -> Dataset:
+        usual = {"sequence_length": text.SEQUENCE_LENGTH, "vocabulary": "characters"}
+        given |= {key: value for key, value in usual.items() if given.get(key) is None}
+        made = found(**own.arguments("data set", name, given)) if callable(found) else found
+        return sources.from_any(made, name=own.short(name), **{key: given[key] for key in usual})
+
+    keywords = [*_PLACE, *sorted(prepared.TEXT_OPTIONS), *(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)]
+    read.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None) for key in dict.fromkeys(keywords)]
+    )
+    return read
 
 
 def _sklearn(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,7 @@ class Dataset(NamedTuple):
       normalization: what the model is to subtract and divide by, for uint8 images; otherwise None.
       pad_id: label of the padded positions of sequences, which count for nothing; None if there are none.
       vocabulary_size: for inputs that are tokens, int32[n, T], they lie in [0, vocabulary_size); otherwise None.
+      pad_token: token that fills up the rows of a text to be classified, at the end; None if there is none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Dataset(NamedTuple):
     normalization: Normalization | None = None
     pad_id: int | None = None
     vocabulary_size: int | None = None
+    pad_token: int | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONG_ENOUGH = 3  # letters of which it says something that one name is part of another
+
 
 def shortened(name: str, most: int = 80) -> str:
     """A name to be shown in a message; of one that is very long the beginning and the end."""
@@ -23,7 +25,21 @@ def pick(kind: str, name: str, choices: Iterable[str]) -> str:
     known = list(choices)
     if name in known:
         return name
-    near = difflib.get_close_matches(str(name)[:100].lower(), known, n=1, cutoff=0.4)
-    guess = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(str(name)[:100], known)
+    guess = f"did you mean {near!r}? " if near else ""
     shown = repr(shortened(name) if isinstance(name, str) else name)
     raise ValueError(f"unknown {kind} {shown}: {guess}there are {', '.join(known) or 'none'}")
+
+
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.4) -> str | None:
+    """The choice that is most like `name`, or None if none is; see `likeness`."""
+    scores = {choice: likeness(name, choice) for choice in choices}
+    best = max(scores, key=lambda choice: scores[choice], default=None)
+    return best if best is not None and scores[best] >= cutoff else None
+
+
+def likeness(name: str, choice: str) -> float:
+    """From 0 to 1 for letters in common, and half more where one is part of the other."""
+    a, b = str(name).lower(), str(choice).lower()
+    part = min(len(a), len(b)) >= _LONG_ENOUGH and (a in b or b in a)
+    return difflib.SequenceMatcher(None, a, b).ratio() + 0.5 * part

@@ -27,7 +27,7 @@ from fedjax_core import checks
 from pipelines import cache, text
 from pipelines.dataset import Dataset, Normalization, check, normalization
 from pipelines.names import pick
-from pipelines.sources import held_out, read_npz
+from pipelines.sources import from_texts, held_out, read_npz
 
 VARIABLE = "FEDJAX_CORE_DATA"
 TEXT_OPTIONS = frozenset({"sequence_length", "vocabulary"})
@@ -196,7 +196,7 @@ def tfds(
       input_key: feature to learn from; needed where the features leave a choice.
       label_key: feature to predict, likewise.
       sequence_length: for text: positions of a window or row, 80 unless given.
-      vocabulary: for text: as for `shakespeare`.
+      vocabulary: for text: as for `shakespeare`, or "words", those of the training text that it has twice.
 
     Raises:
       ValueError: if the set is not there, with what to put where; or if its features do not fit.
@@ -208,6 +208,8 @@ def tfds(
     words = vocabulary or "characters"
     if kinds[inputs] == "Text":
         options |= {"sequence_length": length, "vocabulary": text.identity(words)}
+        if label is not None:
+            options["pad_token"] = "last"
     elif sequence_length is not None or vocabulary is not None:
         raise ValueError(f"{name} is no text: leave out sequence_length and vocabulary, which are for text")
     elif label is None:
@@ -223,6 +225,27 @@ def tfds(
         return _read_numbers(name, builder, inputs, label, images, new)
 
     return _cached(name, folder.name, options, _fingerprint(folder), fill, cache_dir, verify)
+
+
+def described(name: str, data_dir: str | Path | None = None) -> str:
+    """What a prepared set of tensorflow-datasets says of itself: a paragraph, its features and its splits.
+
+    Raises:
+      ValueError: if it is not there, with what to put where.
+    """
+    folder = _prepared_folder(name, data_dir)
+    try:
+        about = json.loads((folder / "dataset_info.json").read_text())
+        features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
+        splits = [(str(each["name"]), sum(map(int, each["shardLengths"]))) for each in about["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"what describes {folder} cannot be read ({error}): copy or prepare it again") from error
+    kinds = [f"{key} ({features[key]['pythonClassName'].split('.')[-1]})" for key in sorted(features)]
+    said = " ".join(str(about.get("description", "")).split()) or "A data set of tensorflow-datasets."
+    return (
+        f"{said}\n\nFeatures: {', '.join(kinds)}.\n"
+        f"Splits: {', '.join(f'{split} ({count:,} examples)' for split, count in splits)}.\nPrepared in {folder}."
+    )
 
 
 def is_text(name: str, data_dir: str | Path | None = None) -> bool:
@@ -352,7 +375,8 @@ def _store(new: cache.Allocate, dataset: Dataset) -> dict[str, Any]:
     for array, values in arrays.items():
         if values is not None:
             new(array, values.shape, values.dtype)[...] = values
-    return {key: getattr(dataset, key) for key in ("num_classes", "group_names", "pad_id", "vocabulary_size")}
+    kept = ("num_classes", "group_names", "pad_id", "vocabulary_size", "pad_token")
+    return {key: getattr(dataset, key) for key in kept}
 
 
 def _assembled(name: str, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> Dataset:
@@ -369,6 +393,7 @@ def _assembled(name: str, arrays: dict[str, np.ndarray], info: dict[str, Any]) -
         normalization=statistics and Normalization(*map(tuple, statistics)),
         pad_id=info.get("pad_id"),
         vocabulary_size=info.get("vocabulary_size"),
+        pad_token=info.get("pad_token"),
     )
 
 
@@ -491,18 +516,17 @@ def _read_text(
     parts = _parts(name, builder, label_key, images)
     columns = [part.columns(*filter(None, (input_key, label_key))) for part in parts]
     texts = [[value.decode() for value in column[0]] for column in columns]
-    words = text.vocabulary(vocabulary, "".join(texts[0]))
     if label_key is None:
-        train, test = (text.all_windows(part, words.encode, length)[0] for part in texts)
-        return Dataset(name, train, test, words.size, pad_id=text.PAD_LABEL, vocabulary_size=words.size)
-    train, test = (
-        {
-            "x": text.padded([words.encode(each) for each in part], length, pad=words.size),
-            "y": np.asarray(column[1], np.int32),
-        }
-        for part, column in zip(texts, columns, strict=True)
+        return from_texts(texts[0], texts[1], sequence_length=length, vocabulary=vocabulary, name=name)
+    return from_texts(
+        texts[0],
+        texts[1],
+        labels=(columns[0][1], columns[1][1]),
+        num_classes=builder.info.features[label_key].num_classes,
+        sequence_length=length,
+        vocabulary=vocabulary,
+        name=name,
     )
-    return Dataset(name, train, test, builder.info.features[label_key].num_classes, vocabulary_size=words.size + 1)
 
 
 def _parts(name: str, builder: Any, label_key: str | None, encoded: Sequence[str]) -> tuple[_Records, _Records]:

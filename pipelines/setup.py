@@ -21,6 +21,7 @@ from fedjax_core import (
     HostPopulation,
     Key,
     LossFn,
+    Metrics,
     Plan,
     Population,
     Sampler,
@@ -29,7 +30,7 @@ from fedjax_core import (
     samplers,
     split_tables,
 )
-from pipelines import data, methods
+from pipelines import data, methods, own, own_model
 from pipelines import federation as federations
 from pipelines.config import Config
 from pipelines.data import Dataset
@@ -92,12 +93,25 @@ class Experiment(NamedTuple):
 
 def _token_model(name: str, build: Callable[[int, int], models.Model], dataset: Dataset) -> models.Model:
     if not dataset.is_sequence:
+        rather = "transformer" if dataset.vocabulary_size else "mlp or logistic_regression, or a data set of text"
         raise ValueError(
             f"model {name!r} predicts the next token, but the inputs of {dataset.name} are "
-            f"{dataset.train['x'].dtype}{list(dataset.input_shape)} with one label each: take mlp or "
-            "logistic_regression, or a data set of text"
+            f"{dataset.train['x'].dtype}{list(dataset.input_shape)} with one label each: take {rather}"
         )
     return build(dataset.num_classes, dataset.input_shape[0])
+
+
+def _transformer(dataset: Dataset) -> models.Model:
+    """Two blocks 128 wide: of the next token, or of the class of a text."""
+    build = partial(models.transformer, num_layers=2, dim=128, num_heads=4)
+    if dataset.is_sequence or dataset.vocabulary_size is None:
+        return _token_model("transformer", build, dataset)
+    return build(
+        dataset.vocabulary_size,
+        dataset.input_shape[0],
+        num_classes=dataset.num_classes,
+        pad_token=dataset.pad_token,
+    )
 
 
 MODELS: dict[str, Callable[[Dataset, Config], models.Model]] = {
@@ -106,9 +120,7 @@ MODELS: dict[str, Callable[[Dataset, Config], models.Model]] = {
     "cnn": lambda d, c: models.cnn(d.input_shape, d.num_classes, convolution=c.convolution),
     "resnet18_gn": lambda d, c: models.resnet18_gn(d.input_shape, d.num_classes, convolution=c.convolution),
     "char_lstm": lambda d, c: _token_model("char_lstm", lambda vocab, length: models.char_lstm(vocab), d),
-    "transformer": lambda d, c: _token_model(
-        "transformer", lambda vocab, length: models.transformer(vocab, length, num_layers=2, dim=128, num_heads=4), d
-    ),
+    "transformer": lambda d, c: _transformer(d),
 }
 """Name to `build(dataset, config) -> Model`; the first paragraph of `models.<name>` describes it."""
 
@@ -147,13 +159,16 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         raise ValueError(
             f"x64={config.x64} but JAX runs in {jnp.result_type(float)}: call this within jax.enable_x64({config.x64})"
         )
-    pick("model", config.model, MODELS)
+    if not own.is_own(config.model):
+        pick("model", config.model, MODELS)
     pick("sampler", config.sampler, SAMPLERS)
     pick("client optimizer", config.client_optimizer, OPTIMIZERS)
     federation = federation or federate(config)
     dataset = federation.dataset
     population = federation.host_population("train") if config.staged else federation.population("train")
-    model = MODELS[config.model](dataset, config)
+    model = (
+        own_model.build(config.model, dataset) if own.is_own(config.model) else MODELS[config.model](dataset, config)
+    )
     inputs = data.normalized(model, dataset.normalization)
     plan = Plan(config.lanes, _mesh(config.mesh, config.model_parallel))
     if dataset.is_sequence:
@@ -219,7 +234,10 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
                 "one round to the device: leave out --staged"
             )
         # Tracing one round finds what does not fit together, without compiling.
-        jax.eval_shape(partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys)
+        with own.telling("method", name), own.telling("model", config.model):
+            _check_round(
+                name, jax.eval_shape(partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys)
+            )
     return experiment
 
 
@@ -386,7 +404,37 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
 def _one_round(experiment: Experiment, algorithm: Algorithm, population: Population, keys: Key) -> Any:
     states = initial_states(experiment, algorithm, keys)
     state = jax.tree.map(lambda leaf: leaf[0], states)
-    return algorithm.round(state, population.cohort(experiment.sampler(keys[0], jnp.int32(0))), keys[0])
+    return state, algorithm.round(state, population.cohort(experiment.sampler(keys[0], jnp.int32(0))), keys[0])
+
+
+def _check_round(name: str, traced: Any) -> None:
+    """Says what is wrong with the round of a user's own method: the next one starts from what it returns.
+
+    Args:
+      name: of the method.
+      traced: what `_one_round` gives.
+    """
+    before, after = traced
+    if not (isinstance(after, tuple) and len(after) == 2 and isinstance(after[1], Metrics)):
+        raise ValueError(
+            f"the round of {name!r} returns {type(after).__name__}: return (state, metrics), the metrics from "
+            "fedjax_core.round_metrics"
+        )
+    state = after[0]
+    if not hasattr(state, "round"):
+        raise ValueError(f"the state of {name!r} has no field 'round': add one, int32[], and count the rounds in it")
+    old: Any = jax.tree_util.tree_flatten_with_path(before)
+    new: Any = jax.tree_util.tree_flatten_with_path(state)
+    if old[1] != new[1]:
+        raise ValueError(
+            f"the round of {name!r} returns a state of another structure than its init: {new[1]} and not {old[1]}"
+        )
+    for (path, leaf), (_, then) in zip(old[0], new[0], strict=True):
+        if (leaf.shape, leaf.dtype) != (then.shape, then.dtype):
+            raise ValueError(
+                f"the round of {name!r} makes state{jax.tree_util.keystr(path)} {then.dtype}{list(then.shape)} from "
+                f"{leaf.dtype}{list(leaf.shape)}: keep shapes and dtypes as init gives them"
+            )
 
 
 def _shapes(population: Population | HostPopulation) -> Any:

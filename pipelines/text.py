@@ -1,6 +1,8 @@
 """Text to tokens: vocabularies, windows for next-token prediction, and padded rows for classification."""
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,8 @@ PAD_LABEL = -1
 """Label of a padded position in `windows`."""
 
 SEQUENCE_LENGTH = 80
+
+_WORD = re.compile(r"[\w']+|[^\w\s]")
 
 _ERRORS = "surrogatepass"  # JSON may hold half of a surrogate pair, which is no reason to lose the rest
 
@@ -33,14 +37,16 @@ def vocabulary(choice: str, training_text: str) -> Vocabulary:
     """The vocabulary a user asked for.
 
     Args:
-      choice: "characters", "bytes", or the path of a vocabulary file of the `tokenizers` package (JSON).
-      training_text: what the vocabulary of characters is made from; the others do not look at it.
+      choice: "characters", "words", "bytes", or the path of a vocabulary file of the `tokenizers` package (JSON).
+      training_text: what the vocabulary of characters or words is made from; the others do not look at it.
 
     Raises:
       ValueError: as `tokenizer` does.
     """
     if choice == "characters":
         return characters(training_text)
+    if choice == "words":
+        return words(training_text)
     return utf8_bytes() if choice == "bytes" else tokenizer(choice)
 
 
@@ -57,6 +63,21 @@ def characters(training_text: str) -> Vocabulary:
         inside = points < len(table)
         tokens[inside] = table[points[inside]]
         return tokens
+
+    return Vocabulary(unknown + 1, encode)
+
+
+def words(training_text: str) -> Vocabulary:
+    """The words that a text has at least twice, in small letters, and after them one token for any other.
+
+    A word is a run of letters, digits and apostrophes; any other character that is no space is one by itself.
+    """
+    counts = Counter(_WORD.findall(training_text.lower()))
+    known = {word: i for i, word in enumerate(sorted(word for word, count in counts.items() if count > 1))}
+    unknown = len(known)
+
+    def encode(text: str) -> np.ndarray:
+        return np.asarray([known.get(word, unknown) for word in _WORD.findall(text.lower())], np.int32)
 
     return Vocabulary(unknown + 1, encode)
 
@@ -78,7 +99,7 @@ def tokenizer(path: str | Path) -> Vocabulary:
     except ImportError:
         raise ValueError(
             f"vocabulary={str(path)!r} needs the package tokenizers, which is not installed: `pip install tokenizers`, "
-            "or take vocabulary='characters' or 'bytes'"
+            "or take vocabulary='characters', 'words' or 'bytes'"
         ) from None
     try:
         model = tokenizers.Tokenizer.from_file(str(path))
@@ -93,8 +114,8 @@ def tokenizer(path: str | Path) -> Vocabulary:
 
 
 def identity(choice: str) -> str:
-    """What tells vocabularies apart, whatever their file is called: "characters", "bytes" or a file's sha256."""
-    if choice in ("characters", "bytes"):
+    """What tells vocabularies apart: "characters", "words", "bytes" or, whatever it is called, the sha256 of a file."""
+    if choice in ("characters", "words", "bytes"):
         return choice
     return hashlib.sha256(_check_file(choice).read_bytes()).hexdigest()
 
@@ -159,6 +180,6 @@ def _code_points(text: str) -> np.ndarray:
 def _check_file(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise ValueError(
-            f"vocabulary={str(path)!r} is neither 'characters' nor 'bytes' nor a file that is there: name one of them"
+            f"vocabulary={str(path)!r} is none of 'characters', 'words' and 'bytes', nor a file that is there: name one"
         )
     return Path(path)

@@ -113,6 +113,11 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
 
 
 def _run(experiment: Experiment, out: Path, reporter: Reporter) -> dict[str, Result]:
+    for name, file in _edited(out, experiment.config):
+        reporter.say(
+            f"note: {file}, which {name} is of, has been edited since this run was begun: what comes now may be "
+            "another method, model or data set than what was run before"
+        )
     for name, then, now in _changed(out, experiment.config):
         reporter.say(f"note: this run was begun with {name} {then} and goes on with {now}: last bits may differ")
     results: dict[str, Result] = {}
@@ -189,7 +194,7 @@ def _claim(out: Path, config: Config) -> None:
     if files.run_directory(out):
         config.check_grown_from(read_config(out), out)
         return
-    content = {"config": json.loads(config.to_json()), "versions": versions()}
+    content = {"config": json.loads(config.to_json()), "versions": versions(), "sources": config.sources()}
     files.write_text(out / "config.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -202,6 +207,7 @@ def _record(out: Path, experiment: Experiment) -> None:
     kept = {name: getattr(saved, name) for name in MACHINE_FIELDS}
     now = {
         **content,
+        "sources": {**config.sources(), **content.get("sources", {})},
         "config": json.loads(dataclasses.replace(config, **kept).to_json()),
         "batches": batches + [config.seeds - saved.seeds] * (config.seeds > saved.seeds),
         "data": described(experiment),
@@ -247,6 +253,15 @@ class _Batch(NamedTuple):
     label: str
     folder: Path
     before: list[Result]
+
+
+def _edited(out: Path, config: Config) -> list[tuple[str, str]]:
+    """(name, file) of the user's own code whose file is another than the one that began the run."""
+    then = json.loads((out / "config.json").read_text()).get("sources", {})
+    now = config.sources()
+    return [
+        (name, source["file"]) for name, source in now.items() if then.get(name, source)["sha256"] != source["sha256"]
+    ]
 
 
 def _run_method(
@@ -617,4 +632,4 @@ def _wait(outputs: Any) -> Any:
 
 
 def _folder(out: Path, method: str) -> Path:
-    return out / "checkpoints" / method
+    return out / "checkpoints" / methods.folder(method)

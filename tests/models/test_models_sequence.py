@@ -170,3 +170,20 @@ def test_a_sequence_longer_than_max_len_raises():
     params = jax.eval_shape(SMALL["transformer"].init, jax.random.key(0))
     with pytest.raises(ValueError, match="at most max_len=6 tokens a sequence, got 7"):
         jax.eval_shape(SMALL["transformer"].apply, params, jnp.zeros((1, 7), int))
+
+
+def test_a_classifier_of_texts_does_not_see_the_padding():
+    model = models.transformer(6, 5, 1, 8, 2, num_classes=3, pad_token=5)
+    params = jax.jit(model.init)(jax.random.key(0))
+    short = jnp.array([[1, 2, 3], [4, 0, 5], [5, 5, 5]])
+    long = jnp.pad(short, ((0, 0), (0, 2)), constant_values=5)
+    apply = jax.jit(model.apply)
+    assert apply(params, short).shape == (3, 3)
+    assert jax.eval_shape(model.features, params, short).shape == (3, 8)
+    np.testing.assert_allclose(apply(params, long), apply(params, short), rtol=1e-10, atol=1e-12)
+    # Where the padding does count, it shows; and every other position does count.
+    counted = jax.jit(models.transformer(6, 5, 1, 8, 2, num_classes=3).apply)
+    assert not np.allclose(counted(params, long), apply(params, long), atol=1e-6)
+    assert not np.allclose(apply(params, short), apply(params, short.at[:2, 1].set(4)), atol=1e-6)
+    with pytest.raises(ValueError, match="pad_token=5 is for texts to be classified"):
+        models.transformer(6, 5, 1, 8, 2, pad_token=5)

@@ -192,6 +192,8 @@ def test_texts_with_labels_become_padded_rows(tmp_path):
     dataset = data.load("toy/said", tmp_path, sequence_length=3)
     # " ", "a", "b", "漢", the unknown, the padding.
     assert dataset.vocabulary_size == 6
+    assert dataset.pad_token == 5
+    assert data.load("toy/said", tmp_path, sequence_length=3).pad_token == 5  # from the cache
     assert dataset.num_classes == 2
     assert dataset.pad_id is None
     assert dataset.train["x"].tolist() == [[1, 2, 5], [2, 1, 0], [5, 5, 5], [3, 5, 5]]

@@ -107,7 +107,8 @@ def test_a_fifth_of_every_class_or_of_every_group_is_held_out():
         ({"y": np.where(LABELS == 0, -1, LABELS)}, r"must lie in \[0, 4\), got -1"),
         ({"num_classes": 3}, r"must lie in \[0, 3\), got 3"),
         ({"y": LABELS + 2**40}, "which is no class"),
-        ({"x": IMAGES.astype(np.int64)}, r"arrays.train\['x'\] is int64\[40, 5, 4, 3\]: give floats"),
+        ({"x": IMAGES.astype(np.int64) + 200}, r"int64\[40, 5, 4, 3\] with values from 2\d\d to 4\d\d: .* images"),
+        ({"x": IMAGES.astype(np.int16) - 200}, r"int16\[40, 5, 4, 3\] with values from -\d+ to \d+: .* images"),
         ({"x": np.full(40, "a")}, "give floats"),
         ({"x": IMAGES.astype(bool)}, "give floats"),
         ({"x": np.where(LABELS == 3, np.nan, 1.0)[:, None]}, "NaN or infinite"),
@@ -332,3 +333,122 @@ def test_domains_by_name(tmp_path):
     assert len(joined.train["y"]) == 64
     with pytest.raises(ValueError, match="unknown data set 'iriss': did you mean 'iris'"):
         data.load("iris+iriss")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int16, np.uint16])
+def test_whole_numbers_of_any_width_are_images(dtype):
+    plain, wide = sources.from_arrays(IMAGES, LABELS), sources.from_arrays(IMAGES.astype(dtype), LABELS)
+    np.testing.assert_array_equal(wide.train["x"], plain.train["x"])
+    assert wide.train["x"].dtype == np.uint8
+    assert wide.normalization == plain.normalization
+
+
+def test_tokens_may_be_padded_at_the_end():
+    rows = np.array([[0, 3, -1], [2, -1, -1], [1, 1, 1], [-1, -1, -1]] * 10)
+    dataset = sources.from_arrays(rows, LABELS)
+    assert dataset.pad_token == 4
+    assert dataset.vocabulary_size == 5
+    assert np.bincount(dataset.train["x"].ravel(), minlength=5)[4] == (rows == -1).sum() * 4 // 5
+
+
+def test_what_a_function_may_return():
+    x, y = RNG.normal(size=(40, 2)), LABELS
+    for made in ((x, y), [x, y], {"x": x, "y": y}, {"x_train": x, "y_train": y}, sources.from_arrays(x, y)):
+        assert sources.from_any(made).train["x"].shape == (32, 2)
+    for made in (((x, y), (x[:5], y[:5])), {"x": x, "y": y, "x_test": x[:5], "y_test": y[:5]}):
+        assert len(sources.from_any(made).test["y"]) == 5
+    for made, message in (
+        (3, "data is int: return"),
+        ((x, y, x, y), r"return \(\(x, y\), \(test_x, test_y\)\)"),
+        ({"x": x, "y": y, "x_tets": x}, "did you mean 'x_test'"),
+        ({"x": x, "y": y, "x_train": x}, "under two names"),
+        ({"x": x}, "no array 'y'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources.from_any(made)
+
+
+def test_polars_frames():
+    polars = pytest.importorskip("polars")
+    columns = {
+        "age": [1.0, 2.0] * 20,
+        "kind": ["u", "v"] * 20,
+        "seen": [True, False] * 20,
+        "label": LABELS.tolist(),
+        "ward": ["p", "q", "r", "s"] * 10,
+    }
+    frame = polars.DataFrame(columns)
+    dataset = sources.from_frame(frame, label="label", group="ward")
+    assert dataset.input_shape == (4,)
+    assert dataset.group_names == ("p", "q", "r", "s")
+    as_categories = frame.with_columns(
+        polars.col("kind").cast(polars.Categorical), polars.col("label").cast(polars.Int8)
+    )
+    plain, other = (sources.from_any(made.drop("ward")).train["x"] for made in (frame, as_categories))
+    np.testing.assert_array_equal(other, plain)
+    np.testing.assert_array_equal(plain[:, 1] + plain[:, 2], 1)  # one input for each kind
+    lists = polars.DataFrame({"pixels": RNG.normal(size=(40, 6)).tolist(), "label": LABELS.tolist()})
+    assert sources.from_any(lists).input_shape == (6,)
+    fixed = lists.with_columns(polars.col("pixels").cast(polars.Array(polars.Float64, 6)))
+    np.testing.assert_array_equal(sources.from_any(fixed).train["x"], sources.from_any(lists).train["x"])
+    for made, message in (
+        (frame.lazy(), r"return frame.collect\(\)"),
+        (frame.rename({"label": "diagnosis"}), "label=COLUMN"),
+        (lists.with_columns(other=polars.lit(1)), "a column of lists beside others"),
+        (frame.drop("ward").with_columns(polars.lit(None).alias("age")), "column 'age' holds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources.from_any(made)
+
+
+def test_hugging_face_data_sets():
+    datasets = pytest.importorskip("datasets")
+    labels = datasets.ClassLabel(names=["a", "b", "c", "d"])
+
+    def made(features=None, **columns):
+        return datasets.Dataset.from_dict(columns, features=features and datasets.Features(features))
+
+    pictures = [Image.fromarray(image) for image in IMAGES]
+    images = made({"image": datasets.Image(), "label": labels}, image=pictures, label=LABELS.tolist())
+    dataset = sources.from_any(datasets.DatasetDict(train=images, test=images.select(range(6))))
+    np.testing.assert_array_equal(dataset.train["x"], IMAGES)
+    assert (len(dataset.test["y"]), dataset.num_classes) == (6, 4)
+    alone, arrays = sources.from_huggingface(images), sources.from_arrays(IMAGES, LABELS)
+    np.testing.assert_array_equal(alone.test["x"], arrays.test["x"])
+    nested = made(
+        {"pixels": datasets.Array3D(IMAGES.shape[1:], "uint8"), "label": labels}, pixels=IMAGES, label=LABELS.tolist()
+    )
+    np.testing.assert_array_equal(sources.from_huggingface(nested).train["x"], alone.train["x"])
+
+    texts = ["good film", "bad"] * 20
+    said = {"sentence": texts, "label": [1, 0] * 20, "idx": list(range(40)), "who": ["p", "q", "r", "s"] * 10}
+    review = sources.from_huggingface(
+        made(**said), input="sentence", group="who", vocabulary="words", sequence_length=3
+    )
+    assert review.group_names == ("p", "q", "r", "s")
+    assert (review.vocabulary_size, review.pad_token) == (5, 4)  # bad, film, good, the unknown, the padding
+    assert {tuple(row) for row in review.train["x"].tolist()} == {(2, 1, 4), (0, 4, 4)}
+    unlabeled = made({"text": datasets.Value("string"), "label": labels}, text=texts, label=[-1] * 40)
+    told = made({"text": datasets.Value("string"), "label": labels}, text=texts, label=[1, 0] * 20)
+    splits = datasets.DatasetDict(train=told, validation=told.select(range(8)), test=unlabeled)
+    assert len(sources.from_any(splits).test["y"]) == 8
+    assert sources.from_any(told.remove_columns("label")).is_sequence
+
+    tokens = sources.from_any(made(input_ids=[[1, 2], [3, 4, 5]] * 20, label=[0, 1] * 20))
+    assert (tokens.input_shape, tokens.pad_token) == ((3,), 6)
+    numbers = sources.from_any(made(age=[1.0, 2.0] * 20, height=[3, 4] * 20, label=["no", "yes"] * 20))
+    np.testing.assert_allclose(numbers.train["x"].mean(axis=0), 0, atol=0.3)
+
+    for wrong, message in (
+        (told.to_iterable_dataset(), "streamed"),
+        (datasets.DatasetDict(a=told, b=told), "splits a, b: one called train"),
+        (made(**said), r"who \(text\): say which to learn from"),
+        (made(text=["a", None], label=[0, 1]), "nothing at row 1"),
+        (made(x=[[1.0]] * 4), "no class: say which to predict"),
+        (made(x=[[1.0], [1.0, 2.0]] * 2, label=[0, 1] * 2), "bring all to"),
+        (made(x=[1.0] * 4, label=[0.5] * 4), "is no class of each example"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources.from_any(wrong)
+    with pytest.raises(ValueError, match="did you mean 'sentence'"):
+        sources.from_huggingface(made(**said), input="sentense")

@@ -88,14 +88,14 @@ def test_without_the_package_it_is_said_what_to_install(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install tokenizers.*'characters' or 'bytes'"):
+    with pytest.raises(ValueError, match=r"pip install tokenizers.*'characters', 'words' or 'bytes'"):
         text.vocabulary(str(path), "")
 
 
 def test_an_unknown_vocabulary_is_named():
-    with pytest.raises(ValueError, match="vocabulary='character' is neither 'characters' nor 'bytes' nor a file"):
+    with pytest.raises(ValueError, match="'character' is none of 'characters', 'words' and 'bytes', nor a file"):
         text.vocabulary("character", "")
-    with pytest.raises(ValueError, match="vocabulary='character' is neither"):
+    with pytest.raises(ValueError, match="vocabulary='character' is none of"):
         text.identity("character")
 
 
@@ -145,3 +145,11 @@ def test_no_window_reaches_into_the_next_text():
 def test_rows_are_cut_or_filled_up():
     rows = [np.arange(5), np.zeros(0, np.int32), np.array([7, 8])]
     assert text.padded(rows, 3, pad=9).tolist() == [[0, 1, 2], [9, 9, 9], [7, 8, 9]]
+
+
+def test_words_are_those_that_are_there_twice():
+    words = text.vocabulary("words", "It's good. GOOD! it's bad.")
+    assert words.size == 3 + 1  # ".", "good", "it's" and the unknown
+    assert words.encode("it's  Bad, good.").tolist() == [2, 3, 3, 1, 0]
+    assert words.encode("").tolist() == []
+    assert text.identity("words") == "words"
