@@ -1,4 +1,4 @@
-"""The command line: `fedjax-core train`, `fedjax-core federate`, `fedjax-core continual` and `fedjax-core list`."""
+"""The command line: `fedjax-core train`, `federate`, `continual`, `list`, `zeroth-order`, `evaluate` and `export`."""
 
 import contextlib
 import dataclasses
@@ -26,6 +26,7 @@ from pipelines.config import CLIENT_SETTINGS, Config, count
 from pipelines.names import pick
 from pipelines.own import short
 from pipelines.progress import duration, size
+from pipelines.run_commands import evaluate, export
 from pipelines.terminal import usage_errors
 from pipelines.zeroth_order_command import zeroth_order
 
@@ -188,6 +189,8 @@ fedjax-core continual        learn one task after another, and see what is forgo
 fedjax-core list             what there is to choose from
 fedjax-core list scaffold    a method's card and hyper-parameters
 fedjax-core zeroth-order     compare methods that have function values and no gradients
+fedjax-core evaluate RUN     test the models of a finished run on a data set
+fedjax-core export RUN       write them to files that other programs read
 fedjax-core completion bash  make the shell complete all of these (or zsh, or fish)
 """
 
@@ -204,6 +207,8 @@ def main(debug: bool) -> None:
 
 
 main.add_command(zeroth_order)
+main.add_command(evaluate)
+main.add_command(export)
 
 
 _EXAMPLES = """
@@ -217,7 +222,8 @@ Examples:
   fedjax-core train --sampler markov --turn-on 0.1 --turn-off 0.3 --rounds 500 --out runs/markov
   fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
 
-A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. Exit codes: 0 done,
+A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. A finished one goes on
+with more --rounds, --seeds or --method in the same --out. Exit codes: 0 done,
 1 the loss or the model is no longer finite, 2 a mistake in the arguments, 3 another process of the run is gone, 4 an
 unexpected error, whose traceback is kept in a file, 130 stopped by Ctrl-C.
 """
@@ -626,16 +632,19 @@ other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2
 )
 @continual_config.options
 @click.option("--save-every", type=int, default=50, show_default=True, metavar="N", help="Rounds between checkpoints.")
-@click.option("--out", type=click.Path(path_type=Path), default="runs/continual", show_default=True, metavar="DIR")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
+)
 @click.pass_context
-def continual(ctx: click.Context, out: Path, save_every: int, **values: Any) -> None:
+def continual(ctx: click.Context, out: Path | None, save_every: int, **values: Any) -> None:
     """Learn one task after another; the help text is given above."""
-    from pipelines.continual import run
+    from pipelines.continual import run, slug
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     several.cores_as_devices()
     with _warnings_as_lines(), usage_errors(ctx):
         config = continual_config.from_options(values)
+        out = out or Path("runs") / slug(config)
         count("save_every", save_every, "1 saves after every round")
         files.check_directory(out)
         terminal.check_jax()

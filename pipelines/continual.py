@@ -423,9 +423,17 @@ def _claim(out: Path, config: Continual) -> None:
     path, content = out / "config.json", json.dumps(asdict(config), indent=2) + "\n"
     if files.run_directory(out):
         there, here = json.loads(path.read_text()), json.loads(content)
-        rules = {"methods": growth.contains, "data_dir": growth.free}
-        growth.check(out, here, there, rules, "configuration", "more methods")
+        growth.check(out, here, there, _GROWS, "configuration", "more methods")
     files.write_text(path, content)
+
+
+_GROWS = {"methods": growth.contains, "data_dir": growth.free}
+
+
+def slug(config: Continual) -> str:
+    """A short readable name of a run, the same with more methods and for no other."""
+    name = Path(config.dataset).stem or "data"
+    return f"continual-{config.scenario}-{name}-{growth.digest(json.loads(json.dumps(asdict(config))), _GROWS)}"
 
 
 def _joined(config: Continual, out: Path) -> Continual:

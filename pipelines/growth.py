@@ -4,7 +4,9 @@ One rule for each field that may change; all other fields must be equal. Runs, s
 the rules and the words of the refusal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,12 @@ def same_for(methods: Sequence[str]) -> Rule:
         return f"those of {', '.join(changed)} are fixed" if changed else ""
 
     return rule
+
+
+def digest(values: Mapping[str, Any], rules: Collection[str] = ()) -> str:
+    """Eight letters that are the same for what can share a directory: of JSON values but those that may change."""
+    pinned = {name: value for name, value in values.items() if name not in rules}
+    return sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check(

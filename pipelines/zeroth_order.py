@@ -353,10 +353,19 @@ def claim(study: Study, out: Path) -> None:
     path = out / "study.json"
     if files.run_directory(out, path.name):
         here, there = (_flat(json.loads(each)) for each in (text, path.read_text()))
-        rules = {"trials": growth.at_least, "data_dir": growth.free}
-        growth.check(out, here, there, rules, "study", "more trials")
+        growth.check(out, here, there, _GROWS, "study", "more trials")
     files.write_text(path, text)
     (out / "curves").mkdir(exist_ok=True)
+
+
+_GROWS = {"trials": growth.at_least, "data_dir": growth.free}
+
+
+def slug(study: Study) -> str:
+    """A short readable name of a study, the same for more trials of it and for no other."""
+    values = _flat(study._asdict() | {"options": dict(study.options)})
+    kind = str(values.get("function") or values.get("score") or values.get("dataset") or "")
+    return f"{study.task}-{kind}-{growth.digest(values, _GROWS)}"
 
 
 def _flat(study: dict[str, Any]) -> dict[str, Any]:

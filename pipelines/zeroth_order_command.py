@@ -21,7 +21,7 @@ _STUDY = (
     click.option("--lengthscale", type=float, default=1.0, show_default=True, help="Of the features."),
     click.option("--correction-decay", type=float, default=1.0, show_default=True, help="0 keeps corrections whole."),
     click.option("--capacity", type=int, default=1000, show_default=True, help="Queries that a client remembers."),
-    click.option("--out", type=click.Path(path_type=Path), default=None, help="Directory.  [default: runs/TASK]"),
+    click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: runs/<what is run>]"),
 )
 
 
@@ -94,9 +94,10 @@ def _compare(ctx: click.Context, task: str, values: dict[str, Any]) -> None:
     from pipelines import zeroth_order as experiments
 
     processes.cores_as_devices()
-    out = values.pop("out") or Path("runs") / task
+    given = values.pop("out")
     own = {name: values.pop(name) for name in experiments.Study._fields if name in values}
     study = experiments.Study(task, tuple(sorted(values.items())), **own)
+    out = given or Path("runs") / experiments.slug(study)
     reporter = terminal.going_on(progress.plain(), out)
     with terminal.usage_errors(ctx):
         files.check_directory(out)
