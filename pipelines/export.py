@@ -24,6 +24,7 @@ import numpy as np
 from fedjax_core import checks
 from pipelines import files
 from pipelines.loading import Run
+from pipelines.methods import folder
 from pipelines.names import pick
 
 _AT_ONCE = 64  # personal models that are in memory at a time
@@ -62,7 +63,7 @@ def models_of(
     for method in methods or run.methods:
         trained = run.methods[pick("method of this run", method, run.methods)]
         for seed in trained.seeds if seeds is None else seeds:
-            name = f"{method.replace(':', '.')}-seed{seed}"
+            name = f"{folder(method)}-seed{seed}"
             if clients is None:
                 yield Exported(name, trained.params(seed))
                 continue
@@ -169,8 +170,8 @@ def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     for name, array in arrays.items():
         *folders, last = name.split(".")
         at = tree
-        for folder in folders:
-            at = at.setdefault(folder, {})
+        for each in folders:
+            at = at.setdefault(each, {})
         at[last] = array
     return tree
 

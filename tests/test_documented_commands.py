@@ -27,12 +27,13 @@ def commands(text):
     """The words after `fedjax-core` of every command in a text, with lines that end in a backslash joined."""
     found = []
     for match in _SHOWN.finditer(re.sub(r"\\+\n\s*", "", text)):
-        # What follows two spaces explains it.
-        line = re.split(r"\s#|  +[a-z]", match.group(1).strip(), maxsplit=1)[0]
+        # What follows two spaces explains it; `$(...)` and `... > file` are the shell's.
+        line = re.split(r"\s#|  +[a-z]|\)| >", match.group(1).strip(), maxsplit=1)[0]
         try:
             words = shlex.split(line)
         except ValueError:
             continue
+        words = [word.partition("|")[0] for word in words]  # of alternatives, the first
         if words and words[0] in cli.main.commands:
             found.append(words)
     return found
@@ -71,7 +72,7 @@ def test_commands_are_found():
 def test_a_command_of_the_documentation_can_be_given(page, words):
     try:
         values = parsed(cli.main, words)
-        if values and words[0] == "train":
+        if values and words[0] == "train" and not any(":" in name for name in values["methods"]):
             cli.parse_settings(values["settings"], values["methods"] or Config().methods)
             for name in values["methods"]:
                 methods.describe(name)
