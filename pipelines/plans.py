@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import psutil
 
 import algorithms
 from fedjax_core import HostPopulation, Plan, Population, Trial, try_plans
-from pipelines import cache, files, processes
+from pipelines import cache, files, memory, processes
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.processes import cores
 from pipelines.progress import Reporter, size
@@ -95,7 +94,7 @@ def device_memory(experiment: Experiment) -> float:
     if experiment.config.memory is not None:
         return experiment.config.memory * 2**30
     if jax.default_backend() == "cpu":
-        return psutil.virtual_memory().available / experiment.plan.num_devices
+        return memory.available() / experiment.plan.num_devices
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", float("inf"))
 

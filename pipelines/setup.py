@@ -30,14 +30,17 @@ from fedjax_core import (
     samplers,
     split_tables,
 )
-from pipelines import data, methods, own, own_model
+from pipelines import data, memory, methods, own, own_model
 from pipelines import federation as federations
-from pipelines.config import Config
+from pipelines.config import LIMIT, Config
 from pipelines.data import Dataset
 from pipelines.federation import Federation
 from pipelines.names import pick
 
 EVAL_BATCH = 256
+_CSV_ROW = 100  # bytes of text for a round of a seed
+_EVALUATION = 100  # bytes of scores, and of the numbers of rounds, for an evaluation of a seed
+_DRAWN = 16  # bytes of numbers from which an example of a batch is drawn
 ATTACK_STEPS = 10
 
 
@@ -212,6 +215,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
             model_functions=functions,
         )
 
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
     experiment = Experiment(
         config=config,
         federation=federation,
@@ -225,8 +229,23 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         algorithms={name: make(name, plan) for name in config.methods},
         plan=plan,
         make=make,
-        keys=jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds)),
+        # Their shapes only, until it is known that there is room for what has them.
+        keys=jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(len(seeds), jnp.int32))),
     )
+    with own.telling("model", config.model):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+    scalars = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    if scalars > LIMIT:
+        raise ValueError(
+            f"model {config.model!r} has {scalars} parameters, and a method counts at most {LIMIT} of them: take a "
+            "smaller one"
+        )
+    largest = -(-int(np.max(population.sizes)) // config.batch_size)
+    if (config.epochs or 0) * largest > LIMIT or int(np.max(population.sizes)) + config.batch_size > LIMIT:
+        raise ValueError(
+            f"epochs={config.epochs} of up to {largest} batches of batch_size={config.batch_size} are more than "
+            f"{LIMIT} steps or examples of one client in a round, which devices cannot count: lower one of them"
+        )
     for name, algorithm in experiment.algorithms.items():
         if config.staged and hasattr(algorithm, "explore"):
             raise ValueError(
@@ -235,10 +254,69 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
             )
         # Tracing one round finds what does not fit together, without compiling.
         with own.telling("method", name), own.telling("model", config.model):
-            _check_round(
-                name, jax.eval_shape(partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys)
-            )
-    return experiment
+            try:
+                traced = jax.eval_shape(
+                    partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys
+                )
+            except OverflowError as error:
+                raise ValueError(
+                    f"{name} on a model of {scalars} parameters counts what does not fit into 32 bits ({error}): "
+                    "take a smaller model, or smaller settings"
+                ) from None
+            _check_round(name, traced)
+        host, device = held_memory(experiment, name, traced[1][1])
+        if jax.default_backend() == "cpu":
+            memory.refuse(name, host | device, memory.available())
+        else:
+            memory.refuse(name, host, memory.available())
+            limits = jax.local_devices()[0].memory_stats() or {}
+            memory.refuse(f"each device with {name}", device, limits.get("bytes_limit", math.inf))
+    return experiment._replace(keys=jax.vmap(jax.random.key)(jnp.arange(seeds.start, seeds.stop)))
+
+
+def held_memory(experiment: Experiment, method: str, metrics: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a run holds whatever a compiler makes of it, ({in host memory}, {on each device}).
+
+    On a processor both lie in the same memory, and what each of its devices holds is counted for all of them. What is
+    there already, the data set and its copy on the first device, is not counted.
+
+    curves: metrics of all rounds and evaluations of all methods, their copy while they grow, and metrics.csv. cohorts:
+    staged, examples of two cohorts, and who takes part in some rounds. client state: rows of all clients. state:
+    global models of all seeds. local training: model, gradient and update of one client, the optimizer's state, and a
+    batch. chunk: metrics of the rounds of one call. data: examples on the other devices of a mesh.
+
+    Args:
+      experiment: the experiment; shapes of keys suffice.
+      method: name of the method.
+      metrics: shapes of the metrics of one round of one seed.
+    """
+    config, algorithm, plan = experiment.config, experiment.algorithms[method], experiment.plan
+    params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    states = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
+    rows = num_bytes(jax.tree.leaves(split_tables(states)[1]))
+    opt = client_optimizer(config, method)
+    opt_state = jax.eval_shape((opt(jnp.int32(0)) if callable(opt) else opt).init, params)
+    example = num_bytes(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), experiment.test))
+    each, evaluations = num_bytes(metrics), -(-config.rounds // config.eval_every)
+    together = plan.num_devices if jax.default_backend() == "cpu" else 1
+    staged = isinstance(experiment.population, HostPopulation)
+    slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
+    curves = config.seeds * (config.rounds * (each + _CSV_ROW) + evaluations * _EVALUATION)
+    host = {
+        "curves": (len(config.methods) + 1) * curves,
+        "cohorts": _training_bytes(experiment, slots) + 8 * slots * config.seeds if staged else 0,
+    }
+    device = {
+        "client state": rows if staged or together > 1 else rows // plan.num_devices,
+        "state": together * (num_bytes(states) - rows),
+        "local training": together * (3 * num_bytes(params) + num_bytes(opt_state))
+        + config.batch_size * (example + _DRAWN),
+        "chunk": together * config.seeds * min(config.eval_every, config.rounds) * each,
+        "data": 0 if staged or plan.mesh is None else together * num_bytes(experiment.population),
+    }
+    if staged and jax.default_backend() != "cpu":
+        host["client state"] = device.pop("client state")
+    return host, device
 
 
 def _under_attack(
@@ -383,7 +461,9 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     # One step's program holds the whole mesh's lanes; a device has its share of them, and of the tables' rows.
     lanes = experiment.plan.lanes_per_device(slots * config.seeds)
     table = num_bytes(rows) - num_bytes(rows) // experiment.plan.num_devices
-    batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[: config.batch_size], e), experiment.test)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape[1:]), leaf.dtype), experiment.test
+    )
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
     def mean_loss(params: Any, batch: Any, key: Key) -> Array:
