@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -313,8 +312,7 @@ class Config:
     def federation_slug(self) -> str:
         """The readable part of that which says what the federation is."""
         skew = f"{self.alpha:g}" if self.partition == "dirichlet" else ""
-        name = re.sub(r"[^\w.+-]+", "_", self.dataset)
-        return f"{name}-{'all' if self.clients is None else self.clients}-{self.partition}{skew}"
+        return f"{own.file_name(self.dataset)}-{'all' if self.clients is None else self.clients}-{self.partition}{skew}"
 
     def federation_fields(self) -> dict[str, Any]:
         """The fields that say what the federation is."""

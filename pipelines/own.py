@@ -22,6 +22,7 @@ from typing import Any
 from pipelines.names import pick
 
 _NAME = re.compile(r"(?P<module>.*[^:]):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
+_LONGEST = 80  # bytes: two such names, and more, are in the name of a run's directory, which has 255 at most
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 # File to (its module, the sha256 of its source): each is run once in a process, whatever it is called by.
@@ -39,8 +40,12 @@ def short(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """The name as that of a file or folder."""
-    return re.sub(r"[^\w.+-]+", "_", name)
+    """The name as that of a file or folder, cut to 80 bytes with a digest where it is longer."""
+    plain = re.sub(r"[^\w.+-]+", "_", name)
+    content = plain.encode("utf-8", "replace")
+    if len(content) <= _LONGEST:
+        return plain
+    return f"{content[: _LONGEST - 9].decode('utf-8', 'ignore')}-{sha256(content).hexdigest()[:8]}"
 
 
 def find(kind: str, name: str) -> Any:

@@ -125,6 +125,14 @@ def test_names_are_shown_in_part():
         names.pick("method", "x" * 5000, ["fedavg"])
 
 
+def test_long_names_make_short_directories():
+    long = [Config(dataset=f"/{'folder/' * 40}{name}.npz", model=f"{'m' * 300}:{name}") for name in ("a", "\u00e9")]
+    slugs = {config.slug() for config in long} | {config.federation_slug() for config in long}
+    assert len(slugs) == 4
+    assert all(len(slug.encode()) < 255 for slug in slugs)
+    assert Config(dataset="mnist+usps").federation_slug().startswith("mnist+usps-50")
+
+
 def test_memory_of_a_container_counts(tmp_path, monkeypatch):
     texts = {"max": "1000", "current": "900", "stat": "anon 1\ninactive_file 300\n"}
     for name, text in texts.items():
