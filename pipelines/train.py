@@ -413,7 +413,7 @@ def _run_with_plan(
         measured, round = history.append(measured, new), after
         info["run_seconds"] += time.monotonic() - since
         speed = (round - began_at) / max(time.monotonic() - begin, 1e-9)
-        loss = float(history.mean_losses(new, np.asarray([after - before])).mean())
+        loss = history.mean_known(history.mean_losses(new, np.asarray([after - before])))
         accuracy = float(new["test/accuracy"].mean())
         reporter.update(Progression(label, round, config.rounds, speed, loss, accuracy))
         if round == config.rounds:
