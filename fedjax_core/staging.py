@@ -17,8 +17,13 @@ Letters in shapes: N clients, C slots of a cohort, S simulations run at once (se
 
 import itertools
 import math
-from collections.abc import Callable
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,8 +181,9 @@ def continue_staged(
 
     The counterpart of `continue_rounds`, and like it to be given the same key in every part of a run. Tables of
     per-client state that are numpy arrays (`init_on_host`) are changed in place and come back in the new state.
-    The function raises ValueError for such a table that does not fit the population, and for simulations that are not
-    at the same round.
+    The function raises ValueError for such a table that does not fit the population or is at another round than the
+    state, and for simulations that are not at the same round. Ctrl-C takes effect after the round that is under way,
+    as an `Interrupted` (a KeyboardInterrupt) with the state to go on from.
 
     Args:
       algorithm: the method.
@@ -225,29 +231,161 @@ def continue_staged(
         totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), everywhere)
 
         metrics: list[Metrics] = []
-        running: tuple[_Staged, Any, Metrics] | None = None
-        staged = stage(first, None)
-        changed = staged.tables
-        for t in range(first, last):
-            round_key = round_key_of(train_key, t)
-            before, staged_before = running, staged
-            device, changed, info = rounds[batched](
-                device, staged.slots, staged.examples, staged.tables, changed, totals, round_key
-            )
-            running = staged, changed, info
-            metrics.append(info)
-            # The device is busy now, and the rest is done meanwhile. The round before must have ended before its
-            # buffers are filled again, and its rows must be in the tables before the next cohort's are read.
-            if before is not None:
-                _finish(before, tables)
-            if t + 1 < last:
-                staged = stage(t + 1, staged_before.ids)
-        assert running is not None
-        _finish(running, tables)
-        state = device if tables is None else join_tables(device, tables)
-        return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=int(batched)), *metrics)
+        so_far = _Progress(first, device, ())
+        with _later() as interrupted, _kept_in_step(tables, first) as reached:
+            try:
+                staged = stage(first, None)
+                changed = staged.tables
+                for t in range(first, last):
+                    round_key = round_key_of(train_key, t)
+                    device, changed, info = rounds[batched](
+                        so_far.device, staged.slots, staged.examples, staged.tables, changed, totals, round_key
+                    )
+                    metrics.append(info)
+                    # In one assignment, so that whatever interrupts this finds a state and the rows that belong to it.
+                    so_far = _Progress(t + 1, device, (*so_far.running, (staged, changed, info)))
+                    # The device is busy now, and the rest is done meanwhile. The round before must have ended before
+                    # its buffers are filled again, and its rows be in the tables before the next cohort's are read.
+                    for before in so_far.running[:-1]:
+                        _finish(before, tables)
+                    so_far = so_far._replace(running=so_far.running[-1:])
+                    if interrupted():
+                        raise KeyboardInterrupt
+                    if t + 1 < last:
+                        staged = stage(t + 1, staged.ids)
+                _finish_all(so_far, tables)
+                reached(last)
+                if interrupted():
+                    raise KeyboardInterrupt
+            except BaseException as error:
+                # What has been sent to the device is finished, so that the tables are those of a round; rows that are
+                # in them already are written once more. Where that fails, nobody goes on with the tables.
+                try:
+                    _finish_all(so_far, tables)
+                except Exception:
+                    raise error from None
+                reached(so_far.round)
+                if isinstance(error, KeyboardInterrupt) and so_far.round > first:
+                    of_call = _stacked(metrics[: so_far.round - first], batched)
+                    raise Interrupted(so_far.round, _state(so_far.device, tables), of_call) from None
+                raise
+        return _state(so_far.device, tables), _stacked(metrics, batched)
 
     return run
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `simulate_staged` or `continue_staged`, after the round that was under way.
+
+    The state that was given to the call is not to be used again where its tables are numpy arrays: they have gone on.
+
+    Attributes:
+      round: rounds done.
+      state: the state after them, to go on from.
+      metrics: of the rounds of this call, leaves [rounds of this call, ...] ([S, rounds, ...] with several keys).
+    """
+
+    def __init__(self, round: int, state: Any, metrics: Metrics) -> None:
+        super().__init__(f"interrupted after round {round}: go on from the `state` of this exception")
+        self.round, self.state, self.metrics = round, state, metrics
+
+
+class _Progress(NamedTuple):
+    """How far a call has come.
+
+    Attributes:
+      round: rounds done or on the device.
+      device: the state after them, without tables.
+      running: rounds whose rows are perhaps not in the tables yet, oldest first.
+    """
+
+    round: int
+    device: Any
+    running: tuple[Any, ...]
+
+
+def _finish_all(so_far: _Progress, tables: Any) -> None:
+    for running in so_far.running:
+        _finish(running, tables)
+    jax.block_until_ready(so_far.device)
+
+
+def _state(device: Any, tables: Any) -> Any:
+    return device if tables is None else join_tables(device, tables)
+
+
+def _stacked(metrics: list[Metrics], batched: bool) -> Metrics:
+    stacked: Metrics = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=int(batched)), *metrics)
+    return stacked
+
+
+@contextmanager
+def _later() -> Iterator[Callable[[], bool]]:
+    """Puts Ctrl-C off: yields a function that says whether it was pressed. The second time it interrupts at once.
+
+    Where somebody else handles the signal, or this is not the main thread, which alone gets signals, nothing changes.
+    """
+    pressed: list[int] = []
+    default = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not default:
+        yield lambda: False
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, default)
+    if pressed:  # after the last round had begun
+        raise KeyboardInterrupt
+
+
+_ROUND_OF_TABLE: dict[int, tuple[weakref.ref[np.ndarray], int | None]] = {}
+"""Identity of an array that is a table on the host to itself and the round that it is at, None in between."""
+
+
+@contextmanager
+def _kept_in_step(tables: Any, first: int) -> Iterator[Callable[[int], None]]:
+    """Refuses tables that are not at round `first`; yields a function that says at which they are now.
+
+    Raises:
+      ValueError: if a call of before has left them at another round than that of the state they are given with.
+    """
+    owners = {id(owner): owner for owner in map(_owner, jax.tree.leaves(tables))}
+    for name, owner in owners.items():
+        found, at = _ROUND_OF_TABLE.get(name, (None, first))
+        if found is None or found() is not owner or at == first:
+            continue
+        where = "between two rounds" if at is None else f"at round {at}"
+        raise ValueError(
+            f"the state is at round {first}, but its tables of per-client state are {where}: a call changes them in "
+            "place, also one that was interrupted. Go on from the state that the last call returned (the `state` of "
+            "the Interrupted that it raised), or begin anew with init_on_host; give copies of the tables if you have "
+            "put them back yourself"
+        )
+
+    def reached(round: int | None) -> None:
+        for name, owner in owners.items():
+            _ROUND_OF_TABLE[name] = weakref.ref(owner, partial(_forget, name)), round
+
+    reached(None)
+    yield reached
+
+
+def _forget(name: int, gone: Any) -> None:
+    _ROUND_OF_TABLE.pop(name, None)
+
+
+def _owner(leaf: np.ndarray) -> np.ndarray:
+    """The array whose memory a view shows."""
+    while isinstance(leaf.base, np.ndarray):
+        leaf = leaf.base
+    return leaf
 
 
 def init_on_host(

@@ -16,6 +16,7 @@ with the dtype, shape, size and sha256 of every file, a fingerprint of the sourc
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -112,6 +113,24 @@ def _in_memory(folder: Path | str, error: BaseException | None, build: Callable[
 
     info = build(allocate)
     return Entry(arrays, info)
+
+
+def kept_digest(array: np.ndarray) -> str | None:
+    """The sha256 of the .npy file that an array is the mapped whole of, if the file is one of the cache; else None."""
+    if not isinstance(array, np.memmap) or not isinstance(array.base, mmap.mmap) or array.filename is None:
+        return None
+    file = Path(array.filename)
+    try:
+        manifest = json.loads((file.parent / "manifest.json").read_text())
+        digest = manifest.pop("sha256")
+        wanted = manifest["files"][file.stem]
+        described = [wanted["dtype"], wanted["shape"], wanted["mtime_ns"]]
+        if digest != _text_digest(manifest):
+            return None
+        now = [str(array.dtype), list(array.shape), file.stat().st_mtime_ns]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return str(wanted["sha256"]) if described == now else None
 
 
 def user_folder(name: str) -> Path:

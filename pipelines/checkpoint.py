@@ -1,13 +1,17 @@
 """Checkpoints that survive being killed: one folder per saved round, whole or not there.
 
-A folder is written under a temporary name and renamed when complete, which is one step for the file system. It holds
-the state (orbax), arrays of any shape (`arrays.npz`: the metrics so far), and `manifest.json`, written last, with the
-sha256 of every other file. Nothing is trusted without its manifest, so what a power cut or a bad disk did to a
-renamed folder is found too, and the one before is used.
+A folder is written under a temporary name, brought to the disk and renamed when complete, which is one step for the
+file system. It holds the state (orbax), arrays of any shape (`arrays.npz`), `manifest.json` with the sha256 of every
+other file and the name of the run, and `manifest.sha256`. Nothing is trusted without its manifest, so what a power cut
+or a bad disk did to a renamed folder is found too, and the one before is used. Metrics of every round are not written
+anew each time: they are in a `pipelines.journal` beside the folders, and the manifest says how much of it counts.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,11 +24,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fedjax_core import checks
-from pipelines import processes
+from pipelines import journal, processes
 
 _PREFIX = "round-"
 _TEMPORARY = "unfinished-"
-_FORMAT = 1
+_FORMAT = 2
+_FIRST_FORMAT = 1  # without a journal, a digest of the manifest and the name of the run; still read
 
 
 class CheckpointWarning(UserWarning):
@@ -38,14 +43,20 @@ class Saved(NamedTuple):
       round: rounds done.
       state: pytree like the one that was saved; numpy arrays (on a mesh: see `restore_latest`), and typed keys where
         there were such.
-      arrays: name to array, as saved.
+      arrays: name to array, as saved, those of the journal among them.
       info: what the caller wrote down beside, JSON values.
+      mark: how far the journal counts; give it to the next `save` that appends.
     """
 
     round: int
     state: Any
     arrays: dict[str, np.ndarray]
     info: dict[str, Any]
+    mark: journal.Mark = journal.START
+
+
+class OtherRun(ValueError):  # noqa: N818 (named for what happened)
+    """A checkpoint is of another run."""
 
 
 def save(
@@ -56,7 +67,10 @@ def save(
     info: Mapping[str, Any] | None = None,
     *,
     keep: int = 3,
-) -> Path:
+    mark: journal.Mark = journal.START,
+    new: Mapping[str, np.ndarray] | None = None,
+    run: str = "",
+) -> journal.Mark:
     """Saves a checkpoint and removes all but the `keep` latest up to this round.
 
     With several processes, all of them call this, each writes its part of what is spread over them, and the first one
@@ -69,42 +83,88 @@ def save(
       arrays: numpy arrays by name.
       info: JSON values to keep beside.
       keep: how many to keep; two or more, or there is nothing to fall back on.
+      mark: how far the journal counts, from the save before or from `restore_latest`.
+      new: arrays with an axis 1 along which they grow, to append to the journal there.
+      run: name of the run, without which nobody takes the checkpoint for one of theirs.
 
     Returns:
-      The folder of this checkpoint.
+      How far the journal counts now.
+
+    Raises:
+      OSError: if it cannot be written; what was saved before is as it was.
     """
     temporary, final = folder / f"{_TEMPORARY}{round:08d}", folder / f"{_PREFIX}{round:08d}"
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
+            _discard(leftover)
         temporary.mkdir()
 
     leaves = {name: _whole(leaf) for name, (leaf, _) in _flat(state).items()}
     # orbax refuses arrays without elements; there is nothing in them to save.
     filled = {name: leaf for name, leaf in leaves.items() if leaf.size}
     processes.first_does(prepare)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save((temporary / "state").resolve(), filled)
-    processes.wait_for_all("checkpoint")
-    if not processes.is_first():
-        return final
-    np.savez(temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]
-    manifest = {
-        "format": _FORMAT,
-        "round": round,
-        "leaves": {n: [kind, list(leaves[n].shape), str(leaves[n].dtype)] for n, (_, kind) in _flat(state).items()},
-        "info": dict(info or {}),
-        "sha256": {str(p.relative_to(temporary).as_posix()): _digest(p) for p in _files(temporary)},
-    }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    if final.exists():  # damaged, or we would have gone on from it
-        _remove(final)
-    temporary.rename(final)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save((temporary / "state").resolve(), filled)
+        processes.wait_for_all("checkpoint")
+        if not processes.is_first():
+            return mark
+        np.savez(temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]
+        if new:
+            mark = _append(folder, mark, new)
+        manifest = {
+            "format": _FORMAT,
+            "run": run,
+            "round": round,
+            "leaves": {n: [kind, list(leaves[n].shape), str(leaves[n].dtype)] for n, (_, kind) in _flat(state).items()},
+            "info": dict(info or {}),
+            "journal": list(mark),
+            "sha256": {str(p.relative_to(temporary).as_posix()): _digest(p) for p in _files(temporary)},
+        }
+        content = json.dumps(manifest, indent=1).encode()
+        (temporary / "manifest.json").write_bytes(content)
+        (temporary / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest())
+        _to_disk(temporary)
+        if os.path.lexists(final):  # damaged, or we would have gone on from it
+            _remove(final)
+        temporary.rename(final)
+        _to_disk(folder, itself=True)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # what is left of it takes room that may be what is wanting
+            shutil.rmtree(temporary)
+        failure = _of_the_disk(error)
+        if failure is None or failure is error:
+            raise
+        raise failure from error
     for old in [p for p in _folders(folder) if _round_of(p) <= round][:-keep]:
         _remove(old)
-    return final
+    return mark
+
+
+def _append(folder: Path, mark: journal.Mark, new: Mapping[str, np.ndarray]) -> journal.Mark:
+    try:
+        return journal.append(_journal(folder), mark, new)
+    except journal.Damaged as error:
+        raise OSError(f"{folder}: {error} by this run, so another program has changed it") from None
+
+
+def _journal(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.journal")
+
+
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """The error of the operating system that is behind an error, if any: orbax and its writer wrap them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE, errno.EFBIG):
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number))
+    return None
 
 
 def restore_latest(
@@ -112,6 +172,8 @@ def restore_latest(
     expected: Any,
     expected_name: str = "the state of this run",
     wanted: Callable[[int], bool] = lambda round: True,
+    *,
+    run: str = "",
 ) -> Saved | None:
     """Restores the latest checkpoint that is whole, or returns None if there is none.
 
@@ -123,51 +185,86 @@ def restore_latest(
         Where such a struct has a sharding the array is put there, and no process reads more than its part.
       expected_name: for the error.
       wanted: whether a checkpoint after that round is one to go on from.
+      run: as for `save`; empty takes those of any run.
 
     Raises:
       ValueError: if a whole checkpoint holds a state of another structure, with the first leaf that differs.
+      OtherRun: if it is of another run.
     """
-    name = processes.first_does(lambda: _latest_whole(folder, wanted))
+    name = processes.first_does(lambda: _latest_whole(folder, wanted, run))
     return None if name is None else _restore(folder / name, expected, expected_name)
 
 
-def _latest_whole(folder: Path, wanted: Callable[[int], bool]) -> str | None:
+def _latest_whole(folder: Path, wanted: Callable[[int], bool], run: str) -> str | None:
     """Name of the latest checkpoint that is whole and wanted."""
     for path in reversed(_folders(folder)):  # none where there is no folder
         if not wanted(_round_of(path)):
             continue
-        damage = verify(path)
+        damage = verify(path, run)
         if not damage:
             return path.name
         warnings.warn(f"checkpoint {path} is damaged ({damage}): using the one before", CheckpointWarning, stacklevel=3)
     return None
 
 
-def verify(path: Path) -> str:
-    """Says what is wrong with a checkpoint's folder; an empty string if nothing is."""
+def latest_round(folder: Path) -> int:
+    """The round of the latest checkpoint, whole or not; 0 if there is none."""
+    return max(map(_round_of, _folders(folder)), default=0)
+
+
+def verify(path: Path, run: str = "") -> str:
+    """Says what is wrong with a checkpoint's folder; an empty string if nothing is.
+
+    Raises:
+      OtherRun: if it is of another run than `run`, unless that is empty.
+    """
+    if not path.is_dir():
+        return "it is a file and no folder"
     manifest_path = path / "manifest.json"
-    if not manifest_path.exists():
+    if not os.path.lexists(manifest_path):
         return "manifest.json is missing, so it was never finished"
     try:
-        manifest = json.loads(manifest_path.read_text())
+        content = manifest_path.read_bytes()
+        manifest = json.loads(content)
+        first = manifest["format"] == _FIRST_FORMAT
+        has_digest = not first or "journal" in manifest or os.path.lexists(path / "manifest.sha256")
+        if has_digest and (path / "manifest.sha256").read_text() != hashlib.sha256(content).hexdigest():
+            return "manifest.json is not what was written, its sha256 differs"
+        if manifest["format"] not in (_FIRST_FORMAT, _FORMAT):
+            return ""  # and `_restore` says of which version it is
         digests = dict(manifest["sha256"])
         int(manifest["round"]), dict(manifest["leaves"]), dict(manifest["info"])
-    except (ValueError, KeyError, TypeError):
-        return "manifest.json cannot be read"
-    for name, digest in digests.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _digest(path / name) != digest:
-            return f"{name} is not what was written, its sha256 differs"
+        mark, written_by = journal.mark_of(manifest.get("journal", journal.START)), manifest.get("run", "")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        name = Path(str(error.filename)).name if isinstance(error, OSError) else "manifest.json"
+        return f"{name} cannot be read{reason}"
+    if run and written_by and written_by != run:
+        raise OtherRun(
+            f"checkpoint {path} was written by another run ({written_by}, and this one is {run}): put this run's own "
+            "checkpoints back, or remove that folder to go on from the one before it"
+        )
+    try:
+        for name, digest in digests.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _digest(path / name) != digest:
+                return f"{name} is not what was written, its sha256 differs"
+        if mark.length:
+            journal.read(_journal(path.parent), mark)
+    except journal.Damaged as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     return ""
 
 
 def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
     manifest = json.loads((path / "manifest.json").read_text())
-    if manifest["format"] != _FORMAT:
+    if manifest["format"] not in (_FIRST_FORMAT, _FORMAT):
         raise ValueError(
-            f"checkpoint {path} has format {manifest['format']}, this version reads {_FORMAT}: use the version of the "
-            "library that wrote it"
+            f"checkpoint {path} has format {manifest['format']}, this version reads {_FIRST_FORMAT} and {_FORMAT}: use "
+            "the version of the library that wrote it"
         )
     wanted = _flat(expected)
     got = {n: jax.ShapeDtypeStruct(tuple(s), jnp.dtype(d)) for n, (_, s, d) in manifest["leaves"].items()}
@@ -199,7 +296,10 @@ def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
     state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     with np.load(path / "arrays.npz", allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
-    return Saved(int(manifest["round"]), state, arrays, manifest["info"])
+    mark = journal.mark_of(manifest.get("journal", journal.START))
+    if mark.length:
+        arrays = journal.read(_journal(path.parent), mark) | arrays
+    return Saved(int(manifest["round"]), state, arrays, manifest["info"], mark)
 
 
 def _whole(leaf: Any) -> Any:
@@ -250,4 +350,24 @@ def _digest(path: Path) -> str:
 
 def _remove(path: Path) -> None:
     # Renamed first: a folder half removed must not pass for a checkpoint that was damaged.
-    shutil.rmtree(path.rename(path.with_name(_TEMPORARY + path.name)))
+    _discard(path.rename(path.with_name(_TEMPORARY + path.name)))
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _to_disk(folder: Path, *, itself: bool = False) -> None:
+    """Waits until files are on the disk: those of a folder and below it, or only the folder's own list of names."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    # The names of new files come to the disk with them, on the file systems that are usual.
+    for path in [folder] if itself else [*_files(folder), folder]:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

@@ -225,7 +225,8 @@ Examples:
 A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. A finished one goes on
 with more --rounds, --seeds or --method in the same --out. Exit codes: 0 done,
 1 the loss or the model is no longer finite, 2 a mistake in the arguments, 3 another process of the run is gone, 4 an
-unexpected error, whose traceback is kept in a file, 130 stopped by Ctrl-C.
+unexpected error, whose traceback is kept in a file, 5 the run directory cannot be
+written to, 130 stopped by Ctrl-C.
 """
 
 _CPU = "on the processor"
@@ -445,7 +446,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             else:
                 config = plans.tuned(config, reporter)
             experiment = setup.prepare(config)
-            driver.claim(out, config)
+            driver.claim(out, config, experiment.federation)
         for line in report.described(experiment):
             reporter.say(line)
         for name in config.methods:
@@ -760,7 +761,7 @@ def _warnings_as_lines() -> Iterator[None]:
     """Warnings of this package in one line, without the source line."""
     from pipelines.checkpoint import CheckpointWarning
 
-    ours = (CheckpointWarning, kept.CacheWarning)
+    ours = (CheckpointWarning, kept.CacheWarning, files.RecordWarning)
     show = warnings.showwarning
 
     def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:

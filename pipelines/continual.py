@@ -241,6 +241,7 @@ def run(
       reporter: where words go; nowhere unless given.
 
     Raises:
+      Unwritable: if the directory cannot be written to; what was saved is whole.
       ValueError: if something is wrong with the configuration, the directory holds another one's run, or another
         process is at work in it.
     """
@@ -248,11 +249,12 @@ def run(
     reporter = reporter or silent()
     config = _joined(config, Path(out))
     tasks, out = scenario(config), Path(out)
-    _claim(out, config)
+    with files.told(out):
+        _claim(out, config)
     if plan is None:
         plan = Plan(mesh=client_mesh() if len(jax.devices()) > 1 else None)
     results = {}
-    with sole_use(out):
+    with files.told(out), sole_use(out):
         for name in config.methods:
             results[name] = _run_method(config, name, tasks, out / "checkpoints" / name, save_every, plan, reporter)
             write(out, results)
@@ -385,7 +387,7 @@ def _run_method(
             begin = time.monotonic()
             state, metrics = jax.block_until_ready(chunks[length](state, population, run_key))
             seconds += time.monotonic() - begin
-            if not (np.isfinite(metrics.loss) | (metrics.participants == 0)).all():
+            if not np.isfinite(metrics.loss).all():
                 raise FloatingPointError(
                     f"the loss of {name} is no longer finite after {done} to {done + length} rounds: lower client_lr"
                     + (", or lam" if name == "ewc" else "")

@@ -6,9 +6,8 @@ Letters: S seeds, r rounds done, e evaluations done, N clients. Names are "round
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from fedjax_core import Metrics
 
 History = dict[str, np.ndarray]
 
-_COUNTS = ("uploaded", "downloaded")
 _BASE = ("loss", "update_norm", "uploaded", "downloaded", "participants")
 
 
@@ -44,13 +42,57 @@ def append(history: History, new: History) -> History:
     }
 
 
-def first_bad_round(history: History) -> tuple[int, int] | None:
-    """(seed, round) of the first training loss or update norm that is not finite, counted from 0; None if all are.
+def growing(history: History) -> History:
+    """The part that has an axis of rounds or evaluations."""
+    return {name: value for name, value in history.items() if name.startswith(("round/", "test/"))}
 
-    A round in which nobody took part has no loss, NaN, and is not bad for that.
+
+def after(history: History, rounds: int, evaluations: int) -> History:
+    """What was measured after so many rounds and evaluations."""
+    cut = {"round": rounds, "test": evaluations}
+    return {name: value[:, cut[name.partition("/")[0]] :] for name, value in growing(history).items()}
+
+
+class Growing:
+    """A history that is appended to again and again without being copied each time.
+
+    Args:
+      history: what is there at the start, which is saved already.
     """
-    known = history["round/participants"] > 0
-    bad = ~((np.isfinite(history["round/loss"]) | ~known) & np.isfinite(history["round/update_norm"]))
+
+    def __init__(self, history: History) -> None:
+        self._parts = [history] if history else []
+        self._saved = len(self._parts)
+
+    def append(self, new: History) -> None:
+        """Adds some rounds and their evaluation."""
+        self._parts.append(new)
+
+    def unsaved(self) -> History:
+        """What was appended since `saved` was called."""
+        return _joined(self._parts[self._saved :])
+
+    def saved(self) -> None:
+        """Everything up to here is saved."""
+        self._saved = len(self._parts)
+
+    def unsave(self) -> None:
+        """Nothing is saved, so that the next save takes all of it."""
+        self._saved = 0
+
+    def whole(self) -> History:
+        """All of it."""
+        return _joined(self._parts)
+
+
+def _joined(parts: Sequence[History]) -> History:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: np.concatenate([part[name] for part in parts if name in part], axis=1) for name in names}
+
+
+def first_bad_round(history: History) -> tuple[int, int] | None:
+    """(seed, round) of the first training loss or update norm that is not finite, counted from 0; None if all are."""
+    bad = ~(np.isfinite(history["round/loss"]) & np.isfinite(history["round/update_norm"]))
     if not bad.any():
         return None
     round = int(np.argmax(bad.any(axis=0)))
@@ -60,7 +102,7 @@ def first_bad_round(history: History) -> tuple[int, int] | None:
 def mean_losses(history: History, eval_rounds: np.ndarray) -> np.ndarray:
     """float[S, e], the mean training loss over the rounds since the evaluation before.
 
-    Rounds in which nobody took part, which have no loss, are left out; NaN where there was no other.
+    Rounds in which nobody took part, whose loss is 0, are left out; NaN where there was no other.
     """
     took_part = history["round/participants"] > 0
     loss = np.where(took_part, history["round/loss"], 0).astype(np.float64)
@@ -68,12 +110,6 @@ def mean_losses(history: History, eval_rounds: np.ndarray) -> np.ndarray:
     starts = np.concatenate([[0], eval_rounds[eval_rounds < rounds]]).astype(np.int64)
     counts = np.add.reduceat(took_part.astype(np.int64), starts, axis=1)
     return np.where(counts > 0, np.add.reduceat(loss, starts, axis=1) / np.maximum(counts, 1), np.nan)
-
-
-def mean_known(values: np.ndarray) -> float:
-    """The mean of the values that are not NaN; NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else math.nan
 
 
 def evaluated_rounds(rounds: int, eval_every: int) -> np.ndarray:
@@ -86,16 +122,34 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
     """The metrics as CSV text, one row per method, seed and round.
 
     Counts of scalars are given per participant, as the methods report them, and as `..._total`, times the
-    participants, which is exact (a product of int32 would overflow) but for a method whose participants differ: there
-    the count is a mean, a float, and the total as exact as that. The loss is nan in a round without participants. A
-    cell is empty where the method does not report the metric, or the round was not evaluated. Metrics that are no
-    scalars are left out.
+    participants, which is exact (a product of int32 would overflow). A cell is empty where the method does not
+    report the metric, or the round was not evaluated. Metrics that are no scalars are left out.
 
     Args:
       histories: method to history.
       seeds: S seeds, or more: a method may not have run with all of them yet.
       eval_rounds: int[e], from `evaluated_rounds`.
     """
+    columns = csv_columns(histories)
+    return (
+        ",".join(["method", "seed", "round", *columns.names]) + "\n" + csv_rows(histories, seeds, eval_rounds, columns)
+    )
+
+
+class Columns(NamedTuple):
+    """The columns of metrics.csv that depend on the methods: names of test metrics and of extra ones."""
+
+    tests: tuple[str, ...]
+    extras: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Headings, but for method, seed and round."""
+        return [*_BASE, "uploaded_total", "downloaded_total", *(f"test_{name}" for name in self.tests), *self.extras]
+
+
+def csv_columns(histories: Mapping[str, History]) -> Columns:
+    """The columns that these histories need."""
     extras: dict[str, None] = {}
     tests: dict[str, None] = {}
     for history in histories.values():
@@ -105,10 +159,21 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
                 extras[metric] = None
             if group == "test":
                 tests[metric] = None
+    return Columns(tuple(tests), tuple(extras))
+
+
+def csv_rows(
+    histories: Mapping[str, History],
+    seeds: Sequence[int],
+    eval_rounds: np.ndarray,
+    columns: Columns,
+    begin: int = 0,
+) -> str:
+    """The rows of `to_csv` for histories that begin after `begin` rounds; `eval_rounds` are those of the whole run."""
+    tests, extras = columns
+    eval_rounds = eval_rounds[eval_rounds > begin] - begin
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [*_BASE, "uploaded_total", "downloaded_total", *(f"test_{name}" for name in tests), *extras]
-    writer.writerow(["method", "seed", "round", *columns])
     for method, history in histories.items():
         if not history:
             continue
@@ -116,22 +181,13 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
             for t in range(history["round/loss"].shape[1]):
                 participants = int(history["round/participants"][s, t])
                 row = [str(history[f"round/{name}"][s, t]) for name in _BASE]
-                row += [
-                    str(total_scalars(history[f"round/{n}"][s, t], participants)) for n in ("uploaded", "downloaded")
-                ]
+                row += [str(int(history[f"round/{n}"][s, t]) * participants) for n in ("uploaded", "downloaded")]
                 at = int(np.searchsorted(eval_rounds, t + 1))
                 evaluated = at < len(eval_rounds) and eval_rounds[at] == t + 1
                 row += [str(history[f"test/{n}"][s, at]) if evaluated and f"test/{n}" in history else "" for n in tests]
                 row += [str(history[f"round/{n}"][s, t]) if f"round/{n}" in history else "" for n in extras]
-                writer.writerow([method, seed, t + 1, *row])
+                writer.writerow([method, seed, begin + t + 1, *row])
     return text.getvalue()
-
-
-def total_scalars(per_participant: Any, participants: Any) -> int:
-    """Scalars that all participants have sent or received, from what one has, or their mean has (a float)."""
-    if np.issubdtype(np.asarray(per_participant).dtype, np.floating):
-        return round(float(per_participant) * int(participants))
-    return int(per_participant) * int(participants)
 
 
 def _plain(value: Any) -> np.ndarray:

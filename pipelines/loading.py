@@ -183,7 +183,8 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
     whole = experiment._replace(config=config, keys=all_keys)
     for first, batch in train.batches_of(whole, train.seed_batches(out)):
         expected = jax.eval_shape(partial(setup.initial_states, batch, algorithm), batch.keys)
-        saved = checkpoint.restore_latest(train.folder_of(out, name, first), expected, f"the state of {name}")
+        folder = train.folder_of(out, name, first)
+        saved = checkpoint.restore_latest(folder, expected, f"the state of {name}", run=train.run_name(out))
         if saved is not None:
             parts.append(saved)
             seeds += batch.seeds

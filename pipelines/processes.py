@@ -5,6 +5,7 @@ signal that it got, what it found in a folder) is told to all before anything is
 different ways wait for each other for ever.
 """
 
+import errno
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fedjax_core import checks, client_mesh, everywhere, place
 from fedjax_core.placement import CLIENTS
+from pipelines import files
 
 HEARTBEAT_SECONDS = 30
 _SUPERVISED = "FEDJAX_CORE_SUPERVISED"
@@ -174,26 +176,35 @@ class Refused(ValueError):  # noqa: N818 (named for what happened)
 
 
 @contextmanager
-def sole_use(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the directory.
+def sole_use(out: Path) -> Iterator[bool]:
+    """Keeps a second run out of the directory; yields whether anything can be written there.
+
+    A directory that is read-only needs no lock: nobody writes there.
 
     Raises:
       Refused: if there is one already.
+      Unwritable: if the lock cannot be made for another reason.
     """
-    lock = FileLock(out / "checkpoints" / ".lock")
+    folder = out / "checkpoints"
+    lock = FileLock(folder / ".lock")
 
-    def acquire() -> None:
-        (out / "checkpoints").mkdir(exist_ok=True)
+    def acquire() -> bool:
         try:
+            folder.mkdir(exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             raise Refused(
                 f"another process is at work in {out}: wait until it has ended, or choose another --out"
             ) from None
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return False
+            raise files.unwritable(out, error) from error
+        return True
 
-    first_does(acquire)
+    may_write = first_does(acquire)
     try:
-        yield
+        yield bool(may_write)
     finally:
         lock.release()
 
@@ -202,16 +213,17 @@ def first_does(action: Callable[[], Any]) -> Any:
     """Lets the first process do something while the others wait, and tells all what came of it.
 
     Args:
-      action: returns a JSON value; a ValueError of it is raised on all processes (of the same class on the first).
+      action: returns a JSON value; a ValueError or OSError of it, or `files.Unwritable`, is raised on all processes
+        (of the same class on the first, as a ValueError on the others).
     """
     if jax.process_count() == 1:
         return action()
-    failure = None
+    failure: Exception | None = None
     outcome: dict[str, Any] = {}
     if is_first():
         try:
             outcome = {"value": action()}
-        except ValueError as error:
+        except (ValueError, OSError, files.Unwritable) as error:
             failure, outcome = error, {"error": str(error)}
     outcome = from_first(outcome)
     if "error" in outcome:

@@ -1,6 +1,8 @@
 """What a run says while it runs: a progress bar on a terminal, plain lines anywhere else."""
 
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
@@ -16,7 +18,7 @@ class Progression(NamedTuple):
       method: its name.
       round: rounds done.
       rounds: rounds in all.
-      rounds_per_second: of this process, all seeds at once.
+      rounds_per_second: over the last evaluations, all seeds at once.
       loss: training loss since the evaluation before, mean over seeds; NaN if nobody took part.
       accuracy: test accuracy, mean over seeds.
     """
@@ -35,6 +37,24 @@ class Progression(NamedTuple):
             f"round {self.round}/{self.rounds}  {self.rounds_per_second:.1f} rounds/s  loss {self.loss:.4g}  "
             f"accuracy {100 * self.accuracy:.1f} %  {duration(left)} left"
         )
+
+
+class Speed:
+    """Rounds a second over the last evaluations, so that the time left follows a run that becomes slower or faster.
+
+    Args:
+      round: rounds done at the start.
+      last: how many evaluations count.
+    """
+
+    def __init__(self, round: int, *, last: int = 20) -> None:
+        self._seen = deque([(round, time.monotonic())], maxlen=last + 1)
+
+    def at(self, round: int) -> float:
+        """The speed when so many rounds are done."""
+        self._seen.append((round, time.monotonic()))
+        (first, began), (_, now) = self._seen[0], self._seen[-1]
+        return (round - first) / max(now - began, 1e-9)
 
 
 class Reporter(NamedTuple):

@@ -10,21 +10,27 @@ own, so that no number of those that are there changes.
 
 A run directory:
 
-    config.json             what is run, the versions that ran it, its batches of seeds, and what is known of the data
-    checkpoints/<method>/   `pipelines.checkpoint`: the state and the metrics so far; seeds-<first>/ in it is a batch
-                            that joined later
-    metrics.csv             every metric of every round, rewritten from the checkpoints; later seeds when they are done
+    config.json             what is run, the versions that ran it, its batches of seeds, what is known of the data, the
+                            name of the run, and digests of the data and of itself
+    checkpoints/            a copy of config.json
+    checkpoints/<method>/   `pipelines.checkpoint`: the latest states; seeds-<first>/ in it is a batch
+                            that joined later; <method>.journal/ has the metrics (`pipelines.journal`)
+    metrics.csv             every metric of every round: appended to with every checkpoint, put in order at the end;
+                            later seeds when they are done
     clients.csv, summary.md, results.tex, and curves and clients as .png and .pdf     at the end, see `pipelines.report`
 """
 
 import dataclasses
+import errno
 import json
+import os
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -36,13 +42,14 @@ import jax
 import numpy as np
 
 from fedjax_core import Algorithm, evaluate_examples, out_of_memory, split_tables
-from pipelines import checkpoint, engines, files, heterogeneity, history, methods, plans, processes, report
+from pipelines import checkpoint, engines, files, heterogeneity, history, identity, methods, plans, processes, report
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.description import Description, described
 from pipelines.federation import Federation
+from pipelines.files import Unwritable as Unwritable
 from pipelines.history import History
 from pipelines.processes import Refused, sole_use
-from pipelines.progress import Progression, Reporter, duration, silent, size
+from pipelines.progress import Progression, Reporter, Speed, duration, silent, size
 from pipelines.setup import EVAL_BATCH, Experiment, prepare
 
 
@@ -102,17 +109,19 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
       Refused: if another process is at work in it, or memory suffices for no plan.
       Interrupted: after SIGINT or SIGTERM, once the chunk is done and saved. A second signal ends the process.
       Diverged: if the loss or the model is no longer finite.
+      Unwritable: if the directory cannot be written to; what was saved is whole.
       Lost: if another process of the run is gone.
     """
     reporter = (reporter if processes.is_first() else None) or silent()
     out = Path(out)
-    claim(out, experiment.config)
-    with sole_use(out), _all_processes(out):
-        processes.first_does(lambda: _record(out, experiment))
-        return _run(experiment, out, reporter)
+    claim(out, experiment.config, experiment.federation)
+    with sole_use(out) as may_write, _all_processes(out):
+        if may_write:
+            processes.first_does(lambda: _record(out, experiment))
+        return _run(experiment, out, reporter, may_write)
 
 
-def _run(experiment: Experiment, out: Path, reporter: Reporter) -> dict[str, Result]:
+def _run(experiment: Experiment, out: Path, reporter: Reporter, may_write: bool) -> dict[str, Result]:
     for name, file in _edited(out, experiment.config):
         reporter.say(
             f"note: {file}, which {name} is of, has been edited since this run was begun: what comes now may be "
@@ -124,15 +133,28 @@ def _run(experiment: Experiment, out: Path, reporter: Reporter) -> dict[str, Res
     with _stop_requests(reporter) as stop_signal:
         for name in experiment.algorithms:
             try:
-                results[name] = _run_method(experiment, name, out, results, reporter, stop_signal)
+                results[name] = _run_method(experiment, name, out, results, reporter, stop_signal, may_write)
+            except OSError as error:
+                raise files.unwritable(out, error, _saved(out, name)) from error
             finally:
                 reporter.finish()
     histories = {name: result.history for name, result in results.items()}
     info = {name: result.info for name, result in results.items()}
-    if processes.is_first():
-        report.write(out, experiment, histories, info, versions())
+    if not may_write:
+        reporter.say(f"{out} is read-only, so its report stays as it is")
+    elif processes.is_first():
+        try:
+            report.write(out, experiment, histories, info, versions())
+        except OSError as error:
+            raise files.unwritable(out, error, "All rounds are done and saved, and the report is not") from error
     processes.wait_for_all("report")
     return results
+
+
+def _saved(out: Path, name: str) -> str:
+    """What is saved of a method, in words."""
+    round = checkpoint.latest_round(_folder(out, name))
+    return f"{name} is saved after round {round}" if round else f"Nothing of {name} is saved yet"
 
 
 def final_params(out: str | Path, method: str) -> Any:
@@ -161,17 +183,18 @@ def read_config(out: Path) -> Config:
       ValueError: if it is none.
     """
     path = out / "config.json"
-    if not path.exists():
+    if not files.has_record(path):
         raise ValueError(f"{out} is no run directory, it has no config.json: give the --out of a run")
+    content = files.read_record(path)
     try:
-        return Config.from_json(json.dumps(json.loads(path.read_text())["config"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return Config.from_json(json.dumps(content["config"]))
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): choose another --out") from None
 
 
 def saved_config(out: Path) -> Config | None:
     """The configuration of the run in a directory, or None if there is none."""
-    found = processes.first_does(lambda: read_config(out).to_json() if (out / "config.json").exists() else None)
+    found = processes.first_does(lambda: read_config(out).to_json() if files.has_record(out / "config.json") else None)
     return None if found is None else Config.from_json(found)
 
 
@@ -181,27 +204,52 @@ def joined(config: Config, out: Path) -> Config:
     return config if saved is None else config.with_methods_of(saved)
 
 
-def claim(out: Path, config: Config) -> None:
+def claim(out: Path, config: Config, federation: Federation | None = None) -> None:
     """Makes `out` the run directory of `config`, or checks that it is, or can grow to be.
 
+    Args:
+      out: the directory.
+      config: the configuration.
+      federation: what `pipelines.setup.federate` made of it; its digest belongs to the run and is checked if given.
+
     Raises:
-      ValueError: if it holds a run of another configuration (with the fields that differ), or something else.
+      ValueError: if it holds a run of another configuration (with the fields that differ) or of other examples, or
+        something else.
+      Unwritable: if it cannot be written to.
     """
-    processes.first_does(lambda: _claim(out, config))
+
+    def action() -> None:
+        try:
+            _claim(out, config, {} if federation is None else identity.identity(federation))
+        except OSError as error:
+            raise files.unwritable(out, error, "Nothing was run") from error
+
+    processes.first_does(action)
 
 
-def _claim(out: Path, config: Config) -> None:
+def _claim(out: Path, config: Config, pinned: dict[str, str]) -> None:
+    path = out / "config.json"
     if files.run_directory(out):
         config.check_grown_from(read_config(out), out)
+        content = files.read_record(path)
+        identity.check(content.get("identity", {}), pinned, config, out)
+        if pinned and not content.get("identity"):
+            with suppress(OSError):  # a finished run may be looked at in a place that is read-only
+                files.write_record(path, {"run": secrets.token_hex(8), **content, "identity": pinned})
         return
     content = {"config": json.loads(config.to_json()), "versions": versions(), "sources": config.sources()}
-    files.write_text(out / "config.json", json.dumps(content, indent=2) + "\n")
+    files.write_record(path, {**content, "run": secrets.token_hex(8), "identity": pinned})
+
+
+def run_name(out: Path) -> str:
+    """The name that the run in a directory has given its checkpoints; empty for one of before there were names."""
+    return processes.first_does(lambda: str(files.read_record(out / "config.json").get("run", "")))
 
 
 def _record(out: Path, experiment: Experiment) -> None:
     """Writes down what the run is now, if it has grown, and what is needed to use it without its data."""
     path, config = out / "config.json", experiment.config
-    content, saved = json.loads(path.read_text()), read_config(out)
+    content, saved = files.read_record(path), read_config(out)
     batches = content.get("batches", [saved.seeds])
     # How the machine was used when it began stays on record: another plan changes last bits.
     kept = {name: getattr(saved, name) for name in MACHINE_FIELDS}
@@ -213,24 +261,24 @@ def _record(out: Path, experiment: Experiment) -> None:
         "data": described(experiment),
     }
     if now != content:
-        files.write_text(path, json.dumps(now, indent=2) + "\n")
+        files.write_record(path, now)
 
 
 def read_description(out: Path) -> Description | None:
     """What the run directory says of its data, or None if it is of a version that said nothing."""
-    found: Description | None = json.loads((out / "config.json").read_text()).get("data")
+    found: Description | None = files.read_record(out / "config.json").get("data")
     return found
 
 
 def seed_batches(out: Path) -> list[int]:
     """The numbers of seeds that were run at once, in the order in which they joined the run in `out`."""
-    content = json.loads((out / "config.json").read_text())
+    content = files.read_record(out / "config.json")
     return list(content.get("batches", [content["config"]["seeds"]]))
 
 
 def _changed(out: Path, config: Config) -> list[tuple[str, Any, Any]]:
     """(name, version or setting that began the run, the one now) of everything that has changed since."""
-    content = json.loads((out / "config.json").read_text())
+    content = files.read_record(out / "config.json")
     machine = {name: (content["config"].get(name), getattr(config, name)) for name in MACHINE_FIELDS}
     then = content.get("versions", {})
     pairs = {name: (then.get(name), now) for name, now in versions().items()} | machine
@@ -257,7 +305,7 @@ class _Batch(NamedTuple):
 
 def _edited(out: Path, config: Config) -> list[tuple[str, str]]:
     """(name, file) of the user's own code whose file is another than the one that began the run."""
-    then = json.loads((out / "config.json").read_text()).get("sources", {})
+    then = files.read_record(out / "config.json").get("sources", {})
     now = config.sources()
     return [
         (name, source["file"]) for name, source in now.items() if then.get(name, source)["sha256"] != source["sha256"]
@@ -271,6 +319,7 @@ def _run_method(
     finished: dict[str, Result],
     reporter: Reporter,
     stop_signal: Callable[[], int],
+    may_write: bool,
 ) -> Result:
     """Runs a method, one batch of seeds after the other."""
     results: list[Result] = []
@@ -278,7 +327,7 @@ def _run_method(
         folder = folder_of(out, name, first)
         label = name if not first else f"{name}, seeds {part.seeds[0]} to {part.seeds[-1]}"
         batch = _Batch(part, experiment.config, label, folder, results)
-        results = [*results, _run_batch(batch, name, out, finished, reporter, stop_signal)]
+        results = [*results, _run_batch(batch, name, out, finished, reporter, stop_signal, may_write)]
     return _merged(results)
 
 
@@ -312,12 +361,14 @@ def _run_batch(
     finished: dict[str, Result],
     reporter: Reporter,
     stop_signal: Callable[[], int],
+    may_write: bool,
 ) -> Result:
     """Runs a method with the plan of the experiment, or with the first smaller one that memory suffices for."""
     experiment = plans.fitted(batch.experiment, name, reporter)
     while True:
         try:
-            return _run_with_plan(batch._replace(experiment=experiment), name, out, finished, reporter, stop_signal)
+            part = batch._replace(experiment=experiment)
+            return _run_with_plan(part, name, out, finished, reporter, stop_signal, may_write)
         except (_OutOfMemory, jax.errors.JaxRuntimeError) as error:
             if not (isinstance(error, _OutOfMemory) or out_of_memory(error)) or jax.process_count() > 1:
                 raise
@@ -339,26 +390,35 @@ def _run_with_plan(
     finished: dict[str, Result],
     reporter: Reporter,
     stop_signal: Callable[[], int],
+    may_write: bool,
 ) -> Result:
     experiment, label, folder = batch.experiment, batch.label, batch.folder
     config, algorithm = experiment.config, experiment.algorithms[name]
-    engine = engines.engine(experiment, algorithm)
+    engine, run = engines.engine(experiment, algorithm), run_name(out)
     last_but_end = config.rounds // config.eval_every * config.eval_every
 
     def on_grid(round: int) -> bool:
         """Whether this run is evaluated there; one that was shorter ended anywhere."""
         return round == config.rounds or (round < config.rounds and round % config.eval_every == 0)
 
-    def first() -> tuple[Any, History, int, dict[str, Any]]:
-        saved = checkpoint.restore_latest(folder, engine.expected, f"the state of {name}", on_grid)
+    def first() -> tuple[Any, checkpoint.Saved]:
+        saved = checkpoint.restore_latest(folder, engine.expected, f"the state of {name}", on_grid, run=run)
         if saved is None:
-            return engine.start(), {}, 0, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0}
-        return engine.place(saved.state), saved.arrays, saved.round, saved.info
+            none = checkpoint.Saved(0, None, {}, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0})
+            return engine.start(), none
+        return engine.place(saved.state), saved
 
-    state, measured, round, info = first()
+    state, saved = first()
+    round, info, mark = saved.round, saved.info, saved.mark
     if round >= config.rounds:
         reporter.say(f"{label}: complete, {round} rounds")
-        return Result(measured, info)
+        return Result(saved.arrays, info)
+    if not may_write:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(out))
+    measured = history.Growing(history.growing(saved.arrays))
+    if not mark.length:
+        measured.unsave()
+    del saved
     if stop := processes.highest(stop_signal()):
         raise _interruption(batch, out, round, stop)
     if round:
@@ -380,17 +440,31 @@ def _run_with_plan(
     if not config.staged:
         reporter.say(f"{label}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
-    def save() -> None:
-        checkpoint.save(folder, round, state, measured, info)
+    eval_rounds = history.evaluated_rounds(config.rounds, config.eval_every)
+    earlier = {method: result.history for method, result in finished.items()}
+    seeds = range(batch.whole.first_seed, batch.whole.first_seed + batch.whole.seeds)
+    columns: history.Columns | None = None  # of metrics.csv, which is written anew once and then appended to
+
+    def save(ending: History | None = None) -> None:
+        nonlocal mark, columns
+        new = measured.unsaved()
+        mark = checkpoint.save(folder, round, state, ending or {}, info, mark=mark, new=new, run=run)
+        measured.saved()
         if not processes.is_first():
             return
-        this = _merged(batch.before).history if batch.before else measured
-        everything = {**{n: result.history for n, result in finished.items()}, name: this}
-        seeds = range(batch.whole.first_seed, batch.whole.first_seed + batch.whole.seeds)
-        text = history.to_csv(everything, seeds, history.evaluated_rounds(config.rounds, config.eval_every))
-        files.write_text(out / "metrics.csv", text)
+        if batch.before and columns is None:
+            earlier[name] = _merged(batch.before).history
+        if columns is None:
+            everything = earlier if batch.before else {**earlier, name: measured.whole()}
+            columns = history.csv_columns(everything)
+            files.write_text(out / "metrics.csv", history.to_csv(everything, seeds, eval_rounds))
+        elif new and not batch.before:
+            begin = round - new["round/loss"].shape[1]
+            rows = history.csv_rows({name: new}, experiment.seeds, eval_rounds, columns, begin)
+            files.append_text(out / "metrics.csv", rows)
 
-    began_at, begin = round, time.monotonic()
+    speed = Speed(round)
+    ending: History = {}
     for before, after in pairwise(grid):
         if after <= round:
             continue
@@ -398,33 +472,36 @@ def _run_with_plan(
         state, metrics, scores, is_finite = _wait(chunks[after - before].run(state))
         new = history.from_rounds(metrics, scores)
         if history.first_bad_round(new) or not bool(is_finite):
-            good_history, good_round = measured, round
-            state, measured, round, info = first()
+            good_round, good = round, measured.whole()
+            state, saved = first()
+            round, info, mark = saved.round, saved.info, saved.mark
             for left, right in pairwise(grid):
                 # The state before this chunk was given away to it, so it is computed again from the last checkpoint.
                 if round <= left and right <= good_round:
                     state = chunks[right - left].run(state)[0]
-            measured, round = good_history, good_round
+            measured = history.Growing(history.growing(saved.arrays))
+            evaluations = int(np.searchsorted(eval_rounds, round, side="right"))
+            measured.append(history.after(good, round, evaluations))
+            round = good_round
             save()
-            cause = diagnose(
-                experiment, name, history.append(measured, new), round, _losses(experiment, algorithm, state)
-            )
+            known_losses = _losses(experiment, algorithm, state)
+            cause = diagnose(experiment, name, history.append(good, new), round, known_losses)
             raise Diverged(f"{cause}\nThe state after round {round}, the last good one, is saved in {folder}.")
-        measured, round = history.append(measured, new), after
+        measured.append(new)
+        round = after
         info["run_seconds"] += time.monotonic() - since
-        speed = (round - began_at) / max(time.monotonic() - begin, 1e-9)
-        loss = history.mean_known(history.mean_losses(new, np.asarray([after - before])))
+        loss = float(history.mean_losses(new, np.asarray([after - before])).mean())
         accuracy = float(new["test/accuracy"].mean())
-        reporter.update(Progression(label, round, config.rounds, speed, loss, accuracy))
+        reporter.update(Progression(label, round, config.rounds, speed.at(round), loss, accuracy))
         if round == config.rounds:
-            measured |= _per_client(experiment, algorithm, state)
+            ending = _per_client(experiment, algorithm, state)
         stop = processes.highest(stop_signal())
         # From the last evaluation before an end between two a longer run can go on.
         if round % config.checkpoint_every == 0 or round in (config.rounds, last_but_end) or stop:
-            save()
+            save(ending)
         if stop and round < config.rounds:
             raise _interruption(batch, out, round, stop)
-    return Result(measured, info)
+    return Result(measured.whole() | ending, info)
 
 
 def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> History:

@@ -12,6 +12,8 @@ it was stopped. What comes out: curves.csv, curves.png and .pdf, summary.md and 
 import csv
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -26,8 +28,8 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import algorithms
-from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, num_bytes, samplers
-from pipelines import files, growth, memory
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, samplers
+from pipelines import files, growth
 from pipelines.config import count, finite
 from pipelines.names import pick
 
@@ -45,9 +47,6 @@ REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "SCAFFOLD with gradients": ("scaffold", {}),
 }
 """The same for methods that make no queries: they are given the true gradients."""
-
-
-_ROUND = 200  # bytes of a round of a trial, in the curves of all methods and as text
 
 
 class Study(NamedTuple):
@@ -310,19 +309,14 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     """
     check(study)
     # Mistakes show in building a task, before the directory is there.
-    first = TASKS[study.task](0, **dict(study.options))
-    held = {
-        "trials": study.trials * (num_bytes(first.population) + num_bytes(first.start)),
-        "rounds": study.trials * study.rounds * _ROUND,
-    }
-    memory.refuse("the study", held, memory.available())
-    tasks = [first, *(TASKS[study.task](trial, **dict(study.options)) for trial in range(1, study.trials))]
-    claim(study, out)
+    tasks = [TASKS[study.task](trial, **dict(study.options)) for trial in range(study.trials)]
+    with files.told(out):
+        claim(study, out)
     names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]
     # Systems of 150 unknowns are solved one after the other: a second thread has nothing to do but to wait loudly.
-    with threadpool_limits(1, user_api="blas"):
+    with threadpool_limits(1, user_api="blas"), files.told(out):
         results = {name: _trials(name, study, tasks, out, say) for name in names}
-    report(study, results, tasks[0].optimum, out)
+        report(study, results, tasks[0].optimum, out)
     return results
 
 
@@ -332,7 +326,7 @@ def _trials(
     """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there, one a device."""
     run = jax.jit(curve(name, study, tasks[0]))
     paths = [out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz" for trial in range(len(tasks))]
-    missing = [trial for trial, path in enumerate(paths) if not path.exists()]
+    missing = [trial for trial, path in enumerate(paths) if _stored(path) is None]
     devices = jax.devices()
     for group in (missing[i : i + len(devices)] for i in range(0, len(missing), len(devices))):
         # Calls return before they are done, so that all devices are at work; the first result is waited for.
@@ -345,11 +339,19 @@ def _trials(
             files.write(paths[trial], partial(_save, arrays=saved))
             after = f"{saved['queries'][-1]:g} queries a client" if "queries" in saved else f"{study.rounds} rounds"
             say(f"{name}, trial {trial}: F = {saved['value'][-1]:.5g} after {after}")
-    parts = []
-    for path in paths:
-        with np.load(path) as stored:
-            parts.append(dict(stored))
+    parts = [_stored(path) or {} for path in paths]
     return {k: np.stack([part[k] for part in parts]) for k in parts[0]}
+
+
+def _stored(path: Path) -> dict[str, np.ndarray] | None:
+    """The curves of a trial; None if they are not there or damaged, which their checksums tell."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return None
 
 
 def claim(study: Study, out: Path) -> None:

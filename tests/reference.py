@@ -5,13 +5,11 @@ method on it. It shares with the real one only what defines the result: which ex
 how a client's keys are derived.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Batch, Stacked, clients, num_scalars, shuffle, weighted_mean
+from fedjax_core import Batch, clients, num_scalars, shuffle, weighted_mean
 
 
 def for_each_client(
@@ -21,15 +19,13 @@ def for_each_client(
     ids, starts, sizes = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
     examples = jax.tree.map(np.asarray, cohort.examples)
     weight = client_weights(weights, ids, sizes, jax.tree.leaves(examples)[0].shape[0], int(cohort.num_clients))
-    uploads, outputs, losses, steps = {}, {}, np.zeros(len(ids)), np.zeros(len(ids), np.int32)
+    summands, outputs, losses, steps = [], {}, np.zeros(len(ids)), np.zeros(len(ids), np.int32)
     for slot, (i, start, size) in enumerate(zip(ids, starts, sizes, strict=True)):
         if i < 0 or size == 0:
             continue
         seed_key, init_key, step_key = jax.random.split(jax.random.fold_in(key, int(i)), 3)
         own = jax.tree.map(lambda leaf, slot=slot: leaf[slot], client_inputs)
-        as_this_client = partial(clients.as_client, jnp.int32(i))
-        with as_this_client():
-            carry = program.init(shared, own, init_key)
+        carry = program.init(shared, own, init_key)
         loss_sum, count = 0.0, 0
         for step, rows in enumerate(batches(work, int(i), int(size), shuffle.seed(seed_key))):
             batch = Batch(
@@ -38,32 +34,23 @@ def for_each_client(
                 jax.random.fold_in(step_key, step),
                 jnp.int32(step),
             )
-            with as_this_client():
-                carry, loss = program.step(shared, carry, batch)
+            carry, loss = program.step(shared, carry, batch)
             loss_sum, count = loss_sum + float(loss) * len(rows), count + len(rows)
             steps[slot] = step + 1
-        with as_this_client():
-            upload, output = program.final(shared, carry)
-        uploads[slot], outputs[slot] = upload, output
+        upload, output = program.final(shared, carry)
+        summands.append(aggregator.lift(upload, jnp.asarray(weight[slot])))
+        outputs[slot] = output
         losses[slot] = loss_sum / count
-    if not uploads:  # nobody took part: zeros, shaped like the results of a client that has taken no step
+    if not summands:  # nobody took part: zeros, shaped like the results of a client that has taken no step
         first = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         upload, output = program.final(shared, program.init(shared, first, key))
-
-    def rows(by_slot, one):
-        blank = jax.tree.map(jnp.zeros_like, one)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[by_slot.get(s, blank) for s in range(len(ids))])
-
-    if isinstance(aggregator, Stacked):
-        aggregate = aggregator.finish(rows(uploads, upload), jnp.asarray(weight))
-    else:
-        summands = [aggregator.lift(u, jnp.asarray(weight[slot])) for slot, u in uploads.items()]
-        if not summands:
-            summands = [jax.tree.map(jnp.zeros_like, aggregator.lift(upload, jnp.asarray(weight[0])))]
-        aggregate = aggregator.finish(jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *summands))
+        summands.append(jax.tree.map(jnp.zeros_like, aggregator.lift(upload, jnp.asarray(weight[0]))))
+    total = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *summands)
+    blank = jax.tree.map(jnp.zeros_like, output)
+    rows = [outputs.get(slot, blank) for slot in range(len(ids))]
     return clients.ClientResults(
-        aggregate=aggregate,
-        outputs=rows(outputs, output),
+        aggregate=aggregator.finish(total),
+        outputs=jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows),
         weights=jnp.asarray(weight),
         loss=jnp.asarray(losses),
         steps=jnp.asarray(steps),

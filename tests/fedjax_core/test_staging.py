@@ -1,5 +1,8 @@
 """Staged populations: the numbers of the in-memory path, bit for bit, from host memory or files."""
 
+import signal
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import algorithms
 from fedjax_core import (
     HostPopulation,
+    Interrupted,
     Plan,
     continue_rounds,
     continue_staged,
@@ -213,3 +217,108 @@ def test_state_from_the_device_goes_on_in_host_memory(expected):
     table = jax.tree.map(np.array, state.client_controls)
     state, _ = continue_staged(algorithm, SAMPLER, ROUNDS - 2)(state._replace(client_controls=table), HOST, KEY)
     assert_trees_equal(state, expected[0])
+
+
+class At:
+    """Raises KeyboardInterrupt before the `count`-th line that the staging module executes, as a signal may."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+    def trace(self, frame, event, arg):
+        if frame.f_code.co_filename != staging.__file__:
+            return None
+        if event == "line" and frame.f_code.co_name not in ("_later", "handle", "_kept_in_step"):
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def interrupted_run(count, run, state):
+    """What a call raised that was interrupted before a line; None if it ended before."""
+    try:
+        with At(count):
+            run(state, HOST, KEY)
+    except KeyboardInterrupt as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_interrupted_anywhere_it_goes_on_right_or_not_at_all(expected, tmp_path, in_files):
+    algorithm = scaffold()
+    run, one = (continue_staged(algorithm, SAMPLER, rounds, horizon=ROUNDS) for rounds in (ROUNDS, 1))
+
+    def start(count):
+        folder = tmp_path / str(count) if in_files else None
+        return init_on_host(algorithm.init, softmax_params(), num_clients=N, directory=folder)
+
+    def finish(state):
+        while int(state.round) < ROUNDS:
+            state, _ = one(state, HOST, KEY)
+        return state
+
+    run(start("first"), HOST, KEY)
+    finish(start("second"))
+    ends = {"went on": 0, "as before": 0, "refused": 0, "another error": 0}
+    for count in range(1, 100_000, 151 if in_files else 53):
+        state = start(count)
+        stop = interrupted_run(count, run, state)
+        if stop is None:
+            break  # there were fewer lines
+        if isinstance(stop, Interrupted):
+            assert stop.round == int(stop.state.round)
+            assert_trees_equal(stop.metrics, jax.tree.map(lambda leaf, end=stop.round: leaf[:end], expected[1]))
+            assert_trees_equal(finish(stop.state), expected[0])
+            ends["went on"] += 1
+        try:
+            again = finish(state)
+        except ValueError as refusal:
+            told = "Go on from the state that the last call returned" in str(refusal)
+            ends["refused" if told else "another error"] += 1
+        else:
+            assert_trees_equal(again, expected[0])
+            ends["as before"] += 1
+    assert not ends.pop("another error")
+    assert min(ends.values()) > 0
+    assert ends["went on"] > ends["as before"]
+
+
+def test_ctrl_c_waits_for_the_round_and_brings_the_state():
+    algorithm, asked = scaffold(), []
+    state = init_on_host(algorithm.init, softmax_params(), num_clients=N)
+
+    def press(round):
+        asked.append(round)
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    staged = staging._finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "_finish", lambda *args: (press(0), staged(*args))[1])
+        with pytest.raises(Interrupted) as stopped:
+            continue_staged(algorithm, SAMPLER, ROUNDS)(state, HOST, KEY)
+    assert 0 < stopped.value.round < ROUNDS
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    rest = continue_staged(algorithm, SAMPLER, ROUNDS - stopped.value.round)
+    assert_trees_equal(rest(stopped.value.state, HOST, KEY)[0], in_memory(algorithm, SAMPLER)[0])
+
+
+def test_tables_that_have_gone_on_are_refused_with_an_older_state_and_copies_are_not():
+    algorithm = scaffold()
+    run = continue_staged(algorithm, SAMPLER, 2)
+    state = init_on_host(algorithm.init, softmax_params(), num_clients=N)
+    copy = jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, state)
+    first, _ = run(state, HOST, KEY)
+    with pytest.raises(ValueError, match=r"the state is at round 0, but its tables .* are at round 2"):
+        run(state, HOST, KEY)
+    assert_trees_equal(run(copy, HOST, KEY)[0], first)
+    run(first, HOST, KEY)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import warnings
@@ -221,5 +222,6 @@ def test_another_structure_is_an_error_and_not_a_fallback(saved, expected, messa
 def test_another_format_is_an_error(saved):
     path = saved / "round-00000030" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    path.with_name("manifest.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(ValueError, match="has format 99"):
         checkpoint.restore_latest(saved, state())

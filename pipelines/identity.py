@@ -1,0 +1,65 @@
+"""What a run must find again to go on: the examples that it was begun with, and the kind of random keys."""
+
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pipelines import cache
+from pipelines.config import Config
+from pipelines.federation import Federation
+
+
+def identity(federation: Federation) -> dict[str, str]:
+    """ "examples": digest of the data set, "clients": of who holds which of them, "keys": the kind of random keys.
+
+    The digest of an array that is mapped from the cache of decoded data is the one that is kept there and was looked at
+    when it was loaded, so that large data sets are not read for it.
+    """
+    hashed = sha256()
+    for part in ("train", "test"):
+        for name, leaf in sorted(getattr(federation.dataset, part).items()):
+            hashed.update(f"{part} {name} {_digest(leaf)}".encode())
+    clients = sha256()
+    for name, (source, assignment) in sorted(federation.parts.items()):
+        clients.update(f"{name} {source} {assignment.digest()}".encode())
+    kind = str(getattr(jax.config, "jax_default_prng_impl"))  # noqa: B009 (not in its type stub)
+    return {"examples": hashed.hexdigest(), "clients": clients.hexdigest(), "keys": kind}
+
+
+def check(then: dict[str, str], now: dict[str, str], config: Config, out: Path) -> None:
+    """Raises ValueError if a run was begun with something else, with both digests and what to do."""
+    for name, before in then.items():
+        here = now.get(name, before)
+        if here == before:
+            continue
+        if name == "keys":
+            raise ValueError(
+                f"{out} was begun with random keys of the kind {before} and JAX makes {here} now: set "
+                f"JAX_DEFAULT_PRNG_IMPL={before}, or choose another --out"
+            )
+        where = config.dataset if config.data_dir is None else f"{config.dataset} in {config.data_dir}"
+        if name == "examples":
+            what, remedy = f"the examples of {where} have changed", "bring back the data that it was begun with"
+        else:
+            what = f"the examples of {where} are dealt out to other clients"
+            remedy = "use the version of the library that it was begun with"
+        raise ValueError(
+            f"{what} since the run in {out} was begun (digest {here[:12]} here, {before[:12]} there), and going on "
+            f"would mix both in one result: {remedy}, or choose another --out"
+        )
+
+
+def _digest(leaf: np.ndarray) -> str:
+    """The sha256 of an array as a .npy file."""
+    kept = cache.kept_digest(leaf)
+    if kept is not None:
+        return kept
+    whole = np.ascontiguousarray(leaf).reshape(leaf.shape)
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(whole))
+    hashed = sha256(header.getvalue())
+    hashed.update(whole.data)
+    return hashed.hexdigest()
