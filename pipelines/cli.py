@@ -32,6 +32,7 @@ from pipelines.zeroth_order_command import zeroth_order
 
 _DEFAULTS = Config()
 _LOST = 3
+_MOST_DEVICES = 128  # for which cores may stand in; with JAX_NUM_CPU_DEVICES as many as one asks for
 
 
 class _Option(click.Option):
@@ -406,7 +407,8 @@ def train(
             return
         out = out or Path("runs") / config.slug()
         files.check_directory(out)
-        several.cores_as_devices(None if processes else config.mesh)
+        # Of very many none is made, and the mesh is refused: XLA ends a process in which so many wait for each other.
+        several.cores_as_devices(None if processes or (config.mesh or 1) > _MOST_DEVICES else config.mesh)
         if processes and not several.is_supervised():
             sys.exit(_supervised(out))
         if processes:

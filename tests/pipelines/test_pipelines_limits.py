@@ -125,6 +125,15 @@ def test_names_are_shown_in_part():
         names.pick("method", "x" * 5000, ["fedavg"])
 
 
+@pytest.mark.parametrize(("mesh", "made"), [("2", 2), ("999", None)])
+def test_cores_do_not_stand_in_for_a_thousand_devices(mesh, made, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("pipelines.processes.cores_as_devices", asked.append)
+    result = CliRunner().invoke(cli.main, ["train", *TINY, "--model", "none", "--mesh", mesh, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert asked == [made]
+
+
 def test_long_names_make_short_directories():
     long = [Config(dataset=f"/{'folder/' * 40}{name}.npz", model=f"{'m' * 300}:{name}") for name in ("a", "\u00e9")]
     slugs = {config.slug() for config in long} | {config.federation_slug() for config in long}
