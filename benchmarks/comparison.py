@@ -158,8 +158,8 @@ def study(model: str, alpha: float, rounds: int, names: list[str], out: Path) ->
                 "command": config.command(f"runs/{name}"),
                 "accuracy": curves.round(4).tolist(),
                 "own": {key[5:]: np.round(value[:, -1].astype(float), 4).tolist() for key, value in own.items()},
-                "down": int(history["round/downloaded"][0, -1]),
-                "up": int(history["round/uploaded"][0, -1]),
+                "down": round(float(history["round/downloaded"][0, -1])),
+                "up": round(float(history["round/uploaded"][0, -1])),
             }
         except (train.Diverged, ValueError) as error:
             result["error"] = str(error).splitlines()[0]  # what comes after names folders

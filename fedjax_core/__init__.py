@@ -4,7 +4,15 @@ Knows no paper, no data set and no neural-network library.
 """
 
 from fedjax_core import checks, keys, linalg, samplers, shuffle, sums
-from fedjax_core.aggregation import Aggregator, client_weights, mapped, weighted_mean, weighted_sum
+from fedjax_core.aggregation import (
+    Aggregator,
+    Stacked,
+    client_weights,
+    mapped,
+    stacked,
+    weighted_mean,
+    weighted_sum,
+)
 from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
 from fedjax_core.clients import (
     ClientProgram,
@@ -16,6 +24,7 @@ from fedjax_core.clients import (
     gather,
     join_tables,
     local_training,
+    mean_over_participants,
     num_scalars,
     round_metrics,
     scatter,
@@ -32,7 +41,6 @@ from fedjax_core.evaluation import (
 from fedjax_core.execution import num_bytes
 from fedjax_core.gradients import (
     ClientOptimizer,
-    Length,
     batch_loss,
     descend,
     full_gradient_program,
@@ -40,6 +48,7 @@ from fedjax_core.gradients import (
     optimizer_at,
     value_and_grad,
 )
+from fedjax_core.lengths import Length, per_length
 from fedjax_core.placement import client_mesh, everywhere, place, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
@@ -88,6 +97,7 @@ __all__ = [
     "Sampler",
     "Scalar",
     "Spread",
+    "Stacked",
     "Trial",
     "batch_loss",
     "checks",
@@ -114,12 +124,14 @@ __all__ = [
     "local_training",
     "local_work",
     "mapped",
+    "mean_over_participants",
     "move",
     "needed_memory",
     "num_bytes",
     "num_scalars",
     "optimizer_at",
     "out_of_memory",
+    "per_length",
     "place",
     "round_metrics",
     "samplers",
@@ -130,6 +142,7 @@ __all__ = [
     "simulate_staged",
     "split_tables",
     "spread",
+    "stacked",
     "sums",
     "try_plans",
     "value_and_grad",

@@ -71,6 +71,22 @@ def weighted_mean() -> Aggregator:
     return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish)
 
 
+class Stacked(NamedTuple):
+    """An aggregation that needs all uploads at once: a server's memory of each client, a rule that compares them.
+
+    Attributes:
+      finish: `finish(uploads, weights) -> result`, uploads with leaves [C, ...], zeros in slots that took no part, and
+        weights float[C], 0 there.
+    """
+
+    finish: Callable[[PyTree, Array], PyTree]
+
+
+def stacked(rule: Callable[[PyTree, Array], PyTree] = lambda uploads, weights: uploads) -> Stacked:
+    """`rule(uploads, weights)` of all uploads, leaves [C, ...]; the uploads themselves unless given."""
+    return Stacked(rule)
+
+
 def mapped(function: Callable[[PyTree], PyTree], aggregator: Aggregator) -> Aggregator:
     """Aggregates `function(upload)`, computed on the server, instead of the upload."""
     return Aggregator(lambda upload, weight: aggregator.lift(function(upload), weight), aggregator.finish)

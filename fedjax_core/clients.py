@@ -5,7 +5,9 @@ back to back, so that unequal sizes waste little), and spread over a mesh of dev
 memory, never results beyond float rounding. C is the number of slots of the cohort.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 import optax
 
 from fedjax_core import checks, execution, keys, sums
-from fedjax_core.aggregation import Aggregator, client_weights, weighted_mean
+from fedjax_core.aggregation import Aggregator, Stacked, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
@@ -41,7 +43,7 @@ class ClientResults(NamedTuple):
     """What `for_each_client` returns.
 
     Attributes:
-      aggregate: result of the aggregator.
+      aggregate: result of the aggregator: all that the server learns.
       outputs: second result of `ClientProgram.final`, leaves [C, ...]; zeros in slots that took no part.
       weights: float[C], weights used in the aggregation, 0 in slots that took no part.
       loss: float[C], mean training loss of each client over its examples and steps.
@@ -70,13 +72,14 @@ def for_each_client(
     *,
     work: LocalWork,
     weights: Any = "uniform",
-    aggregator: Aggregator | None = None,
+    aggregator: Aggregator | Stacked | None = None,
     plan: Plan | None = None,
 ) -> ClientResults:
     """Runs a program on every client of a cohort.
 
-    A client's randomness is `fold_in(key, client_id)`: it does not depend on the slot, the lane, the device or the
-    other clients.
+    Whatever the server uses is in the upload: outputs stay with the client, as its new state or as the input of its
+    next pass. A client's randomness is `fold_in(key, client_id)`: it does not depend on the slot, the lane, the device
+    or the other clients.
 
     Args:
       program: what each client does.
@@ -118,26 +121,46 @@ def for_each_client(
         partial(draw_batch, work), cohort.examples, first.start, first.size, seed, first.key, first.start
     )
 
-    def init(shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
-        return execution.strong(program.init(shared, client_input, key))
+    asked: list[bool] = []
 
-    def final(shared: PyTree, carry: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
-        upload, output = program.final(shared, carry)
+    def init(client: Array, shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
+        with as_client(client, asked):
+            return execution.strong(program.init(shared, client_input, key))
+
+    def step(client: Array, shared: PyTree, carry: PyTree, batch: Batch) -> Any:
+        with as_client(client, asked):
+            return program.step(shared, carry, batch)
+
+    def final(client: Array, shared: PyTree, carry: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
+        with as_client(client, asked):
+            upload, output = program.final(shared, carry)
+        if isinstance(aggregator, Stacked):
+            return (), execution.strong((upload, output))
         return execution.strong(aggregator.lift(upload, weight)), execution.strong(output)
 
-    init_fn, carry = execution.hoist(init, shared, first.input, first.key)
-    step_fn, stepped = execution.hoist(program.step, shared, carry, batch)
+    client = jnp.int32(0)
+    init_fn, carry = execution.hoist(init, client, shared, first.input, first.key)
+    step_fn, stepped = execution.hoist(step, client, shared, carry, batch)
     _check_step(carry, stepped)
-    final_fn, (summand, output) = execution.hoist(final, shared, carry, first.weight)
+    final_fn, (summand, output) = execution.hoist(final, client, shared, carry, first.weight)
     upload, _ = jax.eval_shape(program.final, shared, carry)
+    if asked:  # the client's id is carried along
+        slots = slots._replace(input=(jnp.maximum(cohort.ids, 0), client_inputs))
+        carry = (client, carry)
+    init_fn, step_fn, final_fn = _with_client(init_fn, step_fn, final_fn, carried=bool(asked))
 
     leaves, treedef = jax.tree.flatten((shared, init_fn.consts, step_fn.consts, final_fn.consts))
     run = execution.Run(
         work, plan, init_fn.call, step_fn.call, final_fn.call, treedef, carry, summand, output, stepped[1]
     )
     total, outputs, loss, executed = execution.run_slots(run, (False,) * len(leaves), 1, slots, leaves, cohort.examples)
+    if isinstance(aggregator, Stacked):
+        uploads, outputs = outputs
+        aggregate = aggregator.finish(uploads, weight)
+    else:
+        aggregate = aggregator.finish(jax.tree.map(lambda leaf: leaf[0], total))
     return ClientResults(
-        aggregate=aggregator.finish(jax.tree.map(lambda leaf: leaf[0], total)),
+        aggregate=aggregate,
         outputs=outputs,
         weights=weight,
         loss=loss,
@@ -146,6 +169,57 @@ def for_each_client(
         uploaded=jnp.int32(num_scalars(upload)),
         downloaded=jnp.int32(num_scalars(shared)),
     )
+
+
+_CLIENT: ContextVar[tuple[Array, list[bool]] | None] = ContextVar("client", default=None)
+
+
+@contextmanager
+def as_client(client: Array, asked: list[bool] | None = None) -> Iterator[None]:
+    """While a client's functions are called: `current_client` is `client`, and `asked` is not empty once it was."""
+    token = _CLIENT.set((client, [] if asked is None else asked))
+    try:
+        yield
+    finally:
+        _CLIENT.reset(token)
+
+
+def current_client() -> Array:
+    """int32[], id of the client whose program is being called, as `jax.lax.axis_index` is the index along an axis.
+
+    For an optimizer that differs by client. Outside of a client's program it is 0.
+    """
+    current = _CLIENT.get()
+    if current is None:
+        return jnp.int32(0)
+    client, asked = current
+    asked.append(True)
+    return client
+
+
+def _with_client(init: Any, step: Any, final: Any, *, carried: bool) -> tuple[Any, Any, Any]:
+    """A program's traced functions without their first argument, the client's id: it is carried along, or 0."""
+
+    def split(value: PyTree) -> tuple[Array, PyTree]:
+        return value if carried else (jnp.int32(0), value)
+
+    def join(client: Array, value: PyTree) -> PyTree:
+        return (client, value) if carried else value
+
+    def call_init(consts: Any, shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
+        client, own = split(client_input)
+        return join(client, init.call(consts, client, shared, own, key))
+
+    def call_step(consts: Any, shared: PyTree, carry: PyTree, batch: Batch) -> Any:
+        client, own = split(carry)
+        own, loss = step.call(consts, client, shared, own, batch)
+        return join(client, own), loss
+
+    def call_final(consts: Any, shared: PyTree, carry: PyTree, weight: Array) -> Any:
+        client, own = split(carry)
+        return final.call(consts, client, shared, own, weight)
+
+    return init._replace(call=call_init), step._replace(call=call_step), final._replace(call=call_final)
 
 
 class LocalTraining(NamedTuple):
@@ -169,7 +243,7 @@ class LocalTraining(NamedTuple):
         cohort: Cohort,
         key: Key,
         *,
-        aggregator: Aggregator | None = None,
+        aggregator: Aggregator | Stacked | None = None,
     ) -> ClientResults:
         """Runs a program on every client of a cohort; see `for_each_client`."""
         return for_each_client(
@@ -259,16 +333,25 @@ def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
 
 def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: Any = ()) -> Metrics:
     """The metrics every method reports, from a pass over the clients and the global model before and after."""
-    weight = sums.total(results.weights)
-    loss = sums.weighted(results.weights, results.loss)
+    # Participants who all weigh nothing count alike; the loss of a round with nobody is not known.
+    weights = jnp.where(jnp.any(results.weights > 0), results.weights, cohort.mask.astype(results.weights.dtype))
+    weight = sums.total(weights)
+    loss = sums.weighted(weights, results.loss)
+    loss = (loss / jnp.where(weight > 0, weight, 1).astype(loss.dtype)).astype(results.loss.dtype)
     return Metrics(
-        loss=(loss / jnp.where(weight > 0, weight, 1).astype(loss.dtype)).astype(results.loss.dtype),
+        loss=jnp.where(weight > 0, loss, jnp.nan),
         update_norm=sums.norm(optax.tree.sub(sums.widen(new), sums.widen(old))),
         uploaded=results.uploaded,
         downloaded=results.downloaded,
         participants=cohort.num_participants,
         extra=extra,
     )
+
+
+def mean_over_participants(values: Array, cohort: Cohort) -> Array:
+    """float[], mean of numbers [C] over the participants of a cohort; 0 where there are none."""
+    total = jnp.sum(jnp.where(cohort.mask, values, 0)).astype(jnp.result_type(float))
+    return total / jnp.maximum(cohort.num_participants, 1)
 
 
 def _check_step(carry: PyTree, stepped: Any) -> None:

@@ -1,7 +1,8 @@
 """Masked mean losses, their gradients, and client optimizers."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,17 @@ import optax
 
 from fedjax_core import sums
 from fedjax_core.batching import Batch
-from fedjax_core.clients import ClientProgram
+from fedjax_core.clients import ClientProgram, current_client
 from fedjax_core.types import Array, Key, LossFn, Params, Scalar
 
-ClientOptimizer: TypeAlias = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]
-"""An optax optimizer, or a function of the round (int32[]) that gives one, for learning rates that decay over
-rounds: `lambda t: optax.sgd(0.1 * 0.998**t)`."""
+ClientOptimizer: TypeAlias = (
+    optax.GradientTransformation
+    | Callable[[Array], optax.GradientTransformation]
+    | Callable[[Array, Array], optax.GradientTransformation]
+)
+"""An optax optimizer; or a function of the round (int32[]) that gives one, for learning rates that decay over rounds:
+`lambda t: optax.sgd(0.1 * 0.998**t)`; or of the round and the client's id (int32[] both), for learning rates that
+differ by client: `lambda t, i: optax.sgd(rates[i])`, with `rates` a jax array [num_clients]."""
 
 
 def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
@@ -41,18 +47,39 @@ def value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Array, Pa
 
 
 def optimizer_at(optimizer: ClientOptimizer, round: Array) -> optax.GradientTransformation:
-    """The client optimizer of a round.
+    """The client optimizer of a round: in a client's program that client's, elsewhere that of client 0.
 
     Raises:
       TypeError: if `optimizer` is neither an optax optimizer nor a function that gives one.
     """
-    chosen: Any = optimizer(round) if callable(optimizer) else optimizer
+    if _takes_client(optimizer):
+        by_client: Any = optimizer
+
+        def own() -> optax.GradientTransformation:
+            return optimizer_at(lambda t: by_client(t, current_client()), round)
+
+        return optax.GradientTransformation(
+            lambda params: own().init(params), lambda updates, state, params=None: own().update(updates, state, params)
+        )
+    chosen: Any = optimizer(round) if callable(optimizer) else optimizer  # type: ignore[call-arg]
     if not (hasattr(chosen, "init") and hasattr(chosen, "update")):
         raise TypeError(
             f"client_optimizer must be an optax optimizer or a function of the round that returns one, got "
             f"{type(optimizer).__name__}: pass for example optax.sgd(0.1)"
         )
     return chosen
+
+
+def _takes_client(optimizer: Any) -> bool:
+    """Whether it is a function that needs two arguments, the round and the client's id."""
+    if not callable(optimizer):
+        return False
+    try:
+        parameters = inspect.signature(optimizer).parameters.values()
+    except (TypeError, ValueError):  # it does not tell
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
 
 
 def descend(
@@ -73,34 +100,8 @@ def move(params: Params, scale: Scalar, direction: Params) -> Params:
     return jax.tree.map(one, params, direction)
 
 
-class Length(NamedTuple):
-    """A scalar z trained beside the model on the gradient 1, from z = 0: -z is the length of the local work.
-
-    For an optimizer that is linear in the gradients, displacement = -sum_k a_k g_k with a_k >= 0, and -z is the sum
-    of the a_k: K lr for plain SGD. It covers momentum and learning rates that change without a formula for each.
-    """
-
-    z: Array
-    opt_state: Any
-
-    @classmethod
-    def start(cls, optimizer: optax.GradientTransformation) -> "Length":
-        """No local work yet."""
-        z = jnp.zeros(())
-        return cls(z, optimizer.init(z))
-
-    def extend(self, optimizer: optax.GradientTransformation, mu: Scalar = 0.0) -> "Length":
-        """One more step, with a proximal term of weight `mu` if the model has one."""
-        return Length(*descend(optimizer, self.z, self.opt_state, 1 + mu * self.z))
-
-    def normalize(self, displacement: Params) -> Params:
-        """`displacement` in the units of a gradient, pointing downhill (as it is while nothing has moved)."""
-        length = jnp.where(self.z < 0, -self.z, 1)
-        return jax.tree.map(lambda d: d / length.astype(d.dtype), displacement)
-
-
 def full_gradient_program(loss_fn: LossFn) -> ClientProgram:
-    """A program that uploads, and keeps as output, the gradient of a client's mean loss at the shared params.
+    """A program that uploads the gradient of a client's mean loss at the shared params.
 
     Run it for one epoch (`local_work(batch_size, order="sequential")`); the batch size then only bounds memory.
     """
@@ -118,7 +119,6 @@ def full_gradient_program(loss_fn: LossFn) -> ClientProgram:
 
     def final(shared: Params, carry: Any) -> Any:
         total, count = carry
-        mean = sums.mean_tree(total, count, shared)
-        return mean, mean
+        return sums.mean_tree(total, count, shared), ()
 
     return ClientProgram(init, step, final)

@@ -26,10 +26,11 @@ class Metrics(NamedTuple):
 
     Attributes:
       loss: training loss of the participants, averaged over each client's local steps and then over clients
-        with the method's aggregation weights; 0 in a round without participants.
+        with the method's aggregation weights; NaN in a round without participants, where nothing was measured.
       update_norm: Euclidean norm of the change of the global model.
-      uploaded: scalars sent up by each participant in this round.
-      downloaded: scalars sent down to each participant in this round.
+      uploaded: scalars sent up by each participant in this round, an integer; where they differ between participants
+        their mean, a float, 0 in a round without.
+      downloaded: scalars sent down to each participant in this round, likewise.
       participants: number of clients that took part.
       extra: the method's own metrics, a NamedTuple of arrays (or an empty tuple).
     """
@@ -69,5 +70,26 @@ def global_algorithm(
     round: Callable[[Any, Any, Key], tuple[Any, Metrics]],
     params: Callable[[Any], Params] = lambda state: state.params,
 ) -> Algorithm:
-    """A method without a personal part: every client would use the global model."""
-    return Algorithm(init, round, params, lambda state, ids: global_client_params(params(state), ids))
+    """A method without a personal part: every client would use the global model.
+
+    Each array of the first state becomes one of its own, so that the state can be donated (`jax.jit(algorithm.round,
+    donate_argnums=0)`) and the params that it was made from are still there.
+    """
+
+    def own_init(initial: Params) -> Any:
+        return separate(init(initial), initial)
+
+    return Algorithm(own_init, round, params, lambda state, ids: global_client_params(params(state), ids))
+
+
+def separate(tree: PyTree, *others: PyTree) -> PyTree:
+    """The pytree with a copy in the place of every array that occurs in it before, or in the others."""
+    seen = {id(leaf) for leaf in jax.tree.leaves(others)}
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen and isinstance(leaf, jax.Array):
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)

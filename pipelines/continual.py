@@ -387,7 +387,7 @@ def _run_method(
             begin = time.monotonic()
             state, metrics = jax.block_until_ready(chunks[length](state, population, run_key))
             seconds += time.monotonic() - begin
-            if not np.isfinite(metrics.loss).all():
+            if not (np.isfinite(metrics.loss) | (metrics.participants == 0)).all():
                 raise FloatingPointError(
                     f"the loss of {name} is no longer finite after {done} to {done + length} rounds: lower client_lr"
                     + (", or lam" if name == "ewc" else "")

@@ -6,6 +6,7 @@ Letters: S seeds, r rounds done, e evaluations done, N clients. Names are "round
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from fedjax_core import Metrics
 
 History = dict[str, np.ndarray]
 
+_COUNTS = ("uploaded", "downloaded")
 _BASE = ("loss", "update_norm", "uploaded", "downloaded", "participants")
 
 
@@ -91,8 +93,12 @@ def _joined(parts: Sequence[History]) -> History:
 
 
 def first_bad_round(history: History) -> tuple[int, int] | None:
-    """(seed, round) of the first training loss or update norm that is not finite, counted from 0; None if all are."""
-    bad = ~(np.isfinite(history["round/loss"]) & np.isfinite(history["round/update_norm"]))
+    """(seed, round) of the first training loss or update norm that is not finite, counted from 0; None if all are.
+
+    A round in which nobody took part has no loss, NaN, and is not bad for that.
+    """
+    known = history["round/participants"] > 0
+    bad = ~((np.isfinite(history["round/loss"]) | ~known) & np.isfinite(history["round/update_norm"]))
     if not bad.any():
         return None
     round = int(np.argmax(bad.any(axis=0)))
@@ -102,7 +108,7 @@ def first_bad_round(history: History) -> tuple[int, int] | None:
 def mean_losses(history: History, eval_rounds: np.ndarray) -> np.ndarray:
     """float[S, e], the mean training loss over the rounds since the evaluation before.
 
-    Rounds in which nobody took part, whose loss is 0, are left out; NaN where there was no other.
+    Rounds in which nobody took part, which have no loss, are left out; NaN where there was no other.
     """
     took_part = history["round/participants"] > 0
     loss = np.where(took_part, history["round/loss"], 0).astype(np.float64)
@@ -110,6 +116,12 @@ def mean_losses(history: History, eval_rounds: np.ndarray) -> np.ndarray:
     starts = np.concatenate([[0], eval_rounds[eval_rounds < rounds]]).astype(np.int64)
     counts = np.add.reduceat(took_part.astype(np.int64), starts, axis=1)
     return np.where(counts > 0, np.add.reduceat(loss, starts, axis=1) / np.maximum(counts, 1), np.nan)
+
+
+def mean_known(values: np.ndarray) -> float:
+    """The mean of the values that are not NaN; NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def evaluated_rounds(rounds: int, eval_every: int) -> np.ndarray:
@@ -122,8 +134,10 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
     """The metrics as CSV text, one row per method, seed and round.
 
     Counts of scalars are given per participant, as the methods report them, and as `..._total`, times the
-    participants, which is exact (a product of int32 would overflow). A cell is empty where the method does not
-    report the metric, or the round was not evaluated. Metrics that are no scalars are left out.
+    participants, which is exact (a product of int32 would overflow) but for a method whose participants differ: there
+    the count is a mean, a float, and the total as exact as that. The loss is nan in a round without participants. A
+    cell is empty where the method does not report the metric, or the round was not evaluated. Metrics that are no
+    scalars are left out.
 
     Args:
       histories: method to history.
@@ -181,13 +195,22 @@ def csv_rows(
             for t in range(history["round/loss"].shape[1]):
                 participants = int(history["round/participants"][s, t])
                 row = [str(history[f"round/{name}"][s, t]) for name in _BASE]
-                row += [str(int(history[f"round/{n}"][s, t]) * participants) for n in ("uploaded", "downloaded")]
+                row += [
+                    str(total_scalars(history[f"round/{n}"][s, t], participants)) for n in ("uploaded", "downloaded")
+                ]
                 at = int(np.searchsorted(eval_rounds, t + 1))
                 evaluated = at < len(eval_rounds) and eval_rounds[at] == t + 1
                 row += [str(history[f"test/{n}"][s, at]) if evaluated and f"test/{n}" in history else "" for n in tests]
                 row += [str(history[f"round/{n}"][s, t]) if f"round/{n}" in history else "" for n in extras]
                 writer.writerow([method, seed, begin + t + 1, *row])
     return text.getvalue()
+
+
+def total_scalars(per_participant: Any, participants: Any) -> int:
+    """Scalars that all participants have sent or received, from what one has, or their mean has (a float)."""
+    if np.issubdtype(np.asarray(per_participant).dtype, np.floating):
+        return round(float(per_participant) * int(participants))
+    return int(per_participant) * int(participants)
 
 
 def _plain(value: Any) -> np.ndarray:

@@ -24,6 +24,8 @@ _FIXES = {
     "client state": "lower --seeds, or take a smaller model or a method without state of the clients",
     "local training": "take a smaller model, or lower --batch-size",
     "cohorts": "lower --cohort-size or --seeds",
+    "trials": "lower --trials, or what makes one large",
+    "rounds": "lower --rounds or --trials",
     "data": "leave out --mesh, or keep the examples in host memory with --staged",
 }
 

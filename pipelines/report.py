@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from fedjax_core import spread
 from pipelines import figures, files, latex, methods, portrait
 from pipelines.config import CLIENT_SETTINGS, Config
-from pipelines.history import History, evaluated_rounds, mean_losses, to_csv
+from pipelines.history import History, evaluated_rounds, mean_losses, to_csv, total_scalars
 from pipelines.progress import duration, size
 from pipelines.setup import ATTACK_STEPS, Experiment
 
@@ -320,9 +320,9 @@ def rounds_to_target(accuracy: np.ndarray, eval_rounds: np.ndarray, target: floa
 
 
 def transferred(history: History, direction: str) -> int:
-    """Scalars of all rounds and participants, exact, as a mean over seeds (rounded)."""
+    """Scalars of all rounds and participants, as exact as the counts, as a mean over seeds (rounded)."""
     each, who = history[f"round/{direction}"], history["round/participants"]
-    totals = [sum(int(a) * int(b) for a, b in zip(*rows, strict=True)) for rows in zip(each, who, strict=True)]
+    totals = [sum(total_scalars(*pair) for pair in zip(*rows, strict=True)) for rows in zip(each, who, strict=True)]
     return round(sum(totals) / len(totals))
 
 

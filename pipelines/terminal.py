@@ -25,6 +25,7 @@ UNEXPECTED = 4
 UNWRITABLE = 5
 """Exit code where the directory of a run cannot be written to."""
 _NARROWEST = 40
+_PRINTING = (("click", "utils.py"), ("pipelines", "progress.py"))
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
@@ -44,7 +45,8 @@ class Group(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            if (broken := broken_output()) is not None:
+            broken = error if _of_output(error) else broken_output()
+            if broken is not None:
                 silence_output()
                 if not isinstance(broken, BrokenPipeError):  # `| head` has what it wanted
                     _say(f"Error: the output cannot be written ({_reason(broken)})")
@@ -84,6 +86,14 @@ def broken_output() -> OSError | ValueError | None:
     return None
 
 
+def _of_output(error: Exception) -> bool:
+    """Whether the error came about in printing, after which the stream may look sound again: what failed is dropped."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    places = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[-8:]]
+    return any(place.parent.name == "rich" or (place.parent.name, place.name) in _PRINTING for place in places)
+
+
 def silence_output() -> None:
     """Lets everything that is still written to the standard output vanish, so that the end of Python cannot fail."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -108,7 +118,7 @@ def going_on(reporter: Reporter, out: Path) -> Reporter:
             try:
                 action(*args)
             except (OSError, ValueError) as error:
-                if broken_output() is None:
+                if isinstance(error, ValueError) and broken_output() is None:  # closed streams say that
                     raise
                 broken.append(error)
                 silence_output()
@@ -133,7 +143,7 @@ def usage_errors(ctx: click.Context) -> Iterator[None]:
     except (ValueError, TypeError) as error:
         said = str(error)
     except OSError as error:
-        if broken_output() is not None:
+        if _of_output(error) or broken_output() is not None:
             raise
         said = f"{error.filename}: {_reason(error)}" if error.filename else _reason(error)
     except Exception as error:

@@ -490,7 +490,7 @@ def _run_with_plan(
         measured.append(new)
         round = after
         info["run_seconds"] += time.monotonic() - since
-        loss = float(history.mean_losses(new, np.asarray([after - before])).mean())
+        loss = history.mean_known(history.mean_losses(new, np.asarray([after - before])))
         accuracy = float(new["test/accuracy"].mean())
         reporter.update(Progression(label, round, config.rounds, speed.at(round), loss, accuracy))
         if round == config.rounds:

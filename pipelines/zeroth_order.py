@@ -28,8 +28,8 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import algorithms
-from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, samplers
-from pipelines import files, growth
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, num_bytes, samplers
+from pipelines import files, growth, memory
 from pipelines.config import count, finite
 from pipelines.names import pick
 
@@ -47,6 +47,9 @@ REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "SCAFFOLD with gradients": ("scaffold", {}),
 }
 """The same for methods that make no queries: they are given the true gradients."""
+
+
+_ROUND = 200  # bytes of a round of a trial, in the curves of all methods and as text
 
 
 class Study(NamedTuple):
@@ -309,7 +312,13 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     """
     check(study)
     # Mistakes show in building a task, before the directory is there.
-    tasks = [TASKS[study.task](trial, **dict(study.options)) for trial in range(study.trials)]
+    first = TASKS[study.task](0, **dict(study.options))
+    held = {
+        "trials": study.trials * (num_bytes(first.population) + num_bytes(first.start)),
+        "rounds": study.trials * study.rounds * _ROUND,
+    }
+    memory.refuse("the study", held, memory.available())
+    tasks = [first, *(TASKS[study.task](trial, **dict(study.options)) for trial in range(1, study.trials))]
     with files.told(out):
         claim(study, out)
     names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]

@@ -5,11 +5,13 @@ method on it. It shares with the real one only what defines the result: which ex
 how a client's keys are derived.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Batch, clients, num_scalars, shuffle, weighted_mean
+from fedjax_core import Batch, Stacked, clients, num_scalars, shuffle, weighted_mean
 
 
 def for_each_client(
@@ -19,13 +21,15 @@ def for_each_client(
     ids, starts, sizes = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
     examples = jax.tree.map(np.asarray, cohort.examples)
     weight = client_weights(weights, ids, sizes, jax.tree.leaves(examples)[0].shape[0], int(cohort.num_clients))
-    summands, outputs, losses, steps = [], {}, np.zeros(len(ids)), np.zeros(len(ids), np.int32)
+    uploads, outputs, losses, steps = {}, {}, np.zeros(len(ids)), np.zeros(len(ids), np.int32)
     for slot, (i, start, size) in enumerate(zip(ids, starts, sizes, strict=True)):
         if i < 0 or size == 0:
             continue
         seed_key, init_key, step_key = jax.random.split(jax.random.fold_in(key, int(i)), 3)
         own = jax.tree.map(lambda leaf, slot=slot: leaf[slot], client_inputs)
-        carry = program.init(shared, own, init_key)
+        as_this_client = partial(clients.as_client, jnp.int32(i))
+        with as_this_client():
+            carry = program.init(shared, own, init_key)
         loss_sum, count = 0.0, 0
         for step, rows in enumerate(batches(work, int(i), int(size), shuffle.seed(seed_key))):
             batch = Batch(
@@ -34,23 +38,32 @@ def for_each_client(
                 jax.random.fold_in(step_key, step),
                 jnp.int32(step),
             )
-            carry, loss = program.step(shared, carry, batch)
+            with as_this_client():
+                carry, loss = program.step(shared, carry, batch)
             loss_sum, count = loss_sum + float(loss) * len(rows), count + len(rows)
             steps[slot] = step + 1
-        upload, output = program.final(shared, carry)
-        summands.append(aggregator.lift(upload, jnp.asarray(weight[slot])))
-        outputs[slot] = output
+        with as_this_client():
+            upload, output = program.final(shared, carry)
+        uploads[slot], outputs[slot] = upload, output
         losses[slot] = loss_sum / count
-    if not summands:  # nobody took part: zeros, shaped like the results of a client that has taken no step
+    if not uploads:  # nobody took part: zeros, shaped like the results of a client that has taken no step
         first = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         upload, output = program.final(shared, program.init(shared, first, key))
-        summands.append(jax.tree.map(jnp.zeros_like, aggregator.lift(upload, jnp.asarray(weight[0]))))
-    total = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *summands)
-    blank = jax.tree.map(jnp.zeros_like, output)
-    rows = [outputs.get(slot, blank) for slot in range(len(ids))]
+
+    def rows(by_slot, one):
+        blank = jax.tree.map(jnp.zeros_like, one)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[by_slot.get(s, blank) for s in range(len(ids))])
+
+    if isinstance(aggregator, Stacked):
+        aggregate = aggregator.finish(rows(uploads, upload), jnp.asarray(weight))
+    else:
+        summands = [aggregator.lift(u, jnp.asarray(weight[slot])) for slot, u in uploads.items()]
+        if not summands:
+            summands = [jax.tree.map(jnp.zeros_like, aggregator.lift(upload, jnp.asarray(weight[0])))]
+        aggregate = aggregator.finish(jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *summands))
     return clients.ClientResults(
-        aggregate=aggregator.finish(total),
-        outputs=jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows),
+        aggregate=aggregate,
+        outputs=rows(outputs, output),
         weights=jnp.asarray(weight),
         loss=jnp.asarray(losses),
         steps=jnp.asarray(steps),

@@ -7,7 +7,7 @@ import optax
 
 from algorithms.optimization.fedavg import plain_gradient
 from algorithms.optimization.fedfix import FedFixState, stale_metrics, stale_program
-from algorithms.optimization.fedstale import UNSUMMED, keep_displacement, remember
+from algorithms.optimization.fedstale import remember
 from fedjax_core import (
     Algorithm,
     Array,
@@ -30,6 +30,7 @@ from fedjax_core import (
     move,
     round_metrics,
     scatter,
+    stacked,
 )
 
 
@@ -138,11 +139,11 @@ def afa_cs(
         return AFACSState(params, starts, updates, zeros, jnp.int32(0))
 
     def round(state: AFACSState, cohort: Cohort, key: Key) -> tuple[AFACSState, Metrics]:
-        program = keep_displacement(stale_program(gradient, client_optimizer, state.round))
+        program = stale_program(gradient, client_optimizer, state.round)
         inputs = gather(state.starts, cohort), one_over_steps(clients.work, cohort)
-        results = clients.run(program, (), inputs, cohort, key, aggregator=UNSUMMED)
+        results = clients.run(program, (), inputs, cohort, key, aggregator=stacked())
         p = results.weights / num_clients
-        updates, mean = remember(state.updates, state.mean, cohort, results.outputs, p)
+        updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
         params = optax.tree.where(cohort.num_participants > 0, move(state.params, server_lr, mean), state.params)
         starts = scatter(state.starts, cohort, global_client_params(params, cohort.ids))
         metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)

@@ -30,10 +30,13 @@ from fedjax_core import (
     global_algorithm,
     local_training,
     local_work,
+    mean_over_participants,
     move,
+    num_scalars,
     optimizer_at,
     round_metrics,
     scatter,
+    stacked,
     value_and_grad,
 )
 
@@ -80,7 +83,8 @@ def fedamd(
 
     V is the mean at the start of the round for all miners. Their first step is -lr V.
 
-    Down: x, V (2P; x alone to an anchor). Up: y_i - x or v_i (1P). A newcomer sends its v_i in any case.
+    Down: x, V (2P), to an anchor x (1P). Up: y_i - x, or v_i of an anchor (1P); a miner that takes part for the first
+    time sends its v_i too (2P).
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
@@ -142,8 +146,9 @@ def fedamd(
         weights = client_weights(clients.weights, cohort)
 
         asked = cohort.only(anchor | new)
-        anchors = whole.run(full_gradient_program(loss_fn), state.params, (), asked, key)
-        total = optax.tree.add(state.total, cohort_sum(weights * new, anchors.outputs))
+        anchors = whole.run(full_gradient_program(loss_fn), state.params, (), asked, key, aggregator=stacked())
+        v = anchors.aggregate
+        total = optax.tree.add(state.total, cohort_sum(weights * new, v))
         weight = state.weight + jnp.sum(weights * new)
         mean = jax.tree.map(lambda leaf: leaf / jnp.where(weight > 0, weight, 1).astype(leaf.dtype), total)
 
@@ -151,10 +156,18 @@ def fedamd(
         miners = clients.run(program, (state.params, mean), (), cohort.only(cohort.mask & ~anchor), key)
         params = move(state.params, server_lr, miners.aggregate)
 
-        change = optax.tree.sub(anchors.outputs, old.gradient)
+        change = optax.tree.sub(v, old.gradient)
         total = optax.tree.add(total, cohort_sum(weights * (anchor & old.known), change))
-        bullseyes = scatter(state.bullseyes, asked, Bullseye(anchors.outputs, asked.mask))
-        results = miners._replace(weights=weights, loss=jnp.where(anchor, anchors.loss, miners.loss))
+        bullseyes = scatter(state.bullseyes, asked, Bullseye(v, asked.mask))
+        # An anchor gets x and sends v_i; a miner gets x and V and sends y_i - x, and v_i if it is new.
+        uploads = anchor + (cohort.mask & ~anchor) * (1 + new)
+        downloads = anchor + (cohort.mask & ~anchor) * 2
+        results = miners._replace(
+            weights=weights,
+            loss=jnp.where(anchor, anchors.loss, miners.loss),
+            uploaded=mean_over_participants(uploads, cohort) * num_scalars(state.params),
+            downloaded=mean_over_participants(downloads, cohort) * num_scalars(state.params),
+        )
         counts = FedAMDMetrics(jnp.sum(anchor, dtype=jnp.int32), jnp.sum(new, dtype=jnp.int32))
         metrics = round_metrics(results, cohort, state.params, params, counts)
         return FedAMDState(params, bullseyes, total, weight, state.round + 1), metrics

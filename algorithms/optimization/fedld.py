@@ -1,13 +1,14 @@
 """FedLD."""
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from algorithms.optimization.fedavg import FedAvgState, displacement_program
+from algorithms.optimization.fedstale import cohort_sum
 from fedjax_core import (
     Algorithm,
     Array,
@@ -29,6 +30,7 @@ from fedjax_core import (
     move,
     optimizer_at,
     round_metrics,
+    stacked,
 )
 
 
@@ -80,7 +82,10 @@ def fedld(
     probabilities. The paper weighs all participants alike. Its k would be 0 for a single participant. A client whose
     update is orthogonal to w_j up to rounding gets the sign 0, and directions that rounding alone has made are left
     out; released code has fixed thresholds. Its step that flips w_j has no effect, as r_i does not depend on the sign
-    of w_j, and is left out. The first round is the one in which `state.round` is 0, whoever takes part.
+    of w_j, and is left out. The first round is the one in which `state.round` is 0, whoever takes part. Released code
+    multiplies lr by (round x local epochs) / (warm-up epochs) while that is below 1, counting rounds from 0: nothing
+    moves in its first round, and the plain mean is that of the first round with a move. It also takes the plain mean
+    for arrays of one entry, for which the rule here gives less where clients do not agree.
 
     Paper: Zeng, Guo, Wang, Wang, Zhou, Qu, "Tackling Data Heterogeneity in Federated Learning via Loss Decomposition",
     2024.
@@ -117,18 +122,15 @@ def fedld(
         return FedAvgState(params, jnp.int32(0))
 
     def round(state: FedAvgState, cohort: Cohort, key: Key) -> tuple[FedAvgState, Metrics]:
+        def rebuilt(updates: Params, weights: Array) -> Params:
+            total = jnp.sum(weights)
+            plain = cohort_sum(weights / jnp.where(total > 0, total, 1), updates)
+            return optax.tree.where(state.round == 0, plain, principal_mean(updates, weights, kept))
+
         program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
-
-        def client_final(x: Params, carry: Any) -> Any:
-            g_i, _ = program.final(x, carry)
-            return g_i, g_i if aggregation == "principal" else ()
-
-        results = clients.run(program._replace(final=client_final), state.params, (), cohort, key)
-        update = results.aggregate
-        if aggregation == "principal":
-            rebuilt = principal_mean(results.outputs, results.weights, kept)
-            update = optax.tree.where(state.round == 0, update, rebuilt)
-        params = move(state.params, server_lr, update)
+        aggregator = stacked(rebuilt) if aggregation == "principal" else None
+        results = clients.run(program, state.params, (), cohort, key, aggregator=aggregator)
+        params = move(state.params, server_lr, results.aggregate)
         metrics = round_metrics(results, cohort, state.params, params)
         return FedAvgState(params, state.round + 1), metrics
 

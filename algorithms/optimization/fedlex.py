@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from algorithms.optimization.fedstale import cohort_sum
 from fedjax_core import (
     Array,
     Batch,
@@ -27,11 +28,13 @@ from fedjax_core import (
     global_algorithm,
     local_training,
     local_work,
+    mapped,
     move,
     optimizer_at,
     round_metrics,
     scatter,
     shuffle,
+    stacked,
     value_and_grad,
     weighted_sum,
 )
@@ -275,18 +278,21 @@ def loss_exploration(
             return carry, jnp.zeros(())
 
         def client_final(x: Params, carry: Any) -> Any:
-            deviation = jax.tree.map(lambda x, xi: jnp.square(x - xi), x, carry[0])
-            return of_client(deviation), deviation if num_maps else ()
+            return jax.tree.map(lambda x, xi: jnp.square(x - xi), x, carry[0]), ()
 
         draw_key, key = jax.random.split(key)
         rank = shuffle.permute(shuffle.seed(draw_key), jnp.maximum(cohort.ids, 0), cohort.num_clients)
         chosen = cohort.only(cohort.mask & (rank < jnp.maximum(jnp.round(explorers * cohort.num_clients), 1)))
         steps_per_epoch = -(-chosen.sizes // work.batch_size)
         program = ClientProgram(client_init, client_step, client_final)
-        results = exploring.run(program, params, steps_per_epoch, chosen, key, aggregator=weighted_sum())
+        aggregator = stacked() if num_maps else mapped(of_client, weighted_sum())
+        results = exploring.run(program, params, steps_per_epoch, chosen, key, aggregator=aggregator)
         count = chosen.num_participants
-        mean = jax.tree.map(lambda d: d / jnp.maximum(count, 1).astype(d.dtype), results.aggregate)
-        own = scatter(maps.clients, chosen, Map(results.outputs, chosen.mask)) if num_maps else maps.clients
+        total = results.aggregate
+        if num_maps:
+            total = cohort_sum(chosen.mask.astype(jnp.result_type(float)), jax.vmap(of_client)(results.aggregate))
+        mean = jax.tree.map(lambda d: d / jnp.maximum(count, 1).astype(d.dtype), total)
+        own = scatter(maps.clients, chosen, Map(results.aggregate, chosen.mask)) if num_maps else maps.clients
         return optax.tree.where(count > 0, Maps(mean, count, own), maps)
 
     def guidance(maps: Maps) -> Params:

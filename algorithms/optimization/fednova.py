@@ -32,7 +32,7 @@ from fedjax_core import (
 
 
 class FedNovaState(NamedTuple):
-    """Global model x, server momentum buffer and the number of rounds done."""
+    """Global model x, server momentum v in the units of a gradient times steps, and the number of rounds done."""
 
     params: Params
     velocity: Params
@@ -59,23 +59,28 @@ def fednova(
     Client, from y = x:  y <- y - lr (g_i(y) + mu (y - x)), K_i times (or with momentum);
                          A_i = lr ||a_i||_1, where the displacement is -lr sum_k a_i,k g_i,k;
                          T_i = the same without the proximal term (lr K_i for plain SGD).
-    Server:              x <- x + server_lr (sum_S p_i T_i) sum_S p_i (y_i - x) / A_i,  sum_S p_i = 1.
+    Server:              D = (sum_S p_i T_i) sum_S p_i (y_i - x) / A_i,  sum_S p_i = 1;
+                         v <- server_momentum v + D / lr;  x <- x + server_lr lr v, with this round's lr.
 
     Down: x (1P). Up: (y_i - x) / A_i and T_i (1P + 1).
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer that is linear in the gradients (SGD, with momentum or not), started anew in
-        every round, or a function of the round giving one.
+      client_optimizer: optax optimizer that is linear in small gradients (SGD, maybe with momentum, clipping, weight
+        decay), started anew in every round, or a function of the round giving one.
       mu: proximal weight of the local solver.
       server_lr: step size of the server.
-      server_momentum: momentum on the server (v <- server_momentum v + update, x <- x + server_lr v), in [0, 1).
+      server_momentum: momentum on the server, in [0, 1). What it remembers is without lr, as in the authors' code, so
+        that old gradients too are taken at the rate of the round.
       **local: batch_size, num_epochs or num_steps (arrays give clients different work), order, weights, plan; see
         `LocalOptions`.
 
     Differences: A_i and T_i are found by running the same optimizer on one scalar whose gradient is 1 (+ mu z), which
     gives the paper's closed forms for plain, momentum and proximal SGD and holds for learning rates that change. The
-    paper leaves the effective number of steps to the server; T_i in it, not A_i, is the choice of the authors' code.
+    lr of the server's momentum is the length of the optimizer's first step. The paper leaves the effective number of
+    steps to the server; T_i in it, not A_i, is the choice of the authors' code (with mu it takes the number of steps,
+    also where clients have momentum). With momentum and mu together that code adds both counts in every step, a <- (1 -
+    lr mu) (a + counter) + 1, which is more than the weights of the gradients sum to; here A_i is that sum.
 
     Paper: Wang, Liu, Liang, Joshi, Poor, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
     Optimization", 2020, equations 4 and 5.
@@ -109,11 +114,15 @@ def fednova(
         program = ClientProgram(client_init, client_step, client_final)
         results = clients.run(program, state.params, (), cohort, key)
         normalized, effective_length = results.aggregate
+        first_step = -Length.start(optimizer).extend(optimizer).z
+        lr = jnp.where(first_step > 0, first_step, 1)
         velocity = jax.tree.map(
-            lambda v, d: server_momentum * v + effective_length.astype(d.dtype) * d, state.velocity, normalized
+            lambda v, d: (server_momentum * v + (effective_length / lr).astype(d.dtype) * d).astype(v.dtype),
+            state.velocity,
+            normalized,
         )
         velocity = optax.tree.where(cohort.num_participants > 0, velocity, state.velocity)
-        step = jnp.where(cohort.num_participants > 0, server_lr, 0.0)
+        step = jnp.where(cohort.num_participants > 0, server_lr * lr, 0.0)
         params = move(state.params, step, velocity)
         metrics = round_metrics(results, cohort, state.params, params, FedNovaMetrics(effective_length))
         return FedNovaState(params, velocity, state.round + 1), metrics

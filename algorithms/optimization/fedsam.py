@@ -92,6 +92,7 @@ def mofedsam(
     rho: Scalar = 0.1,
     alpha: Scalar = 0.1,
     server_lr: Scalar = 1.0,
+    aggregation: str = "mean",
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
     """MoFedSAM: FedSAM with the previous global direction in every local step, as in FedCM.
@@ -99,21 +100,26 @@ def mofedsam(
     Client, from y = x:  g = g_i(y);  e = rho g / ||g||;  y <- y - lr (alpha g_i(y + e) + (1 - alpha) D), K times.
     Server:              D <- mean_S (x - y_i) / (lr K);  x <- x - server_lr (lr K) D.
 
-    Down: x, D (2P). Up: (x - y_i) / (lr K_i) and lr K_i (1P + 1). Two gradients per step.
+    With unequal work lr K is mean_S lr K_i, or with aggregation="normalized" D is mean_S (x - y_i) / (lr K_i).
+
+    Down: x, D (2P). Up: x - y_i and lr K_i (1P + 1). Two gradients per step.
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, linear in the gradients (SGD), started anew in every round, or a function of
-        the round giving one.
+      client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
+        started anew in every round, or a function of the round giving one.
       rho: radius of the perturbation.
       alpha: weight of the fresh gradient, in (0, 1]; 1 is FedSAM.
       server_lr: 1 replaces the model by the average.
+      aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
     Paper: Qu, Li, Duan, Liu, Tang, Lu, "Generalized Federated Learning via Sharpness Aware Minimization", 2022,
     algorithm 2.
     """
-    return client_momentum(sam_gradient(loss_fn, rho), client_optimizer, alpha=alpha, server_lr=server_lr, **local)
+    return client_momentum(
+        sam_gradient(loss_fn, rho), client_optimizer, alpha=alpha, server_lr=server_lr, aggregation=aggregation, **local
+    )
 
 
 def sam_gradient(loss_fn: LossFn, rho: Scalar, eta: Scalar | None = None) -> Gradient:

@@ -14,11 +14,9 @@ from algorithms.optimization.fedau import (
 )
 from algorithms.optimization.fedavg import displacement_program, plain_gradient
 from fedjax_core import (
-    Aggregator,
     Algorithm,
     Array,
     ClientOptimizer,
-    ClientProgram,
     ClientTable,
     Cohort,
     Key,
@@ -37,6 +35,8 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    stacked,
+    sums,
 )
 
 
@@ -116,9 +116,9 @@ def fedstale(
         else:
             inverse = inverse_probabilities(probabilities, cohort)
 
-        program = keep_displacement(displacement_program(gradient, optimizer_at(client_optimizer, state.round)))
-        results = clients.run(program, state.params, (), cohort, key, aggregator=UNSUMMED)
-        d, h = results.outputs, gather(state.updates, cohort)
+        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
+        results = clients.run(program, state.params, (), cohort, key, aggregator=stacked())
+        d, h = results.aggregate, gather(state.updates, cohort)
         p = results.weights / num_clients
         fresh = cohort_sum(p * inverse, jax.tree.map(lambda d, h: d - beta * h, d, h))
         direction = jax.tree.map(lambda mean, fresh: beta * mean + fresh, state.mean, fresh)
@@ -166,23 +166,9 @@ def fedvarp(
     return fedstale(loss_fn, client_optimizer, num_clients=num_clients, beta=1.0, server_lr=server_lr, **local)
 
 
-UNSUMMED = Aggregator(lambda upload, weight: (), lambda total: total)
-"""Sums nothing up: for uploads that are kept one by one, as outputs."""
-
-
-def keep_displacement(program: ClientProgram) -> ClientProgram:
-    """The program with its upload as output too, for the server's table."""
-
-    def client_final(shared: Any, carry: Any) -> Any:
-        upload, _ = program.final(shared, carry)
-        return upload, upload
-
-    return program._replace(final=client_final)
-
-
 def cohort_sum(weights: Array, rows: PyTree) -> PyTree:
     """sum_S weights_i rows_i: leaves [C, ...] become [...]; weights float[C]."""
-    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), rows)
+    return sums.cast_like(sums.weighted(weights, rows), rows)
 
 
 def remember(table: ClientTable, mean: PyTree, cohort: Cohort, updates: PyTree, p: Array) -> tuple[ClientTable, PyTree]:

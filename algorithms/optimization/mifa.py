@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from algorithms.optimization.fedavg import displacement_program, plain_gradient
-from algorithms.optimization.fedstale import UNSUMMED, keep_displacement, remember
+from algorithms.optimization.fedstale import remember
 from fedjax_core import (
     Algorithm,
     Array,
@@ -26,6 +26,7 @@ from fedjax_core import (
     move,
     optimizer_at,
     round_metrics,
+    stacked,
 )
 
 
@@ -77,10 +78,10 @@ def mifa(
         return MIFAState(params, client_table(num_clients, zeros), zeros, jnp.int32(0))
 
     def round(state: MIFAState, cohort: Cohort, key: Key) -> tuple[MIFAState, Metrics]:
-        program = keep_displacement(displacement_program(gradient, optimizer_at(client_optimizer, state.round)))
-        results = clients.run(program, state.params, (), cohort, key, aggregator=UNSUMMED)
+        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
+        results = clients.run(program, state.params, (), cohort, key, aggregator=stacked())
         p = results.weights / num_clients
-        updates, mean = remember(state.updates, state.mean, cohort, results.outputs, p)
+        updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
         params = optax.tree.where(cohort.num_participants > 0, move(state.params, server_lr, mean), state.params)
         metrics = round_metrics(results, cohort, state.params, params)
         return MIFAState(params, updates, mean, state.round + 1), metrics

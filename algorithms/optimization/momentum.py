@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from algorithms.optimization.fedavg import plain_gradient
-from algorithms.optimization.fedcm import client_momentum
+from algorithms.optimization.fedcm import AGGREGATIONS, client_momentum, local_work_done, mean_work_done
 from fedjax_core import (
     Algorithm,
     Array,
@@ -43,6 +43,7 @@ def fedavg_m(
     *,
     beta: Scalar = 0.1,
     server_lr: Scalar = 1.0,
+    aggregation: str = "mean",
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
     """FedAvg-M: the previous global direction in every local step, which makes FedAvg proof against unlike clients.
@@ -53,14 +54,17 @@ def fedavg_m(
     The paper's server step is gamma = server_lr lr K. With everyone taking part, beta of order sqrt(N K / R) over R
     rounds and gamma of order beta, it converges at a constant lr without any bound on how unlike the clients are.
 
-    Down: x, G (2P). Up: (x - y_i) / (lr K_i) and lr K_i (1P + 1; the scalar is known where all do the same work).
+    With unequal work lr K is mean_S lr K_i, or with aggregation="normalized" G is mean_S (x - y_i) / (lr K_i).
+
+    Down: x, G (2P). Up: x - y_i and lr K_i (1P + 1; the scalar is known where all do the same work).
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, linear in the gradients (SGD), started anew in every round, or a function of
-        the round giving one.
+      client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
+        started anew in every round, or a function of the round giving one.
       beta: weight of the fresh gradient, in (0, 1]; 1 is FedAvg.
       server_lr: 1 replaces the model by the average.
+      aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
     Differences: none for equal work. The update is that of FedCM with alpha = beta; what is new in the paper is the
@@ -70,7 +74,9 @@ def fedavg_m(
     FedAvg-M.
     """
     checks.scalar("beta", beta, low=0, high=1, low_open=True)
-    return client_momentum(plain_gradient(loss_fn), client_optimizer, alpha=beta, server_lr=server_lr, **local)
+    return client_momentum(
+        plain_gradient(loss_fn), client_optimizer, alpha=beta, server_lr=server_lr, aggregation=aggregation, **local
+    )
 
 
 class FedAvgMVRState(NamedTuple):
@@ -91,6 +97,7 @@ def fedavg_m_vr(
     *,
     beta: Scalar = 0.1,
     server_lr: Scalar = 1.0,
+    aggregation: str = "mean",
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
     """FedAvg-M-VR: FedAvg-M whose direction follows the model by differences of gradients on the same batch.
@@ -98,15 +105,18 @@ def fedavg_m_vr(
     Client, from y = x:  y <- y - lr (g_i(y) + (1 - beta) (G - g_i(x_prev))), both g_i on one batch, K times.
     Server:              G <- mean_S (x - y_i) / (lr K);  x_prev <- x;  x <- x - server_lr (lr K) G.
 
-    Down: x, G and the last server step, which give x_prev (2P + 1). Up: (x - y_i) / (lr K_i) and lr K_i (1P + 1).
-    Two gradients per step.
+    With unequal work lr K is mean_S lr K_i, or with aggregation="normalized" G is mean_S (x - y_i) / (lr K_i).
+
+    Down: x, G and the last server step, which give x_prev (2P + 1). Up: x - y_i and lr K_i (1P + 1). Two
+    gradients per step.
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, linear in the gradients (SGD), started anew in every round, or a function of
-        the round giving one.
+      client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
+        started anew in every round, or a function of the round giving one.
       beta: weight of the fresh gradient, in (0, 1]; 1 is FedAvg.
       server_lr: 1 replaces the model by the average; the paper's server step is gamma = server_lr lr K.
+      aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
     Differences: the paper starts G from a gradient at the first model; here it starts from 0, and the error of G that
@@ -117,6 +127,7 @@ def fedavg_m_vr(
     """
     checks.scalar("beta", beta, low=0, high=1, low_open=True)
     checks.scalar("server_lr", server_lr, low=0)
+    checks.one_of("aggregation", aggregation, AGGREGATIONS)
     clients = local_training(**local)
     gradient = value_and_grad(loss_fn)
 
@@ -142,13 +153,13 @@ def fedavg_m_vr(
         def client_final(shared: Any, carry: Any) -> Any:
             x, _, _ = shared
             y, _, length = carry
-            return (length.normalize(optax.tree.sub(x, y)), -length.z), ()
+            return local_work_done(optax.tree.sub(x, y), length, aggregation), ()
 
         program = ClientProgram(client_init, client_step, client_final)
         results = clients.run(program, (state.params, state.direction, state.step), (), cohort, key)
-        direction, length = results.aggregate
+        decrease, direction, length = mean_work_done(results.aggregate, aggregation)
         step = server_lr * length
-        params = move(state.params, -step, direction)
+        params = move(state.params, -server_lr, decrease)
         anybody = cohort.num_participants > 0
         direction, step = optax.tree.where(anybody, (direction, step), (state.direction, state.step))
         metrics = round_metrics(results, cohort, state.params, params)
@@ -179,6 +190,7 @@ def scaffold_m(
     num_clients: int,
     beta: Scalar = 0.1,
     server_lr: Scalar = 1.0,
+    aggregation: str = "mean",
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
     """SCAFFOLD-M: SCAFFOLD with the previous global direction in every local step.
@@ -188,15 +200,18 @@ def scaffold_m(
     Server:              G <- mean_S (x - y_i) / (lr K);  x <- x - server_lr (lr K) G;
                          c <- c + (1 / N) sum_S (c_i+ - c_i).
 
-    Down: x, G, c (3P). Up: (x - y_i) / (lr K_i), lr K_i and c_i+ - c_i (2P + 1).
+    With unequal work lr K is mean_S lr K_i, or with aggregation="normalized" G is mean_S (x - y_i) / (lr K_i).
+
+    Down: x, G, c (3P). Up: x - y_i, lr K_i and c_i+ - c_i (2P + 1).
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, linear in the gradients (SGD), started anew in every round, or a function of
-        the round giving one.
+      client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
+        started anew in every round, or a function of the round giving one.
       num_clients: size of the population, N.
       beta: weight of the fresh gradient, in (0, 1]; 1 is SCAFFOLD.
       server_lr: 1 replaces the model by the average; the paper's server step is gamma = server_lr lr K.
+      aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`. With weights other
         than uniform the control c is the mean of the c_i under the same weights.
 
@@ -207,7 +222,14 @@ def scaffold_m(
     SCAFFOLD-M.
     """
     return _scaffold_momentum(
-        loss_fn, client_optimizer, reduced=False, num_clients=num_clients, beta=beta, server_lr=server_lr, **local
+        loss_fn,
+        client_optimizer,
+        reduced=False,
+        num_clients=num_clients,
+        beta=beta,
+        server_lr=server_lr,
+        aggregation=aggregation,
+        **local,
     )
 
 
@@ -218,6 +240,7 @@ def scaffold_m_vr(
     num_clients: int,
     beta: Scalar = 0.1,
     server_lr: Scalar = 1.0,
+    aggregation: str = "mean",
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
     """SCAFFOLD-M-VR: SCAFFOLD-M whose direction follows the model by differences of gradients on the same batch.
@@ -227,16 +250,19 @@ def scaffold_m_vr(
     Server:              G <- mean_S (x - y_i) / (lr K);  x_prev <- x;  x <- x - server_lr (lr K) G;
                          c <- c + (1 / N) sum_S (c_i+ - c_i).
 
-    Down: x, G, c and the last server step, which with G gives x_prev (3P + 1). Up: (x - y_i) / (lr K_i), lr K_i and
-    c_i+ - c_i (2P + 1). Two gradients per step.
+    With unequal work lr K is mean_S lr K_i, or with aggregation="normalized" G is mean_S (x - y_i) / (lr K_i).
+
+    Down: x, G, c and the last server step, which with G gives x_prev (3P + 1). Up: x - y_i, lr K_i and c_i+ - c_i
+    (2P + 1). Two gradients per step.
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, linear in the gradients (SGD), started anew in every round, or a function of
-        the round giving one.
+      client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
+        started anew in every round, or a function of the round giving one.
       num_clients: size of the population, N.
       beta: weight of the fresh gradient, in (0, 1]; 1 is SCAFFOLD.
       server_lr: 1 replaces the model by the average; the paper's server step is gamma = server_lr lr K.
+      aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`. With weights other
         than uniform the control c is the mean of the c_i under the same weights.
 
@@ -247,7 +273,14 @@ def scaffold_m_vr(
     SCAFFOLD-M-VR.
     """
     return _scaffold_momentum(
-        loss_fn, client_optimizer, reduced=True, num_clients=num_clients, beta=beta, server_lr=server_lr, **local
+        loss_fn,
+        client_optimizer,
+        reduced=True,
+        num_clients=num_clients,
+        beta=beta,
+        server_lr=server_lr,
+        aggregation=aggregation,
+        **local,
     )
 
 
@@ -259,12 +292,14 @@ def _scaffold_momentum(
     num_clients: int,
     beta: Scalar,
     server_lr: Scalar,
+    aggregation: str,
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
     """SCAFFOLD-M, variance-reduced or not."""
     checks.positive_int("num_clients", num_clients, "the size of the population")
     checks.scalar("beta", beta, low=0, high=1, low_open=True)
     checks.scalar("server_lr", server_lr, low=0)
+    checks.one_of("aggregation", aggregation, AGGREGATIONS)
     clients = local_training(**local)
     gradient = value_and_grad(loss_fn)
 
@@ -295,15 +330,16 @@ def _scaffold_momentum(
             x, *_ = shared
             y, _, length, c_i, total, k = carry
             c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), total)
-            upload = length.normalize(optax.tree.sub(x, y)), -length.z, optax.tree.sub(c_i_new, c_i)
+            upload = local_work_done(optax.tree.sub(x, y), length, aggregation), optax.tree.sub(c_i_new, c_i)
             return upload, c_i_new
 
         program = ClientProgram(client_init, client_step, client_final)
         shared = (state.params, state.direction, state.control, state.step if reduced else ())
         results = clients.run(program, shared, gather(state.client_controls, cohort), cohort, key)
-        direction, length, control_change = results.aggregate
+        mean, control_change = results.aggregate
+        decrease, direction, length = mean_work_done(mean, aggregation)
         step = server_lr * length
-        params = move(state.params, -step, direction)
+        params = move(state.params, -server_lr, decrease)
         anybody = cohort.num_participants > 0
         direction, step = optax.tree.where(anybody, (direction, step), (state.direction, state.step))
         # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.

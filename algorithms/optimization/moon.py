@@ -78,10 +78,11 @@ def moon(
 
     The training loss that is reported includes mu l_con.
 
-    Differences: v_i starts as the first global model (released code: as an initial model of the client's own), so the
-    first step of the first round sees no contrast. Only the latest local model is remembered. The paper weighs
-    clients by their number of examples (`weights="examples"`) and adds a projection head to the model, which is
-    the model's business here. A representation of zeros has cosine 0 with everything.
+    Differences: v_i starts as the first global model (released code: as an initial model of the client's own). A client
+    that takes part in the first round therefore sees no contrast in any step of it: z_p is z_g, and l_con log 2. Only
+    the latest local model is remembered. The paper weighs clients by their number of examples (`weights="examples"`)
+    and adds a projection head to the model, which is the model's business here. A representation of zeros has cosine 0
+    with everything.
 
     Paper: Li, He, Song, "Model-Contrastive Federated Learning", 2021, algorithm 1.
     """

@@ -97,7 +97,7 @@ def controlled_averaging(
     new_control: ClientProgram | None = None,
     **local: Unpack[LocalOptions],
 ) -> Algorithm:
-    """SCAFFOLD along any local direction g; c_i+ is the mean of the K g, or the output of `new_control` at x."""
+    """SCAFFOLD along any local direction g; c_i+ is the mean of the K g, or what `new_control` would upload at x."""
     checks.positive_int("num_clients", num_clients, "the size of the population")
     checks.scalar("server_lr", server_lr, low=0)
     clients = local_training(**local)
@@ -111,7 +111,7 @@ def controlled_averaging(
         given: Any = ()
         if new_control is not None:
             whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-            given = whole.run(new_control, state.params, (), cohort, key).outputs
+            given = whole.run(kept_by_the_client(new_control), state.params, (), cohort, key).outputs
         optimizer = optimizer_at(client_optimizer, state.round)
         program = controlled_program(gradient, optimizer, given=new_control is not None)
         results = clients.run(program, (state.params, state.control), (controls, given), cohort, key)
@@ -125,6 +125,11 @@ def controlled_averaging(
         return ScaffoldState(params, control, client_controls, state.round + 1), metrics
 
     return global_algorithm(init, round)
+
+
+def kept_by_the_client(program: ClientProgram) -> ClientProgram:
+    """The program with its upload as output instead: nothing is sent."""
+    return program._replace(final=lambda shared, carry: ((), program.final(shared, carry)[0]))
 
 
 def controlled_program(

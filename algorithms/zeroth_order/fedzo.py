@@ -81,7 +81,8 @@ def fedzo(
 
     Differences: the paper draws one direction at a time, uniformly from the sphere, and multiplies by d. This is the
     estimator that Shu et al. (FZooS, 2023) compare with, whose code spends one query more per round, on f_i(x) at the
-    start, which here the first step makes.
+    start, which here the first step makes. That code also keeps the old x of a round that has not made F smaller, in
+    this as in all its methods; here the new x is taken (`fzoos(safeguard=True)` has that rule).
 
     Paper: Fang, Yu, Jiang, Shi, Jones, Zhou, "Communication-Efficient Stochastic Zeroth-Order Optimization for
     Federated Learning", 2022, algorithm 1.
@@ -117,7 +118,8 @@ def fedprox_zo(
       server_lr: 1 replaces the model by the average.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
-    Differences: as in the code that was released with the paper, the pull is absent in the first round.
+    Differences: as in the code that was released with the paper, the pull is absent in the first round. That code also
+    keeps the old x of a round that has not made F smaller; here the new x is taken.
 
     Paper: Shu, Lin, Dai, Low, "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients",
     2023, section 6 (a baseline).
@@ -204,7 +206,8 @@ def scaffold_zo(
 
     Differences: in the released code the pass of option I ends the round, at the new x, its queries are not counted,
     and there is no correction in the first round. Here it begins the next round, at the same point, so that it is made
-    by the clients that need it when not everyone takes part.
+    by the clients that need it when not everyone takes part. The code also keeps the old x of a round that has not made
+    F smaller; here the new x is taken.
 
     Paper: Shu, Lin, Dai, Low, "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients",
     2023, section 6 (a baseline).
@@ -223,14 +226,20 @@ def scaffold_zo(
     def round(state: ScaffoldZOState, cohort: Cohort, key: Key) -> tuple[ScaffoldZOState, Metrics]:
         control_key, key = jax.random.split(key)
         estimates = jnp.int32(0)
-        c, c_i = state.control, gather(state.client_controls, cohort)
+        optimizer = optimizer_at(client_optimizer, state.round)
+        program = controlled_program(lambda x, y, batch: estimate(y, batch), optimizer)
         if option == "I":
             pass_at_x = once.run(one_estimate(estimate), state.params, (), cohort, control_key)
             c, c_i, estimates = pass_at_x.aggregate, pass_at_x.outputs, jnp.sum(pass_at_x.steps, dtype=jnp.int32)
-        optimizer = optimizer_at(client_optimizer, state.round)
-        program = controlled_program(lambda x, y, batch: estimate(y, batch), optimizer)
-        results = clients.run(program, (state.params, c), (c_i, ()), cohort, key)
-        displacement, control_change = results.aggregate
+            # The c_i have gone up in that pass; of the local steps only y_i - x does.
+            moved = program._replace(final=lambda shared, carry: (program.final(shared, carry)[0][0], ()))
+            results = clients.run(moved, (state.params, c), (c_i, ()), cohort, key)
+            results = results._replace(uploaded=results.uploaded + pass_at_x.uploaded)
+            displacement, control_change = results.aggregate, ()
+        else:
+            given = gather(state.client_controls, cohort), ()
+            results = clients.run(program, (state.params, state.control), given, cohort, key)
+            displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
         queries = (estimates + jnp.sum(results.steps, dtype=jnp.int32)) * num_queries(num_directions, state.params)
         if option == "II":

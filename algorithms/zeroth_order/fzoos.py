@@ -42,6 +42,7 @@ from fedjax_core import (
     gather,
     global_algorithm,
     local_training,
+    mean_over_participants,
     move,
     optimizer_at,
     round_metrics,
@@ -79,7 +80,10 @@ class Accuracy(NamedTuple):
 
 
 class FZooSMetrics(NamedTuple):
-    """Queries of all participants in this round int32[]; mean of f_i(x) at its start; accuracy, or () unless asked."""
+    """Queries of all participants in this round int32[]; mean of f_i(x) at its start; accuracy, or () unless asked.
+
+    The means are NaN in a round without participants.
+    """
 
     queries: Array
     value: Array
@@ -126,7 +130,8 @@ def fzoos(
 
     S(y; nu) is the gradient of phi(y)'nu, with M random Fourier features phi that everyone draws from one seed.
 
-    Down: x, nu (P + M). Up: y_i - x, nu_i, f_i(x) (P + M + 1). With the safeguard one more P down and one scalar up.
+    Down: x, nu (P + M). Up: y_i - x, nu_i, f_i(x) (P + M + 1). At a client's first time x down (P), y_i - x, f_i(x) up
+    (P + 1). With the safeguard one more P down and one scalar up.
     Queries per participant: 1 + survey + T (active + 1), at its first time 1 + initial + T (active + 1); one more with
     the safeguard.
 
@@ -257,6 +262,10 @@ def fzoos(
             _, nu_i, value = carry
             return (nu_i, value), carry
 
+        def first_final(x: Array, carry: Any) -> Any:
+            _, _, value = carry
+            return value, carry
+
         # From x: T steps with the carry (y, optimizer, history, nu - nu_i, f_i(y), accuracy).
         def client_init(shared: Any, client_input: Any, key: Key) -> Any:
             x, nu = shared
@@ -296,15 +305,18 @@ def fzoos(
         memories = gather(state.memories, cohort)
         new = cohort.mask & (memories.history.asked == 0)
         surveyed, looked = (
-            once.run(ClientProgram(survey_init, step, survey_final), x, memories, cohort.only(chosen), survey_key)
-            for step, chosen in ((survey_step, cohort.mask & ~new), (first_step, new))
+            once.run(ClientProgram(survey_init, step, final), x, memories, cohort.only(chosen), survey_key)
+            for step, final, chosen in (
+                (survey_step, survey_final, cohort.mask & ~new),
+                (first_step, first_final, new),
+            )
         )
         memories, nu_i, values = jax.tree.map(
             lambda first, later: jnp.where(new.reshape(-1, *[1] * (first.ndim - 1)), first, later),
             looked.outputs,
             surveyed.outputs,
         )
-        nu, _ = surveyed.aggregate
+        nu, value_of_old = surveyed.aggregate
         program = ClientProgram(client_init, client_step, client_final)
         results = clients.run(program, (x, nu), (memories, nu_i, values, ~new), cohort, local_key)
         memories, accuracy = results.outputs
@@ -312,8 +324,12 @@ def fzoos(
 
         weights = results.weights.astype(x.dtype)
         share = weights / jnp.where(jnp.sum(weights) > 0, jnp.sum(weights), 1)
-        at_x = jnp.sum(share * values)
-        downloaded, uploaded = results.downloaded, results.uploaded + surveyed.uploaded
+        of_new = jnp.sum(share * new)
+        at_x = of_new * looked.aggregate + (1 - of_new) * value_of_old
+        # A newcomer has no use for nu, and no nu_i.
+        num_new = mean_over_participants(new, cohort)
+        downloaded = results.downloaded - num_new * nu.size
+        uploaded = results.uploaded + surveyed.uploaded - num_new * nu.size
         queries = jnp.sum(new) * (1 + initial) + jnp.sum(cohort.mask & ~new) * (1 + survey)
         queries += jnp.sum(results.steps) * (active + 1)
         if safeguard:
@@ -323,17 +339,20 @@ def fzoos(
             downloaded, uploaded = downloaded + check.downloaded, uploaded + check.uploaded
             queries += jnp.sum(check.steps)
 
+        def measured(mean: Array) -> Array:
+            return jnp.where(cohort.num_participants > 0, mean, jnp.nan)
+
         params = unravel(x_new)
         queries = queries.astype(jnp.int32)
         if diagnose:
             steps = jnp.maximum(results.steps, 1).astype(x.dtype)
-            accuracy = jax.tree.map(lambda total: jnp.sum(share * total / steps), accuracy)
+            accuracy = jax.tree.map(lambda total: measured(jnp.sum(share * total / steps)), accuracy)
         metrics = round_metrics(
             results._replace(downloaded=downloaded, uploaded=uploaded),
             cohort,
             state.params,
             params,
-            FZooSMetrics(queries, at_x, accuracy if diagnose else ()),
+            FZooSMetrics(queries, measured(at_x), accuracy if diagnose else ()),
         )
         memories = scatter(state.memories, cohort, memories)
         return FZooSState(params, memories, state.round + 1, state.queries + queries), metrics

@@ -59,7 +59,7 @@ SETTINGS = {
 }
 
 
-def make(name, *, lr=0.1, plan=None, **settings):
+def make(name, *, lr=0.1, optimizer=None, plan=None, **settings):
     factory = getattr(algorithms, name)
     parameters = inspect.signature(factory).parameters
     if "num_clients" in parameters:
@@ -74,7 +74,7 @@ def make(name, *, lr=0.1, plan=None, **settings):
     settings = {**SETTINGS.get(name, {}), **settings}
     if name != "fedsgd":  # fedsgd has no epochs
         settings.setdefault("num_epochs", 1)  # up to four local steps; the plain loop is slow
-    return factory(softmax_loss, optax.sgd(lr), batch_size=BATCH, plan=plan, **settings)
+    return factory(softmax_loss, optimizer or optax.sgd(lr), batch_size=BATCH, plan=plan, **settings)
 
 
 def hyperparameters(name):
@@ -205,7 +205,9 @@ def test_an_empty_cohort_leaves_the_model_unchanged(name):
         assert_trees_equal(after._replace(round=0), before._replace(round=0))
         assert metrics.participants == 0
         assert metrics.update_norm == 0
-        chex.assert_tree_all_finite((after, metrics))
+        assert np.isnan(metrics.loss)  # nobody has measured one
+        measured = {"fzoos": metrics.extra._replace(value=0)} if name == "fzoos" else {}
+        chex.assert_tree_all_finite((after, metrics._replace(loss=0, extra=measured.get(name, metrics.extra))))
 
 
 @every_method
@@ -326,6 +328,80 @@ def test_client_params_are_one_model_per_client(name):
     state, _ = three_rounds(jitted_round(name), algorithm, COHORTS, population())
     stacked = algorithm.client_params(state, jnp.array([2, 0, 5]))
     jax.tree.map(lambda rows, one: chex.assert_shape(rows, (3, *one.shape)), stacked, algorithm.params(state))
+
+
+@every_method
+def test_a_state_can_be_donated(name):
+    """No buffer is in a state twice, nor are the caller's params in it."""
+    algorithm, params = make(name), softmax_params()
+    state = algorithm.init(params)
+    assert_no_buffer_twice((params, state))
+    assert_no_buffer_twice((params, jax.jit(algorithm.init)(params)))
+    state, _ = jitted_round(name)(state, population().cohort(np.array([0, 4, 2, 1])), KEY)
+    assert_no_buffer_twice((params, state))
+
+
+@pytest.mark.parametrize("name", ["ewc", "scaffold_m"])
+def test_donated_rounds_give_the_same_numbers(name):
+    """From one set of params as often as one likes."""
+    algorithm, params = make(name), softmax_params()
+    expected, cohort = algorithm.init(params), population().cohort(np.array([0, 4, 2, 1]))
+    donated = jax.jit(algorithm.round, donate_argnums=0)
+    for _ in range(2):
+        state = algorithm.init(params)
+        for t in range(2):
+            state, _ = donated(state, cohort, jax.random.key(t))
+    for t in range(2):
+        expected, _ = jitted_round(name)(expected, cohort, jax.random.key(t))
+    assert_trees_equal(state, expected)
+    assert not params["w"].is_deleted()
+
+
+def assert_no_buffer_twice(tree):
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in arrays}) == len(arrays)
+
+
+@every_method
+def test_what_the_server_uses_is_in_the_uploads(name):
+    """Of the outputs of client programs, which stay with the clients, only the clients' rows are made."""
+    assert not depends_on_outputs(name)[0]
+
+
+def test_rows_of_clients_are_made_of_outputs():
+    assert depends_on_outputs("scaffold") == (False, True)
+
+
+def depends_on_outputs(name):
+    """Whether the server's state after a round, and the clients' rows, depend on what client programs put out."""
+    real, algorithm = clients.for_each_client, make(name)
+
+    def round_from(outputs, state, cohort):
+        def only_shapes(program, shared, client_inputs, cohort, key, **options):
+            call = partial(real, program, **options)
+            shapes = jax.eval_shape(call, shared, client_inputs, cohort, key)
+            blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return blank._replace(outputs=jax.tree.map(lambda o: o + outputs.astype(o.dtype), blank.outputs))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clients, "for_each_client", only_shapes)
+            return clients.split_tables(algorithm.round(state, cohort, KEY)[0])
+
+    state, cohort = algorithm.init(softmax_params()), population().cohort(np.array([0, 4, 2, 1]))
+
+    def depends(part):
+        jaxpr = jax.make_jaxpr(lambda *args: round_from(*args)[part])(jnp.zeros(()), state, cohort).jaxpr
+        needed = set(filter(is_variable, jaxpr.outvars))
+        for eqn in reversed(jaxpr.eqns):
+            if needed & set(eqn.outvars):
+                needed |= set(filter(is_variable, eqn.invars))
+        return jaxpr.invars[0] in needed
+
+    return depends(0), depends(1)
+
+
+def is_variable(atom):
+    return not hasattr(atom, "val")  # literals have one
 
 
 @every_method

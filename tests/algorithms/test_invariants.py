@@ -280,6 +280,25 @@ def test_fednova_on_linear_losses():
     assert metrics.uploaded[0] == 3
 
 
+def test_fednova_with_a_changing_rate_takes_old_gradients_too_at_the_rate_of_the_round():
+    """The rule of the authors' code, written out: what the server remembers is divided by the round's rate."""
+    rate = lambda t: 0.1 * 0.7**t  # noqa: E731
+    optimizer = lambda t: optax.sgd(rate(t))  # noqa: E731
+    algorithm = algorithms.fednova(quadratic_loss, optimizer, server_momentum=0.9, batch_size=1)
+    state, _ = run(algorithm, [[0, 1, 2]] * 4, q3_population((1, 2, 4)))
+    x, v = Q3_START, 0
+    for t in range(4):
+        means = []
+        for i, k in enumerate((1, 2, 4)):
+            y = x
+            for _ in range(k):
+                y = y - rate(t) * Q3_A[i] @ (y - Q3_B[i])
+            means.append((x - y) / k)
+        v = 0.9 * v + (7 / 3) * np.mean(means, axis=0) / rate(t)
+        x = x - rate(t) * v
+    np.testing.assert_allclose(state.params, x, rtol=1e-12)
+
+
 # FedExP
 
 

@@ -86,10 +86,52 @@ def test_golden_trace(name, settings, cohorts, expected):
     ],
 )
 def test_with_only_fresh_gradients_it_is_the_method_without_momentum(name, parent, settings):
-    common = {"server_lr": 0.5, **settings, **STEPS}
-    states, _ = run(make(name, beta=1.0, **common), PART)
-    expected, _ = run(make(parent, **common), PART)
+    """With clients of 1, 2 and 4 steps."""
+    common = {"server_lr": 0.5, "batch_size": 1, **settings}
+    population = q3_population((1, 2, 4))
+    states, _ = run(make(name, beta=1.0, **common), PART, population)
+    expected, _ = run(make(parent, **common), PART, population)
     np.testing.assert_allclose(states[-1].params, expected[-1].params, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedavg_m", "fedavg_m_vr", "fedcm"])
+def test_normalized_and_with_only_fresh_gradients_it_is_fednova(name):
+    common = {"server_lr": 0.5, "batch_size": 1}
+    population = q3_population((1, 2, 4))
+    fresh = {"alpha" if name == "fedcm" else "beta": 1.0}
+    states, _ = run(make(name, aggregation="normalized", **fresh, **common), PART, population)
+    expected, _ = run(make("fednova", **common), PART, population)
+    np.testing.assert_allclose(states[-1].params, expected[-1].params, rtol=1e-12)
+
+
+def test_mofedsam_with_only_fresh_gradients_is_fedsam():
+    population = q3_population((1, 2, 4))
+    states, _ = run(make("mofedsam", alpha=1.0, batch_size=1), PART, population)
+    expected, _ = run(make("fedsam", batch_size=1), PART, population)
+    np.testing.assert_allclose(states[-1].params, expected[-1].params, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedcm", "fedavg_m"])
+@pytest.mark.parametrize("aggregation", ["mean", "normalized"])
+def test_direction_is_the_mean_of_what_is_left_of_the_gradients_after_clipping(name, aggregation):
+    """And so no longer than the clipping norm; with weight decay in it. Clients of 1, 2 and 4 steps."""
+    clip, decay, lr, population = 0.7, 0.3, 0.1, q3_population((1, 2, 4))
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.add_decayed_weights(decay), optax.sgd(lr))
+    fresh = {"alpha" if name == "fedcm" else "beta": 1.0}
+    algorithm = make(name, lr=optimizer, batch_size=1, aggregation=aggregation, **fresh)
+    (state,), _ = run(algorithm, FULL[:1], population)
+    means, steps = [], np.array([1, 2, 4])
+    for i, k in enumerate(steps):
+        y, total = Q3_START, 0
+        for _ in range(k):
+            g = Q3_A[i] @ (y - Q3_B[i])
+            g = g * min(1, clip / np.linalg.norm(g)) + decay * y
+            y, total = y - lr * g, total + g
+        means.append(total / k)
+    p = steps if aggregation == "mean" else np.ones(3)
+    np.testing.assert_allclose(state.direction, np.average(means, axis=0, weights=p), rtol=1e-12)
+    expected = Q3_START - lr * steps.mean() * np.average(means, axis=0, weights=p)
+    np.testing.assert_allclose(state.params, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "settings"), [("fedavg_m", {}), ("scaffold_m", N)])
@@ -119,10 +161,12 @@ def test_error_of_the_variance_reduced_direction_shrinks_by_one_minus_beta(name,
         np.testing.assert_allclose(state.params, x, rtol=1e-13)
 
 
-def test_the_last_server_step_leads_back_to_the_model_before():
+@pytest.mark.parametrize("aggregation", ["mean", "normalized"])
+def test_the_last_server_step_leads_back_to_the_model_before(aggregation):
     decaying = lambda t: optax.sgd(0.1 * 0.5**t)  # noqa: E731
     for name, settings in (("fedavg_m_vr", {}), ("scaffold_m_vr", N)):
-        states, _ = run(make(name, lr=decaying, beta=0.3, server_lr=0.7, **settings, **STEPS), PART)
+        algorithm = make(name, lr=decaying, beta=0.3, server_lr=0.7, aggregation=aggregation, batch_size=1, **settings)
+        states, _ = run(algorithm, PART, q3_population((1, 2, 4)))
         for before, after in zip([Q3_START, *(s.params for s in states[:2])], states, strict=True):
             np.testing.assert_allclose(after.params + after.step * after.direction, before, rtol=1e-13)
 
@@ -155,13 +199,15 @@ def test_server_control_is_the_mean_of_the_clients(name, weights):
 def test_on_linear_losses_known_controls_make_all_clients_alike():
     """Once everybody has been seen, it no longer matters who takes part, nor how many steps anybody does."""
     population, loss, c = slopes(copies=(1, 2, 4))
-    algorithm = make("scaffold_m", loss=loss, beta=0.3, batch_size=1, **N)
-    (seen,), _ = run(algorithm, FULL[:1], population)
-    np.testing.assert_allclose(seen.direction, 0.3 * c.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(seen.client_controls.rows, c, rtol=1e-12)
-    for ids in ([0], [1], [0, 2]):
-        (after,), _ = run(algorithm, [ids], population, seen)
-        np.testing.assert_allclose(after.direction, (0.3 + 0.7 * 0.3) * c.mean(0), rtol=1e-12)
+    for aggregation, p in (("mean", [1, 2, 4]), ("normalized", [1, 1, 1])):
+        algorithm = make("scaffold_m", loss=loss, beta=0.3, batch_size=1, aggregation=aggregation, **N)
+        (seen,), _ = run(algorithm, FULL[:1], population)
+        first = 0.3 * np.average(c, axis=0, weights=p)
+        np.testing.assert_allclose(seen.direction, first, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(seen.client_controls.rows, c, rtol=1e-12)
+        for ids in ([0], [1], [0, 2]):
+            (after,), _ = run(algorithm, [ids], population, seen)
+            np.testing.assert_allclose(after.direction, 0.3 * c.mean(0) + 0.7 * first, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize(

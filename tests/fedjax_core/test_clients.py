@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 from fedjax_core import (
     ClientProgram,
+    ClientResults,
     Plan,
     Population,
     for_each_client,
     local_work,
+    round_metrics,
+    stacked,
     weighted_sum,
 )
 from tests import reference
@@ -272,3 +275,56 @@ def test_keys_may_travel_in_the_carry(lanes):
         program, (), (), population.cohort([0, 1]), jax.random.key(0), work=WORKS[0], plan=Plan(lanes=lanes)
     )
     assert 0 < float(results.aggregate) < 1
+
+
+@pytest.mark.parametrize("plan", PLANS[1:2])
+def test_stacked_uploads_are_those_of_each_slot(plan):
+    """Outputs stay beside them, and slots without a participant hold zeros."""
+    population, ids = population_of([4, 0, 3, 5]), np.array([3, -1, 1, 2, 0])
+    inputs = jnp.linspace(-1, 1, 5)
+
+    def run(runner, plan):
+        cohort = population.cohort(ids)
+        options = {"work": WORKS[0], "weights": "examples", "plan": plan, "aggregator": stacked()}
+        return runner(PROGRAM, {"w": jnp.arange(5.0) / 5}, inputs, cohort, jax.random.key(3), **options)
+
+    results = run(for_each_client, plan)
+    expected = run(reference.for_each_client, None)
+    assert_trees_close((results.aggregate, results.outputs), (expected.aggregate, expected.outputs), 1e-12)
+    np.testing.assert_allclose(results.aggregate[0], results.outputs["w"][0] - jnp.arange(5.0) / 5, rtol=1e-12)
+    np.testing.assert_array_equal(results.aggregate[1:3], 0)
+
+
+def test_a_rule_for_stacked_uploads_gets_the_weights():
+    population, ids = population_of([4, 0, 3, 5]), np.array([3, -1, 1, 2])
+    rule = stacked(lambda uploads, weights: (weights @ uploads / weights.sum(), weights))
+    options = {"work": WORKS[0], "weights": "examples", "aggregator": rule}
+    arguments = PROGRAM, {"w": jnp.ones(5)}, jnp.zeros(4), population.cohort(ids), jax.random.key(3)
+    mean, weights = for_each_client(*arguments, **options).aggregate
+    np.testing.assert_array_equal(weights > 0, [True, False, False, True])
+    options |= {"aggregator": None}
+    np.testing.assert_allclose(mean, for_each_client(*arguments, **options).aggregate, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "loss", "ids", "expected"),
+    [
+        ([1.0, 3.0, 0.0], [2.0, 4.0, 8.0], [0, 1, 2], 3.5),
+        ([0.0, 0.0, 0.0], [2.0, 4.0, 9.0], [0, 1, -1], 3.0),  # participants who all weigh nothing count alike
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-1, -1, -1], np.nan),
+    ],
+)
+def test_the_loss_of_a_round_is_the_mean_over_participants_and_unknown_without(weights, loss, ids, expected):
+    results = ClientResults(
+        aggregate=(),
+        outputs=(),
+        weights=jnp.array(weights),
+        loss=jnp.array(loss),
+        steps=jnp.ones(3, jnp.int32),
+        executed_steps=jnp.int32(3),
+        uploaded=jnp.int32(1),
+        downloaded=jnp.int32(1),
+    )
+    cohort = population_of([1, 2, 3]).cohort(np.array(ids))
+    metrics = round_metrics(results, cohort, jnp.zeros(2), jnp.zeros(2))
+    np.testing.assert_allclose(metrics.loss, expected)

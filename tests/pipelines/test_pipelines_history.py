@@ -88,16 +88,31 @@ def test_evaluated_rounds(rounds, every, expected):
 
 def test_mean_losses_leave_out_rounds_without_participants():
     found = {
-        "round/loss": np.asarray([[1.0, 0.0, 3.0, 0.0, 0.0]]),
+        "round/loss": np.asarray([[1.0, np.nan, 3.0, np.nan, np.nan]]),
         "round/participants": np.asarray([[2, 0, 2, 0, 0]]),
     }
     means = history.mean_losses(found, np.asarray([2, 4, 5]))
     np.testing.assert_array_equal(means, [[1.0, 3.0, np.nan]])
+    assert history.mean_known(means) == 2
+    assert np.isnan(history.mean_known(means[:, 2:]))
+
+
+def test_counts_that_are_means_make_whole_totals():
+    found = history.from_rounds(metrics(1), scores(0.5))
+    uploaded = np.full_like(found["round/uploaded"], 4 / 3, np.float32)
+    (row, *_) = read(history.to_csv({"a": found | {"round/uploaded": uploaded}}, [7, 8], np.asarray([1])))
+    assert row["uploaded_total"] == "4"
 
 
 def test_first_bad_round():
     good = history.from_rounds(metrics(3), scores(0.5))
     assert history.first_bad_round(good) is None
+    # The loss of a round without participants is not known, which is no divergence.
+    unknown = {"round/loss": good["round/loss"].copy(), "round/participants": good["round/participants"].copy()}
+    unknown["round/loss"][0, 1], unknown["round/participants"][0, 1] = np.nan, 0
+    assert history.first_bad_round(good | unknown) is None
+    unknown["round/participants"][0, 1] = 2
+    assert history.first_bad_round(good | unknown) == (0, 1)
     loss = good["round/loss"].copy()
     loss[0, 2] = np.inf
     assert history.first_bad_round(good | {"round/loss": loss}) == (0, 2)

@@ -99,6 +99,14 @@ def test_and_a_study_without_gradients(fields, said):
         zeroth_order.check(zeroth_order.Study("synthetic", **fields))
 
 
+@pytest.mark.parametrize(("fields", "said"), [({"trials": 10**9}, "rounds"), ({"rounds": 2**31 - 1}, "rounds")])
+def test_a_study_that_cannot_fit(fields, said, tmp_path):
+    study = zeroth_order.Study("synthetic", (("dim", 3), ("clients", 2)), **fields)
+    with pytest.raises(ValueError, match=f"the study would hold at least .*{said}.*lower --{said}"):
+        zeroth_order.compare(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

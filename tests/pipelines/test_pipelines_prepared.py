@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import io
 import json
@@ -7,11 +8,12 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import data, prepared, text
+from pipelines import Config, data, prepared, setup, text
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("FEDJAX_CORE_DATA") or ROOT.parent / "shared" / "data")
@@ -207,6 +209,40 @@ def test_texts_with_labels_become_padded_rows(tmp_path):
     assert bytes(as_bytes.train["x"][3, :3].astype(np.uint8)).decode() == "漢"
     with pytest.raises(ValueError, match="'toy' has several variants: take toy/said"):
         data.load("toy", tmp_path)
+
+
+def classified(**changes):
+    """A round of FedAvg on texts with the command line's transformer, traced; and the experiment."""
+    config = Config(
+        model="transformer",
+        methods=("fedavg",),
+        clients=2,
+        cohort_size=2,
+        partition="iid",
+        batch_size=2,
+        epochs=None,
+        steps=1,
+        seeds=1,
+        **changes,
+    )
+    with jax.enable_x64(False):
+        return setup.prepare(config)
+
+
+def test_texts_are_classified_by_the_transformer(tmp_path):
+    train = sentences(*[("ab", 0), ("ba b", 1)] * 4)
+    prepare(tmp_path, "toy/said", text_features, {"train": train, "test": sentences(("axb", 1), ("b", 0))})
+    experiment = classified(dataset="toy/said", data_dir=str(tmp_path), sequence_length=6, min_size=1)
+    with jax.enable_x64(False):
+        params = jax.jit(experiment.model.init)(jax.random.key(0))
+        whole = jax.jit(experiment.model.apply)(params, experiment.test["x"])
+        assert whole.shape == (2, 2)
+        # The rows are of one and three characters: what is beyond them changes nothing.
+        np.testing.assert_allclose(experiment.model.apply(params, experiment.test["x"][:, :3]), whole, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"'char_lstm' predicts the next token, .* with one label each: take transformer"
+    ):
+        setup.prepare(dataclasses.replace(experiment.config, model="char_lstm", x64=True))
 
 
 def test_a_text_alone_becomes_windows(tmp_path):
@@ -502,6 +538,9 @@ def test_real_text(kept):
     labelled = real("glue/sst2", kept)
     assert np.bincount(labelled.train["y"]).tolist() == [29_780, 37_569]
     assert np.bincount(labelled.test["y"]).tolist() == [428, 444]  # validation: the test split has no labels
+    in_words = classified(dataset="glue/sst2", data_dir=str(REAL), vocabulary="words", sequence_length=24).dataset
+    assert in_words.pad_token == in_words.vocabulary_size - 1
+    assert (in_words.train["x"] == in_words.pad_token).mean() > 0.5
     tiny = real("tiny_shakespeare", kept)
     assert (tiny.train["y"] != text.PAD_LABEL).sum() == 1_003_854 - 1
     assert tiny.num_classes == 66

@@ -89,16 +89,17 @@ def test_a_run_goes_on_when_its_words_cannot_be_written(monkeypatch, capsys, tmp
     said = []
 
     def say(text):
-        if len(said) == 1:
+        if text == "two":
             raise OSError(28, "No space left on device")
+        if text == "wrong":
+            raise ValueError("a bug")
         said.append(text)
 
     guarded = terminal.going_on(Reporter(say, lambda progression: None, lambda: None), tmp_path)
     guarded.say("one")
     monkeypatch.setattr(terminal, "silence_output", lambda: None)
-    with pytest.raises(OSError, match="No space"):
-        guarded.say("an error of something else than the output is not hidden")
-    monkeypatch.setattr(terminal, "broken_output", lambda: OSError(28, "No space left on device"))
+    with pytest.raises(ValueError, match="a bug"):
+        guarded.say("wrong")
     guarded.say("two")
     guarded.say("three")
     assert said == ["one"]
@@ -116,6 +117,22 @@ def test_devices_that_are_not_there(error, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(ValueError, match=r"JAX_PLATFORMS=cuda, but JAX finds no such device .*: unset it"):
         terminal.check_jax()
+
+
+def test_printing_is_told_from_other_files(tmp_path):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def flush(self):
+            pass
+
+    with pytest.raises(OSError, match="No space") as printing:
+        terminal.Console(file=Full()).print("text")
+    assert terminal._of_output(printing.value)
+    with pytest.raises(OSError, match="No space") as other:
+        Full().write("text")
+    assert not terminal._of_output(other.value)
 
 
 def test_a_run_needs_compiling():
