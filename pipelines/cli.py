@@ -455,6 +455,8 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             parts = setup.predicted_memory(experiment, name)
             made_up = ", ".join(f"{part} {size(number)}" for part, number in parts.items())
             reporter.say(f"{name}: {report.settings_line(config, name)}")
+            if advised := methods.advice(name, report.num_parameters(experiment)):
+                reporter.say(f"note: {advised}")
             reporter.say(f"{name}: about {size(sum(parts.values()))} of memory predicted ({made_up})")
         reporter.say(f"results: {out}")
         try:

@@ -21,8 +21,32 @@ RECOMMENDED: Mapping[str, Mapping[str, Value]] = {
     "fedadagrad": {"server_lr": 0.03},
     "fedadam": {"server_lr": 0.03},
     "fedyogi": {"server_lr": 0.03},
+    # The factory's are for some hundred variables, few clients and steps of a hundredth: the state would be ten times
+    # as large, and steps of 0.2 leave the features' lengthscale at once.
+    "fzoos": {
+        "capacity": 100,
+        "neighbors": 50,
+        "num_features": 1000,
+        "feature_neighbors": 50,
+        "feature_lengthscale": 10.0,
+    },
 }
 """Hyper-parameters a run uses unless told otherwise, where the factory's default is no good start for digits."""
+
+_WITHOUT_GRADIENTS = ("fzoos", "fedzo", "fedprox_zo", "scaffold_zo")
+_MOST_UNKNOWNS = 1000
+
+
+def advice(name: str, parameters: int) -> str:
+    """What to know before a method is run on a model with that many parameters; an empty string if nothing."""
+    if name not in _WITHOUT_GRADIENTS or parameters <= _MOST_UNKNOWNS:
+        return ""
+    return (
+        f"{name} is given values of the loss and no gradients, far fewer than the model's {parameters:,} parameters, "
+        "so it learns slowly if at all: take a small model, such as --dataset iris --model logistic_regression "
+        "--clients 6 --min-size 2 --cohort-size 3 --batch-size 100, or see `fedjax-core zeroth-order`"
+    )
+
 
 # They take one step on the full gradient, so a run's epochs, steps and order are not handed to them.
 _SINGLE_STEP = ("fedsgd",)

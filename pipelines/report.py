@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
@@ -265,7 +266,7 @@ def summary(
 def described(experiment: Experiment) -> list[str]:
     """What an experiment is, one line for each part of it."""
     config = experiment.config
-    params = sum(math.prod(leaf.shape) for leaf in _leaves(experiment))
+    params = num_parameters(experiment)
     hidden = f" (hidden {', '.join(map(str, config.hidden))})" if config.model == "mlp" else ""
     work = f"{_count(config.steps, 'step')}" if config.steps is not None else _count(config.epochs, "epoch")
     seeds = ", ".join(map(str, experiment.seeds))
@@ -392,10 +393,10 @@ def _tested_on_own(experiment: Experiment) -> bool:
     return "test" in experiment.federation.parts or experiment.dataset.is_sequence
 
 
-def _leaves(experiment: Experiment) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(jax.eval_shape(experiment.model.init, jax.random.key(0)))
+def num_parameters(experiment: Experiment) -> int:
+    """Parameters of the model."""
+    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def _count(number: int | None, noun: str) -> str:

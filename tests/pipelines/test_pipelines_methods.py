@@ -4,7 +4,7 @@ import optax
 import pytest
 
 import algorithms
-from pipelines import methods
+from pipelines import Config, methods, setup
 
 
 def loss_fn(params, batch, key):
@@ -93,6 +93,21 @@ def test_recommendations_are_used_unless_overruled():
     assert methods.settings_of("fedadam", {"server_lr": "0.5"})["server_lr"] == 0.5
     for name, settings in methods.RECOMMENDED.items():
         assert set(settings) <= set(methods.describe(name).hyperparameters)
+
+
+def test_fzoos_fits_the_default_model():
+    """Its own defaults would remember ten times as much, 14 GB for the default run, and end in NaN."""
+    config = Config(methods=("fzoos",))
+    with jax.enable_x64(False):
+        experiment = setup.prepare(config)
+        assert sum(setup.predicted_memory(experiment, "fzoos").values()) < 3e9
+    settings = methods.settings_of("fzoos", {})
+    steps = 5 * -(-int(experiment.population.sizes.max()) // config.batch_size)
+    assert (
+        settings["feature_lengthscale"] > config.client_lr * steps
+    )  # the way of a client, along gradients of length 1
+    assert "7,510 parameters" in methods.advice("fzoos", 7510)
+    assert methods.advice("fzoos", 15) == methods.advice("fedavg", 7510) == ""
 
 
 def test_local_work_is_kept_from_the_single_step_method():
