@@ -3,7 +3,7 @@
 Knows no paper, no data set and no neural-network library.
 """
 
-from fedjax_core import checks, keys, linalg, samplers, shuffle, sums
+from fedjax_core import checks, keys, linalg, masks, samplers, shuffle, sums
 from fedjax_core.aggregation import (
     Aggregator,
     Stacked,
@@ -32,10 +32,13 @@ from fedjax_core.clients import (
 )
 from fedjax_core.evaluation import (
     Spread,
+    Weighted,
     evaluate,
     evaluate_clients,
     evaluate_examples,
     evaluate_personal,
+    is_weighted,
+    metric_values,
     spread,
 )
 from fedjax_core.execution import num_bytes
@@ -99,6 +102,7 @@ __all__ = [
     "Spread",
     "Stacked",
     "Trial",
+    "Weighted",
     "batch_loss",
     "checks",
     "client_mesh",
@@ -118,13 +122,16 @@ __all__ = [
     "global_algorithm",
     "global_client_params",
     "init_on_host",
+    "is_weighted",
     "join_tables",
     "keys",
     "linalg",
     "local_training",
     "local_work",
     "mapped",
+    "masks",
     "mean_over_participants",
+    "metric_values",
     "move",
     "needed_memory",
     "num_bytes",

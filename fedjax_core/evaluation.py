@@ -5,15 +5,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedjax_core import checks
+from fedjax_core import checks, masks, sums
 from fedjax_core.batching import local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client
 from fedjax_core.population import Population
 from fedjax_core.types import Array, Examples, Params, PyTree
 
-MetricFn = Callable[[Params, Examples], PyTree]
-"""`metric_fn(params, batch) -> pytree of float[B]`, one value per example."""
+MetricFn = Callable[..., PyTree]
+"""`metric_fn(params, batch) -> pytree of float[B]`, one value per example, or a `Weighted` of them.
+
+Integers and bool are numbers too. Of a function with a parameter `mask` it is the mask of the batch; see
+`fedjax_core.masks`."""
+
+
+class Weighted(NamedTuple):
+    """A metric whose examples do not all count the same, such as the accuracy of a text, in which each token counts.
+
+    Its mean is the sum of weight times value over the sum of the weights, over all examples or those of a client; NaN
+    where the weights sum to 0. The value of an example of weight 0 may be anything. Any NamedTuple with these two
+    fields will do.
+
+    Attributes:
+      value: [B, ...], one value per example.
+      weight: [B], how much each counts, at least 0.
+    """
+
+    value: Array
+    weight: Array
 
 
 class Spread(NamedTuple):
@@ -25,31 +45,58 @@ class Spread(NamedTuple):
 
 
 def evaluate(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_size: int = 256) -> PyTree:
-    """Means over all examples of the values of `metric_fn`, a pytree of float[].
+    """Means over all examples of the values of `metric_fn`, a pytree of float[]; NaN where there is no example.
+
+    Sums are taken in float32 at least; the mean has the dtype of the values, and of integers and bool it is a float.
 
     Args:
-      metric_fn: one value per example.
+      metric_fn: one value per example, or a `Weighted`.
       params: a model.
       examples: leaves [n, ...].
       batch_size: examples per forward pass.
+
+    Raises:
+      ValueError: if a value is not an array of numbers [B, ...], by an error that names the metric.
     """
     values = evaluate_examples(metric_fn, params, examples, batch_size=batch_size)
-    return jax.tree.map(lambda v: jnp.mean(v, axis=0), values)
+
+    def mean(leaf: Weighted | Array) -> Array:
+        part = _summand(leaf)
+        return _ratio(sums.total(part.value), sums.total(part.weight), leaf)
+
+    return jax.tree.map(mean, values, is_leaf=is_weighted)
 
 
 def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_size: int = 256) -> PyTree:
-    """Values of `metric_fn` on every example, leaves float[n, ...]."""
+    """Values of `metric_fn` on every example in order, leaves [n, ...] (for an AUC, say).
+
+    They are what the metric returns, integers and bool included, and a `Weighted` stays one. No batch has padding: the
+    last one begins earlier instead, so the mask that a metric may ask for is True throughout.
+
+    Args:
+      metric_fn: values [B, ...] for a batch of B examples.
+      params: a model.
+      examples: leaves [n, ...].
+      batch_size: examples per forward pass.
+
+    Raises:
+      ValueError: as `evaluate`.
+    """
     total = checks.leading_axis(examples)
     batch_size = min(
         checks.positive_int("batch_size", batch_size, "evaluate at least one example at a time"),
         max(total, 1),
     )
+    if total == 0:
+        one_row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), examples)
+        shapes = jax.eval_shape(lambda params, batch: metric_values(metric_fn, params, batch), params, one_row)
+        return jax.tree.map(lambda s: jnp.zeros((0, *s.shape[1:]), s.dtype), shapes)
     num_batches = -(-total // batch_size)
 
     def one(start: Array) -> PyTree:
         # The last batch is shifted back inside the data instead of padded.
         batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_size), examples)
-        return metric_fn(params, batch)
+        return metric_values(metric_fn, params, batch)
 
     starts = jnp.minimum(jnp.arange(num_batches) * batch_size, total - batch_size)
     values = jax.lax.map(one, starts)
@@ -63,16 +110,19 @@ def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *
 
 
 def evaluate_clients(metric_fn: MetricFn, params: Params, population: Population, *, batch_size: int = 256) -> PyTree:
-    """Means per client of one model's values, a pytree of float[num_clients]; NaN for a client without examples."""
+    """Means per client of one model's values, a pytree of float[num_clients]; NaN for a client without examples.
+
+    Batches go across clients: a metric that looks at the whole batch sees examples of several. Dtypes and errors are
+    those of `evaluate`.
+    """
     values = evaluate_examples(metric_fn, params, population.examples, batch_size=batch_size)
-    client = jnp.searchsorted(population.offsets, jnp.arange(population.num_examples), side="right") - 1
 
-    def mean(leaf: Array) -> Array:
-        summed = jax.ops.segment_sum(leaf, client, population.num_clients, indices_are_sorted=True)
-        sizes = population.sizes.astype(leaf.dtype)
-        return jnp.where(sizes > 0, summed / jnp.maximum(sizes, 1), jnp.nan)
+    def mean(leaf: Weighted | Array) -> Array:
+        part = _summand(leaf)
+        weight = sums.of_segments(part.weight, population.offsets)
+        return _ratio(sums.of_segments(part.value, population.offsets), weight, leaf)
 
-    return jax.tree.map(mean, values)
+    return jax.tree.map(mean, values, is_leaf=is_weighted)
 
 
 def evaluate_personal(
@@ -87,43 +137,166 @@ def evaluate_personal(
     """Means per client, each with a model of its own: a pytree of float[C], NaN for an empty slot.
 
     Args:
-      metric_fn: one value per example.
+      metric_fn: one value per example, or a `Weighted`. Each batch is of one client, and the last may be padded.
       client_params: leaves [C, ...], for example `algorithm.client_params(state, ids)`.
       population: examples to evaluate on.
       ids: int[C], the clients.
       batch_size: examples per forward pass.
       plan: execution plan.
+
+    Raises:
+      ValueError: as `evaluate`.
     """
     cohort = population.cohort(ids)
 
+    def row(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+
+    def one_model(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+
+    # What a metric returns for one example: the shapes, and dtypes, of the totals.
+    shapes = jax.eval_shape(
+        lambda params, batch: metric_values(metric_fn, params, batch),
+        jax.tree.map(one_model, client_params),
+        jax.tree.map(row, population.examples),
+    )
+
+    if checks.leading_axis(population.examples) == 0:
+
+        def nothing(leaf: Any) -> Array:
+            part = jax.eval_shape(_summand, leaf)
+            total, weight = (jnp.zeros((cohort.ids.shape[0], *each.shape[1:]), each.dtype) for each in part)
+            return _ratio(total, weight, leaf)
+
+        return jax.tree.map(nothing, shapes, is_leaf=is_weighted)
+
     def init(shared: Any, params: Params, key: Any) -> Any:
-        rows = jax.tree.map(lambda leaf: leaf[:1], population.examples)
-        shapes = jax.eval_shape(metric_fn, params, rows)
-        return params, jax.tree.map(lambda s: jnp.zeros((), s.dtype), shapes), jnp.int32(0)
+        def start(leaf: Any) -> Any:
+            part = jax.eval_shape(_summand, leaf)
+            return _Totals(*(sums.start(each.shape[1:], each.dtype) for each in part))
+
+        return params, jax.tree.map(start, shapes, is_leaf=is_weighted)
 
     def step(shared: Any, carry: Any, batch: Any) -> Any:
-        params, totals, count = carry
-        values = metric_fn(params, batch.examples)
-        totals = jax.tree.map(lambda t, v: t + jnp.sum(jnp.where(batch.mask, v, 0)).astype(t.dtype), totals, values)
-        return (params, totals, count + jnp.sum(batch.mask, dtype=jnp.int32)), jnp.float32(0)
+        params, totals = carry
+        values = metric_values(metric_fn, params, batch.examples, batch.mask)
+
+        def more(total: _Totals, leaf: Weighted | Array) -> _Totals:
+            part = _summand(leaf, batch.mask)
+            return _Totals(*(sums.add(t, sums.total(v)) for t, v in zip(total, part, strict=True)))
+
+        return (params, jax.tree.map(more, totals, values, is_leaf=is_weighted)), jnp.float32(0)
 
     def final(shared: Any, carry: Any) -> Any:
-        _, totals, count = carry
-        return (), jax.tree.map(lambda t: t / jnp.maximum(count, 1).astype(t.dtype), totals)
+        _, totals = carry
+        means = jax.tree.map(
+            lambda total, leaf: _ratio(sums.value(total.value), sums.value(total.weight), leaf),
+            totals,
+            shapes,
+            is_leaf=is_weighted,
+        )
+        return (), means
 
     work = local_work(batch_size=batch_size, order="sequential")
     results = for_each_client(
         ClientProgram(init, step, final), (), client_params, cohort, jax.random.key(0), work=work, plan=plan
     )
-    return jax.tree.map(lambda leaf: jnp.where(cohort.mask, leaf, jnp.nan), results.outputs)
+
+    def of_participants(leaf: Array) -> Array:
+        return jnp.where(cohort.mask.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.nan)
+
+    return jax.tree.map(of_participants, results.outputs)
+
+
+class _Totals(NamedTuple):
+    """Sums so far of (weight times value, weight); to `is_weighted` a leaf like what they are sums of."""
+
+    value: sums.Running
+    weight: sums.Running
+
+
+def is_weighted(node: Any) -> bool:
+    """Whether a node of what a metric returned is a `Weighted`."""
+    return getattr(type(node), "_fields", None) == Weighted._fields
+
+
+def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask: Array | None = None) -> PyTree:
+    """What `metric_fn` returns for a batch, checked: arrays of numbers [B, ...], and pairs of them (`Weighted`).
+
+    Args:
+      metric_fn: the metric.
+      params: a model.
+      examples: leaves [B, ...].
+      mask: bool[B], for a metric that takes one; every row is an example unless given.
+
+    Raises:
+      ValueError: for anything else, by an error that names the metric.
+    """
+    size = checks.leading_axis(examples)
+    values = masks.call(metric_fn, params, examples, mask=mask)
+    leaves = jax.tree_util.tree_flatten_with_path(values, is_leaf=lambda node: node is None or is_weighted(node))[0]
+    if not leaves:
+        raise ValueError(
+            "metric_fn returned nothing to average: return a value per example, for example {'accuracy': float[B]}"
+        )
+
+    def check(path: Any, leaf: Any, weight: bool = False) -> Array:
+        name = f"metric{jax.tree_util.keystr(path)}{' (its weight)' if weight else ''}"
+        is_array = isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        is_number = is_array and (
+            jnp.issubdtype(leaf.dtype, jnp.floating)
+            or jnp.issubdtype(leaf.dtype, jnp.integer)
+            or jnp.issubdtype(leaf.dtype, jnp.bool_)
+        )
+        if not is_number or leaf.shape[:1] != (size,) or (weight and leaf.ndim != 1):
+            got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else f"{type(leaf).__name__} {leaf!r:.40}"
+            raise ValueError(
+                f"metric_fn must return one real number per example, [{size}{'' if weight else ', ...'}], but {name} "
+                f"is {got}: return the values of the examples and do not average over the batch, the library does that"
+            )
+        return jnp.asarray(leaf)
+
+    def checked(path: Any, leaf: Any) -> Any:
+        if is_weighted(leaf):
+            return Weighted(check(path, leaf.value), check(path, leaf.weight, True))
+        return check(path, leaf)
+
+    return jax.tree_util.tree_map_with_path(checked, values, is_leaf=lambda node: node is None or is_weighted(node))
+
+
+def _summand(leaf: Any, mask: Array | None = None) -> Weighted:
+    """(weight times value, weight) of every example, in the dtypes to sum in; zeros where the mask is False."""
+    pair = leaf if is_weighted(leaf) else Weighted(leaf, jnp.ones(leaf.shape[0], sums.accumulator(leaf.dtype)))
+    value, weight = sums.widen(pair.value), sums.widen(pair.weight)
+    if mask is not None:
+        weight = jnp.where(mask, weight, 0)
+    across = weight.reshape(-1, *[1] * (value.ndim - 1)).astype(value.dtype)
+    # where and not a product: what does not count may be NaN.
+    return Weighted(jnp.where(across != 0, across * value, 0), weight)
+
+
+def _ratio(total: Array, weight: Array, leaf: Any) -> Array:
+    """Total over weight, NaN where the weight is 0, in the dtype of the mean of `leaf`."""
+    weight = weight.reshape(*weight.shape, *[1] * (total.ndim - weight.ndim)).astype(total.dtype)
+    mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
+    return mean.astype(sums.mean_dtype((leaf.value if is_weighted(leaf) else leaf).dtype))
 
 
 def spread(values: Array, *, higher_is_better: bool = True) -> Spread:
-    """Mean, standard deviation and worst decile over clients of float[num_clients]; NaN entries are left out."""
+    """Mean, standard deviation and worst decile over clients of float[num_clients]; NaN entries are left out.
+
+    Computed in float32 at least, in the dtype of the values.
+    """
+    dtype = sums.mean_dtype(jnp.result_type(values))
+    values = sums.widen(values)
     present = ~jnp.isnan(values)
     count = jnp.sum(present)
-    mean = jnp.nanmean(values)
+    many = jnp.where(count > 0, count, jnp.nan).astype(values.dtype)
+    mean = sums.total(jnp.where(present, values, 0)) / many
+    std = jnp.sqrt(sums.total(jnp.where(present, jnp.square(values - mean), 0)) / many)
     order = jnp.sort(jnp.where(present, values if higher_is_better else -values, jnp.inf))
     worst = jnp.maximum(-(-count // 10), 1)
-    tail = jnp.sum(jnp.where(jnp.arange(values.shape[0]) < worst, order, 0)) / worst
-    return Spread(mean, jnp.nanstd(values), tail if higher_is_better else -tail)
+    tail = sums.total(jnp.where(jnp.arange(values.shape[0]) < worst, order, 0)) / worst.astype(values.dtype)
+    tail = tail if higher_is_better else -tail
+    return Spread(mean.astype(dtype), std.astype(dtype), tail.astype(dtype))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_core import sums
+from fedjax_core import masks, sums
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client
 from fedjax_core.types import Array, Key, LossFn, Params, Scalar
@@ -24,12 +24,15 @@ differ by client: `lambda t, i: optax.sgd(rates[i])`, with `rates` a jax array [
 
 
 def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
-    """Mean loss over the real examples of a batch, float[]; padding has no part in it, nor in its gradient.
+    """Mean loss over the real examples of a batch, float[].
+
+    Padding has no part in it, nor in its gradient, where the loss of an example depends on that example alone. A loss
+    that looks at the whole batch takes a parameter `mask` and leaves padding out itself; see `fedjax_core.masks`.
 
     Raises:
       ValueError: if the loss function does not return one value per example.
     """
-    values = loss_fn(params, batch.examples, batch.key)
+    values = masks.call(loss_fn, params, batch.examples, batch.key, mask=batch.mask)
     size = batch.mask.shape[0]
     if not isinstance(values, jax.Array) or values.shape != (size,) or not jnp.issubdtype(values.dtype, jnp.floating):
         got = f"{values.dtype}{list(values.shape)}" if isinstance(values, jax.Array) else type(values).__name__

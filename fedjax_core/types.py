@@ -17,8 +17,11 @@ Examples = Any
 Scalar = float | jax.Array
 """A Python float or a (possibly traced) 0-d array."""
 
-LossFn = Callable[[Params, Examples, Key], Array]
-"""`loss_fn(params, batch, key) -> float[B]`: one value per example of the batch."""
+LossFn = Callable[..., Array]
+"""`loss_fn(params, batch, key) -> float[B]`: one value per example of the batch.
+
+With a fourth parameter named `mask` it is given bool[B] as well, False where the batch is padded: for a loss that looks
+at the whole batch (`fedjax_core.masks`)."""
 
 
 class Metrics(NamedTuple):

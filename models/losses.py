@@ -1,7 +1,9 @@
 """Losses: `loss_fn(params, batch, key) -> float[B]`, one value per example.
 
-A batch is a dict {"x": inputs, "y": targets}. The caller takes the (masked) mean, so padding never leaks into
-it. B examples, K classes, T tokens in a sequence, V tokens in the vocabulary.
+A batch is a dict {"x": inputs, "y": targets}. The caller takes the (masked) mean, so padding does not leak into
+it: each of these losses looks at one example at a time.
+
+B examples, K classes, T tokens in a sequence, V tokens in the vocabulary.
 
 A label outside its range cannot raise inside a compiled step. It makes the loss of its example NaN, and that
 example gives no gradient, so a caller that masks the example with `jnp.where(mask, loss, 0)` may pad with any
@@ -118,5 +120,8 @@ def token_mean(values: Array, y: Array, pad_id: int | None) -> Array:
     if pad_id is None:
         return jnp.mean(values, axis=1)
     real = y != pad_id
+    # Counted as integers and summed in float32 at least: bfloat16 cannot count 512 tokens, nor float16 70,000.
+    wide = jnp.promote_types(values.dtype, jnp.float32)
     # where and not a product: a padded position may hold NaN.
-    return jnp.sum(jnp.where(real, values, 0), axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+    total = jnp.sum(jnp.where(real, values, 0).astype(wide), axis=1)
+    return (total / jnp.maximum(jnp.sum(real, axis=1), 1).astype(wide)).astype(values.dtype)

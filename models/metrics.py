@@ -1,19 +1,31 @@
-"""Evaluation: `metric_fn(params, batch) -> {name: float[B]}`, one value per example.
+"""Evaluation: `metric_fn(params, batch) -> {name: float[B]}`, one value per example, or {name: `Weighted`}.
 
-The caller takes the (masked) mean. Batches are those of `models.losses`, and so is what a label outside its
-range does to "loss"; it is never counted as right. Evaluation runs the model without a key: no dropout. B
-examples.
+The caller takes the (masked) mean, weighted where there are weights. Batches are those of `models.losses`, and so is
+what a label outside its range does to "loss"; it is never counted as right. Evaluation runs the model without a key: no
+dropout. B examples.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
 from models._common import Array, Model, Params
 from models.losses import Batch, check_labels, label_loss, split_batch, token_mean
 
-MetricFn: TypeAlias = Callable[[Params, Batch], dict[str, Array]]
+MetricFn: TypeAlias = Callable[[Params, Batch], dict[str, Any]]
+
+
+class Weighted(NamedTuple):
+    """Values whose examples do not all count the same: the mean is sum weight value / sum weight.
+
+    Attributes:
+      value: float[B].
+      weight: float[B], at least 0.
+    """
+
+    value: Array
+    weight: Array
 
 
 def classification(model: Model) -> MetricFn:
@@ -29,18 +41,22 @@ def classification(model: Model) -> MetricFn:
 
 
 def sequence(model: Model, pad_id: int | None = None) -> MetricFn:
-    """The same over the targets of each sequence that are not `pad_id`: {"loss": [B], "accuracy": [B]}.
+    """The same per token: the means over the targets of each sequence that are not `pad_id`, which are its weight.
 
-    Both are 0 for a sequence that is all padding; a caller should mask such examples.
+    {"loss": `Weighted`, "accuracy": `Weighted`}. So every token counts the same, not every sequence, and exp(loss) of
+    all of them is the perplexity. A sequence that is all padding has weight 0: there is nothing to be right about.
+    Where all sequences are full this is the mean over sequences, as in `losses.sequence_cross_entropy`.
     """
 
-    def metric_fn(params: Params, batch: Batch) -> dict[str, Array]:
+    def metric_fn(params: Params, batch: Batch) -> dict[str, Weighted]:
         x, y = split_batch(batch)
         logits = model.apply(params, x)
         y = check_labels(y, logits, ndim=2)
+        tokens = jnp.full(y.shape[:1], y.shape[1]) if pad_id is None else jnp.sum(y != pad_id, axis=1)
+        weight = tokens.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return {
-            "loss": token_mean(label_loss(logits, y), y, pad_id),
-            "accuracy": token_mean(_hits(logits, y), y, pad_id),
+            "loss": Weighted(token_mean(label_loss(logits, y), y, pad_id), weight),
+            "accuracy": Weighted(token_mean(_hits(logits, y), y, pad_id), weight),
         }
 
     return metric_fn

@@ -26,6 +26,7 @@ from fedjax_core import (
     Population,
     Sampler,
     client_mesh,
+    masks,
     num_bytes,
     samplers,
     split_tables,
@@ -341,8 +342,9 @@ def _under_attack(
     )
     attacked = robust(metric_fn, attack)
 
-    def score(params: Any, batch: Any) -> dict[str, Array]:
-        return {**metric_fn(params, batch), "robust_accuracy": attacked(params, batch)["accuracy"]}
+    def score(params: Any, batch: Any, mask: Any = None) -> dict[str, Any]:
+        clean = masks.call(metric_fn, params, batch, mask=mask)
+        return {**clean, "robust_accuracy": attacked(params, batch, mask)["accuracy"]}
 
     return score
 
@@ -467,7 +469,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
     def mean_loss(params: Any, batch: Any, key: Key) -> Array:
-        return jnp.mean(experiment.loss_fn(params, batch, key))
+        return jnp.mean(masks.call(experiment.loss_fn, params, batch, key))
 
     backward = _traced_bytes(jax.grad(mean_loss), params, batch, jax.random.key(0))
     model = num_bytes(params)

@@ -29,7 +29,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_core import Algorithm, evaluate_examples, out_of_memory, split_tables
+from fedjax_core import Algorithm, evaluate_examples, is_weighted, metric_values, out_of_memory, split_tables
 from pipelines import checkpoint, engines, files, heterogeneity, history, identity, methods, plans, processes, report
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.description import Description, described
@@ -523,8 +523,10 @@ def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> His
     if experiment.dataset.is_sequence:
         return found | {name.replace("train_", ""): value for name, value in found.items() if "train_" in name}
     on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-    tested = jax.jit(on_examples, out_shardings=engines.whole(experiment))(
-        params, engines.placement(experiment)(experiment.test)
+    tested = _with_weights(
+        jax.jit(on_examples, out_shardings=engines.whole(experiment))(
+            params, engines.placement(experiment)(experiment.test)
+        )
     )
     shares = class_shares(experiment.federation)
     labels = np.asarray(experiment.dataset.test["y"])
@@ -532,9 +534,12 @@ def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> His
     weights = shares[:, classes]
     with np.errstate(invalid="ignore"):
         weights = weights / weights.sum(axis=1, keepdims=True)
-    for name, value in tested.items():
-        by_class = np.stack([np.asarray(value)[:, labels == k].mean(axis=1) for k in classes])
-        found[f"client/{name}"] = (weights @ by_class).T
+    # As the means of each class of examples, as if it were a client.
+    order = np.argsort(labels, kind="stable")
+    ends = np.concatenate([[0], np.searchsorted(labels[order], classes, side="right")])
+    for name, (value, weight) in tested.items():
+        by_class = _means(value[:, order], ends, weight[:, order])
+        found[f"client/{name}"] = (weights @ by_class.T).T
     return found
 
 
@@ -545,31 +550,58 @@ def _on_part(experiment: Experiment, params: Any, part: str) -> History:
     on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
     score = jax.jit(on_examples, out_shardings=engines.whole(experiment))
     place = engines.placement(experiment)
-    values: dict[str, list[np.ndarray]] = {}
+    values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     if not len(rows):  # nobody has any: NaN for every client, of the metrics that there would be
         one = {name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in host.examples.items()}
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
-        names, num_seeds = jax.eval_shape(experiment.metric_fn, first, one), experiment.config.seeds
-        return {name: np.full((num_seeds, host.num_clients), np.nan, value.dtype) for name, value in names.items()}
+        names, num_seeds = (
+            jax.eval_shape(partial(metric_values, experiment.metric_fn), first, one),
+            experiment.config.seeds,
+        )
+        return {name: np.full((num_seeds, host.num_clients), np.nan, np.float32) for name in names}
     for start in range(0, len(rows), block):
         chosen = rows[start : start + block]
         if len(rows) > block:  # one shape for all blocks: the last begins earlier
             chosen = rows[min(start, len(rows) - block) :][:block]
         examples = {name: leaf[chosen] for name, leaf in host.examples.items()}
-        for name, value in score(params, place(examples)).items():
-            fresh = min(block, len(rows) - start)
-            values.setdefault(name, []).append(np.asarray(value)[:, -fresh:])
-    return {name: _means(np.concatenate(blocks, axis=1), host.offsets) for name, blocks in values.items()}
+        fresh = min(block, len(rows) - start)
+        for name, (value, weight) in _with_weights(score(params, place(examples))).items():
+            values.setdefault(name, []).append((value[:, -fresh:], weight[:, -fresh:]))
+
+    def whole(blocks: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(list(blocks), axis=1)
+
+    return {
+        name: _means(whole(v for v, _ in blocks), host.offsets, whole(w for _, w in blocks))
+        for name, blocks in values.items()
+    }
 
 
-def _means(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Means over each client's values, [S, N] of [S, n]; NaN for a client without any."""
+def _with_weights(metrics: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Values and weights [S, n] of each metric's examples; weights of 1 where the metric gives none."""
+
+    def pair(leaf: Any) -> tuple[np.ndarray, np.ndarray]:
+        if is_weighted(leaf):
+            return np.asarray(leaf.value), np.asarray(leaf.weight, np.float64)
+        return np.asarray(leaf), np.ones(leaf.shape)
+
+    return {name: pair(leaf) for name, leaf in metrics.items()}
+
+
+def _means(values: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Weighted means over each client's values, [S, N] of [S, n]; NaN for a client without any weight."""
     sizes = np.diff(offsets)
     client = np.repeat(np.arange(len(sizes)), sizes)
-    # Not differences of a running sum: a NaN of one client would be in those of all that come after it.
-    sums = np.stack([np.bincount(client, weights=row, minlength=len(sizes)) for row in values])
+    dtype = np.result_type(values.dtype, np.float32)
+    weights = np.ones(values.shape) if weights is None else weights
+
+    def sums(rows: np.ndarray) -> np.ndarray:
+        # Not differences of a running sum: a NaN of one client would be in those of all that come after it.
+        return np.stack([np.bincount(client, weights=row, minlength=len(sizes)) for row in rows])
+
     with np.errstate(invalid="ignore"):
-        return (sums / sizes).astype(values.dtype)
+        counted = np.where(weights > 0, values.astype(np.float64) * weights, 0)  # what does not count may be NaN
+        return (sums(counted) / sums(weights)).astype(dtype)
 
 
 def class_shares(federation: Federation) -> np.ndarray:

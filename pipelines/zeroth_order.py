@@ -28,7 +28,7 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import threadpool_limits
 
 import algorithms
-from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, num_bytes, samplers
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, masks, num_bytes, samplers
 from pipelines import files, growth, memory
 from pipelines.config import count, finite
 from pipelines.names import pick
@@ -265,7 +265,7 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
 
     def run(population: Population, start: Array, key: Any) -> dict[str, Array]:
         def value(x: Array) -> Array:
-            return jnp.mean(task.loss_fn(x, population.examples, key))
+            return jnp.mean(masks.call(task.loss_fn, x, population.examples, key))
 
         def body(state: Any, _: None) -> tuple[Any, Any]:
             state, metrics = one(state, population, key)

@@ -25,9 +25,11 @@ from fedjax_core import (
     global_algorithm,
     local_training,
     local_work,
+    masks,
     move,
     optimizer_at,
     round_metrics,
+    sums,
     value_and_grad,
 )
 
@@ -124,24 +126,26 @@ def fisher_program(loss_fn: LossFn) -> ClientProgram:
     """Uploads the mean of a client's squared gradients, one an example, at the shared params; run it for one epoch."""
 
     def client_init(x: Params, client_input: Any, key: Key) -> Any:
-        return optax.tree.zeros_like(x), jnp.int32(0)
+        return sums.start_tree(x), jnp.int32(0)
 
     def client_step(x: Params, carry: Any, batch: Batch) -> Any:
         total, n = carry
 
         def loss(x: Params, example: Examples, number: Array) -> Array:
             alone = jax.tree.map(lambda leaf: leaf[None], example)
-            return loss_fn(x, alone, jax.random.fold_in(batch.key, number))[0]
+            return masks.call(loss_fn, x, alone, jax.random.fold_in(batch.key, number))[0]
 
         size = batch.mask.shape[0]
         losses, g = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(x, batch.examples, jnp.arange(size))
-        total = jax.tree.map(lambda t, g: t + jnp.tensordot(batch.mask.astype(g.dtype), g**2, 1), total, g)
+        squares = jax.tree.map(jnp.square, sums.widen(g))
+        total = sums.add_tree(total, sums.weighted(batch.mask, squares))
         count = jnp.sum(batch.mask, dtype=jnp.int32)
-        mean = jnp.sum(jnp.where(batch.mask, losses, 0)) / jnp.maximum(count, 1).astype(losses.dtype)
+        summed = jnp.sum(sums.widen(jnp.where(batch.mask, losses, 0)))
+        mean = (summed / jnp.maximum(count, 1).astype(summed.dtype)).astype(losses.dtype)
         return (total, n + count), mean
 
     def client_final(x: Params, carry: Any) -> Any:
         total, n = carry
-        return jax.tree.map(lambda t: t / jnp.maximum(n, 1).astype(t.dtype), total), ()
+        return sums.mean_tree(total, n, x), ()
 
     return ClientProgram(client_init, client_step, client_final)

@@ -27,6 +27,7 @@ from fedjax_core import (
     linalg,
     local_training,
     local_work,
+    masks,
     move,
     optimizer_at,
     round_metrics,
@@ -191,7 +192,7 @@ def sketch_program(
     def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
         x, bases = shared
         sketches, n = carry
-        found = check_inputs(inputs(x, batch.examples), layers, batch.mask.shape[0])
+        found = check_inputs(masks.call(inputs, x, batch.examples, mask=batch.mask), layers, batch.mask.shape[0])
 
         def add(sketch: Sketch, U: Array, samples: Array, key: Key) -> Sketch:
             mask = jnp.repeat(batch.mask, samples.shape[0] // batch.mask.shape[0])

@@ -31,6 +31,7 @@ from fedjax_core import (
     round_metrics,
     scatter,
     stacked,
+    sums,
 )
 
 
@@ -136,7 +137,7 @@ def afa_cs(
     def init(params: Params) -> AFACSState:
         zeros = optax.tree.zeros_like(params)
         starts, updates = client_table(num_clients, params), client_table(num_clients, zeros)
-        return AFACSState(params, starts, updates, zeros, jnp.int32(0))
+        return AFACSState(params, starts, updates, sums.wide_zeros(params), jnp.int32(0))
 
     def round(state: AFACSState, cohort: Cohort, key: Key) -> tuple[AFACSState, Metrics]:
         program = stale_program(gradient, client_optimizer, state.round)

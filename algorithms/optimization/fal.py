@@ -20,11 +20,14 @@ from fedjax_core import (
     Params,
     Scalar,
     checks,
+    masks,
+    sums,
     value_and_grad,
 )
 
-Adversary = Callable[[Params, Examples, Key | None], Examples]
-"""`(params, examples, key) -> examples` with other inputs "x" for that model."""
+Adversary = Callable[..., Examples]
+"""`(params, examples, key, mask=None) -> examples` with other inputs "x" for that model. The mask, bool[B], is for a
+loss that looks at the whole batch."""
 
 
 def fal(
@@ -83,7 +86,7 @@ def fal(
     descent = value_and_grad(loss_fn)
 
     def gradient(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
-        return descent(y, batch._replace(examples=attack(y, batch.examples, batch.key)))
+        return descent(y, batch._replace(examples=attack(y, batch.examples, batch.key, mask=batch.mask)))
 
     return averaging(gradient, client_optimizer, server_lr=server_lr, **local)
 
@@ -107,7 +110,8 @@ def pgd(
     stands for 1, so that rho, step_size, low and high mean the same for them.
 
     Returns:
-      `attack(params, examples, key) -> examples`. The key goes to the loss, and gives the random start.
+      `attack(params, examples, key, mask=None) -> examples`. The key goes to the loss, and gives the random start; the
+      mask, bool[B], is for a loss that takes one.
     """
     checks.scalar("rho", rho, low=0)
     checks.scalar("step_size", step_size, low=0)
@@ -116,7 +120,7 @@ def pgd(
     least_high: Any = checks.scalar("low", low) if checks.is_concrete(low) else -math.inf
     checks.scalar("high", high, low=least_high)
 
-    def attack(params: Params, examples: Any, key: Any) -> Any:
+    def attack(params: Params, examples: Any, key: Any, mask: Any = None) -> Any:
         clean, unit = _pixels(examples["x"])
         radius, step = (jnp.asarray(length * unit, clean.dtype) for length in (rho, step_size))
         least = jnp.minimum(clean, jnp.asarray(low * unit, clean.dtype))
@@ -128,7 +132,8 @@ def pgd(
             return jnp.clip(clean + d, least, largest)
 
         def total_loss(x: Array) -> Array:
-            return jnp.sum(loss_fn(params, {**examples, "x": x}, key))
+            values = masks.call(loss_fn, params, {**examples, "x": x}, key, mask=mask)
+            return jnp.sum(sums.widen(values if mask is None else jnp.where(mask, values, 0)))
 
         def ascend(_: Any, x: Array) -> Array:
             g = jax.grad(total_loss)(x)
@@ -145,9 +150,14 @@ def pgd(
     return attack
 
 
-def robust(metric_fn: Callable[[Params, Examples], Any], attack: Adversary) -> Callable[[Params, Examples], Any]:
+def robust(metric_fn: Callable[..., Any], attack: Adversary) -> Callable[..., Any]:
     """`metric_fn(params, batch)` on the inputs that the attack makes of the batch: robust accuracy, for `evaluate`."""
-    return lambda params, batch: metric_fn(params, attack(params, batch, None))
+
+    def metric(params: Params, batch: Examples, mask: Array | None = None) -> Any:
+        attacked = masks.call(attack, params, batch, None, mask=mask)
+        return masks.call(metric_fn, params, attacked, mask=mask)
+
+    return metric
 
 
 def _pixels(x: Any) -> tuple[Array, int]:

@@ -37,6 +37,7 @@ from fedjax_core import (
     round_metrics,
     scatter,
     stacked,
+    sums,
     value_and_grad,
 )
 
@@ -118,7 +119,7 @@ def fedamd(
     def init(params: Params) -> FedAMDState:
         zeros = optax.tree.zeros_like(params)
         bullseyes = client_table(num_clients, Bullseye(zeros, jnp.bool_(False)))
-        return FedAMDState(params, bullseyes, zeros, jnp.zeros(()), jnp.int32(0))
+        return FedAMDState(params, bullseyes, sums.wide_zeros(params), jnp.zeros(()), jnp.int32(0))
 
     def round(state: FedAMDState, cohort: Cohort, key: Key) -> tuple[FedAMDState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
@@ -151,12 +152,13 @@ def fedamd(
         total = optax.tree.add(state.total, cohort_sum(weights * new, v))
         weight = state.weight + jnp.sum(weights * new)
         mean = jax.tree.map(lambda leaf: leaf / jnp.where(weight > 0, weight, 1).astype(leaf.dtype), total)
+        mean = sums.cast_like(mean, state.params)
 
         program = ClientProgram(client_init, client_step, client_final)
         miners = clients.run(program, (state.params, mean), (), cohort.only(cohort.mask & ~anchor), key)
         params = move(state.params, server_lr, miners.aggregate)
 
-        change = optax.tree.sub(v, old.gradient)
+        change = optax.tree.sub(sums.widen(v), old.gradient)
         total = optax.tree.add(total, cohort_sum(weights * (anchor & old.known), change))
         bullseyes = scatter(state.bullseyes, asked, Bullseye(v, asked.mask))
         # An anchor gets x and sends v_i; a miner gets x and V and sends y_i - x, and v_i if it is new.

@@ -31,6 +31,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    sums,
     value_and_grad,
 )
 
@@ -82,7 +83,7 @@ def feddyn(
 
     def init(params: Params) -> FedDynState:
         zeros = optax.tree.zeros_like(params)
-        return FedDynState(params, zeros, client_table(num_clients, zeros), jnp.int32(0))
+        return FedDynState(params, sums.wide_zeros(params), client_table(num_clients, zeros), jnp.int32(0))
 
     def round(state: FedDynState, cohort: Cohort, key: Key) -> tuple[FedDynState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
@@ -111,7 +112,7 @@ def feddyn(
         results = plain.run(program, state.params, inputs, cohort, key)
         share = jnp.sum(results.weights) / num_clients
         shift = move(state.shift, share, results.aggregate)
-        moved = jax.tree.map(lambda x, d, h: x + d + h, state.params, results.aggregate, shift)
+        moved = jax.tree.map(lambda x, d, h: (x + d + h).astype(x.dtype), state.params, results.aggregate, shift)
         params = optax.tree.where(cohort.num_participants > 0, moved, state.params)
         client_shifts = scatter(state.client_shifts, cohort, results.outputs)
         metrics = round_metrics(results, cohort, state.params, params)

@@ -27,10 +27,12 @@ from fedjax_core import (
     global_algorithm,
     linalg,
     local_training,
+    masks,
     move,
     optimizer_at,
     round_metrics,
     stacked,
+    sums,
 )
 
 
@@ -100,7 +102,7 @@ def fedld(
 
     def confidence(y: Params, batch: Batch) -> Array:
         """The penalty of a batch, float[]."""
-        q = logits(y, batch.examples, batch.key)
+        q = masks.call(logits, y, batch.examples, batch.key, mask=batch.mask)
         size = batch.mask.shape[0]
         if jnp.ndim(q) != 2 or q.shape[0] != size:
             raise ValueError(
@@ -109,7 +111,7 @@ def fedld(
             )
         square = jnp.sum(jnp.square(jax.nn.softmax(q) if penalized == "probabilities" else q), axis=1)
         if penalty == "batch":
-            return jnp.log1p(jnp.sum(jnp.where(batch.mask, square, 0)))
+            return jnp.log1p(jnp.sum(sums.widen(jnp.where(batch.mask, square, 0)))).astype(square.dtype)
         return batch_loss(lambda *_: jnp.log1p(square), y, batch)
 
     def objective(y: Params, batch: Batch) -> Array:

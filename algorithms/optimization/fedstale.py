@@ -106,7 +106,7 @@ def fedstale(
     def init(params: Params) -> FedStaleState:
         zeros = optax.tree.zeros_like(params)
         intervals = interval_table(num_clients) if estimated else ()
-        return FedStaleState(params, client_table(num_clients, zeros), zeros, intervals, jnp.int32(0))
+        return FedStaleState(params, client_table(num_clients, zeros), sums.wide_zeros(params), intervals, jnp.int32(0))
 
     def round(state: FedStaleState, cohort: Cohort, key: Key) -> tuple[FedStaleState, Metrics]:
         intervals = state.intervals
@@ -120,7 +120,7 @@ def fedstale(
         results = clients.run(program, state.params, (), cohort, key, aggregator=stacked())
         d, h = results.aggregate, gather(state.updates, cohort)
         p = results.weights / num_clients
-        fresh = cohort_sum(p * inverse, jax.tree.map(lambda d, h: d - beta * h, d, h))
+        fresh = cohort_sum(p * inverse, jax.tree.map(lambda d, h: d - beta * h, sums.widen(d), sums.widen(h)))
         direction = jax.tree.map(lambda mean, fresh: beta * mean + fresh, state.mean, fresh)
         params = move(state.params, server_lr, direction)
         if skip_empty:
@@ -167,8 +167,8 @@ def fedvarp(
 
 
 def cohort_sum(weights: Array, rows: PyTree) -> PyTree:
-    """sum_S weights_i rows_i: leaves [C, ...] become [...]; weights float[C]."""
-    return sums.cast_like(sums.weighted(weights, rows), rows)
+    """sum_S weights_i rows_i: leaves [C, ...] become [...], in float32 at least; weights float[C]."""
+    return sums.weighted(weights, rows)
 
 
 def remember(table: ClientTable, mean: PyTree, cohort: Cohort, updates: PyTree, p: Array) -> tuple[ClientTable, PyTree]:
@@ -178,10 +178,10 @@ def remember(table: ClientTable, mean: PyTree, cohort: Cohort, updates: PyTree, 
 
     Args:
       table: last updates, leaves [num_clients, ...].
-      mean: sum_i p_i (row i) over all clients, leaves [...].
+      mean: sum_i p_i (row i) over all clients, leaves [...], float32 at least.
       cohort: who takes part.
       updates: the cohort's updates, leaves [C, ...].
       p: float[C], the clients' weights, 0 in empty slots.
     """
-    change = optax.tree.sub(updates, gather(table, cohort))
+    change = optax.tree.sub(sums.widen(updates), gather(table, cohort))
     return scatter(table, cohort, updates), optax.tree.add(mean, cohort_sum(p, change))

@@ -27,6 +27,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     stacked,
+    sums,
 )
 
 
@@ -75,7 +76,7 @@ def mifa(
 
     def init(params: Params) -> MIFAState:
         zeros = optax.tree.zeros_like(params)
-        return MIFAState(params, client_table(num_clients, zeros), zeros, jnp.int32(0))
+        return MIFAState(params, client_table(num_clients, zeros), sums.wide_zeros(params), jnp.int32(0))
 
     def round(state: MIFAState, cohort: Cohort, key: Key) -> tuple[MIFAState, Metrics]:
         program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))

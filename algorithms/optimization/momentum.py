@@ -33,6 +33,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    sums,
     value_and_grad,
 )
 
@@ -305,14 +306,16 @@ def _scaffold_momentum(
 
     def init(params: Params) -> ScaffoldMState:
         zeros = optax.tree.zeros_like(params)
-        return ScaffoldMState(params, zeros, jnp.zeros(()), zeros, client_table(num_clients, zeros), jnp.int32(0))
+        return ScaffoldMState(
+            params, zeros, jnp.zeros(()), sums.wide_zeros(params), client_table(num_clients, zeros), jnp.int32(0)
+        )
 
     def round(state: ScaffoldMState, cohort: Cohort, key: Key) -> tuple[ScaffoldMState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
 
         def client_init(shared: Any, c_i: Params, key: Key) -> Any:
             x, *_ = shared
-            return x, optimizer.init(x), Length.start(optimizer), c_i, optax.tree.zeros_like(x), jnp.int32(0)
+            return x, optimizer.init(x), Length.start(optimizer), c_i, sums.start_tree(x), jnp.int32(0)
 
         def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
             x, direction, c, step = shared
@@ -324,17 +327,18 @@ def _scaffold_momentum(
                 lambda g, c, c_i, d, b: g + beta * (c - c_i) + (1 - beta) * (d - b), g, c, c_i, direction, before
             )
             y, opt_state = descend(optimizer, y, opt_state, v)
-            return (y, opt_state, length.extend(optimizer), c_i, optax.tree.add(total, g), k + 1), loss
+            return (y, opt_state, length.extend(optimizer), c_i, sums.add_tree(total, g), k + 1), loss
 
         def client_final(shared: Any, carry: Any) -> Any:
             x, *_ = shared
             y, _, length, c_i, total, k = carry
-            c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), total)
+            c_i_new = sums.mean_tree(total, k, x)
             upload = local_work_done(optax.tree.sub(x, y), length, aggregation), optax.tree.sub(c_i_new, c_i)
             return upload, c_i_new
 
         program = ClientProgram(client_init, client_step, client_final)
-        shared = (state.params, state.direction, state.control, state.step if reduced else ())
+        control = sums.cast_like(state.control, state.params)
+        shared = (state.params, state.direction, control, state.step if reduced else ())
         results = clients.run(program, shared, gather(state.client_controls, cohort), cohort, key)
         mean, control_change = results.aggregate
         decrease, direction, length = mean_work_done(mean, aggregation)

@@ -28,6 +28,7 @@ from fedjax_core import (
     gather,
     global_algorithm,
     local_training,
+    masks,
     move,
     optimizer_at,
     round_metrics,
@@ -92,9 +93,9 @@ def moon(
     checks.scalar("server_lr", server_lr, low=0)
     clients = local_training(**local)
 
-    def directions(params: Params, examples: Examples, key: Key) -> Array:
+    def directions(params: Params, examples: Examples, key: Key, mask: Array) -> Array:
         """The representations [B, d], scaled to length 1."""
-        z = features(params, examples, key)
+        z = masks.call(features, params, examples, key, mask=mask)
         size = checks.leading_axis(examples)
         if jnp.ndim(z) < 2 or z.shape[0] != size:
             raise ValueError(
@@ -116,13 +117,13 @@ def moon(
 
         def client_step(x: Params, carry: Any, batch: Batch) -> Any:
             y, opt_state, v_i = carry
-            z_g = directions(x, batch.examples, batch.key)
-            z_p = directions(v_i, batch.examples, batch.key)
+            z_g = directions(x, batch.examples, batch.key, batch.mask)
+            z_p = directions(v_i, batch.examples, batch.key, batch.mask)
 
-            def contrastive_loss(y: Params, examples: Examples, key: Key) -> Array:
-                z = directions(y, examples, key)
+            def contrastive_loss(y: Params, examples: Examples, key: Key, mask: Array) -> Array:
+                z = directions(y, examples, key, mask)
                 l_con = jax.nn.softplus(jnp.sum(z * (z_p - z_g), axis=1) / temperature)
-                return loss_fn(y, examples, key) + mu * l_con
+                return masks.call(loss_fn, y, examples, key, mask=mask) + mu * l_con
 
             loss, g = value_and_grad(contrastive_loss)(y, batch)
             y, opt_state = descend(optimizer, y, opt_state, g)

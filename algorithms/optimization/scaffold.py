@@ -33,6 +33,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    sums,
 )
 
 
@@ -104,7 +105,7 @@ def controlled_averaging(
 
     def init(params: Params) -> ScaffoldState:
         zeros = optax.tree.zeros_like(params)
-        return ScaffoldState(params, zeros, client_table(num_clients, zeros), jnp.int32(0))
+        return ScaffoldState(params, sums.wide_zeros(params), client_table(num_clients, zeros), jnp.int32(0))
 
     def round(state: ScaffoldState, cohort: Cohort, key: Key) -> tuple[ScaffoldState, Metrics]:
         controls = gather(state.client_controls, cohort)
@@ -114,7 +115,8 @@ def controlled_averaging(
             given = whole.run(kept_by_the_client(new_control), state.params, (), cohort, key).outputs
         optimizer = optimizer_at(client_optimizer, state.round)
         program = controlled_program(gradient, optimizer, given=new_control is not None)
-        results = clients.run(program, (state.params, state.control), (controls, given), cohort, key)
+        sent = state.params, sums.cast_like(state.control, state.params)
+        results = clients.run(program, sent, (controls, given), cohort, key)
         displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
         # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
@@ -143,7 +145,7 @@ def controlled_program(
     def client_init(shared: Any, client_input: Any, key: Key) -> Any:
         x, _ = shared
         c_i, c_i_new = client_input
-        return x, optimizer.init(x), c_i, c_i_new if given else optax.tree.zeros_like(x), jnp.int32(0)
+        return x, optimizer.init(x), c_i, c_i_new if given else sums.start_tree(x), jnp.int32(0)
 
     def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
         x, c = shared
@@ -152,14 +154,14 @@ def controlled_program(
         corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
         y, opt_state = descend(optimizer, y, opt_state, corrected)
         if not given:  # a sum of gradients until client_final
-            c_i_new = optax.tree.add(c_i_new, g)
+            c_i_new = sums.add_tree(c_i_new, g)
         return (y, opt_state, c_i, c_i_new, k + 1), loss
 
     def client_final(shared: Any, carry: Any) -> Any:
         x, _ = shared
         y, _, c_i, c_i_new, k = carry
         if not given:
-            c_i_new = jax.tree.map(lambda g: g / k.astype(g.dtype), c_i_new)
+            c_i_new = sums.mean_tree(c_i_new, k, x)
         return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
 
     return ClientProgram(client_init, client_step, client_final)
