@@ -13,6 +13,7 @@ from fedjax_core.aggregation import (
     weighted_mean,
     weighted_sum,
 )
+from fedjax_core.algorithm import Algorithm, checked_round, global_algorithm, global_client_params
 from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
 from fedjax_core.clients import (
     ClientProgram,
@@ -55,12 +56,11 @@ from fedjax_core.lengths import Length, per_length
 from fedjax_core.placement import client_mesh, everywhere, place, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
-from fedjax_core.samplers import Sampler
+from fedjax_core.samplers import Sampler, ValidSampler
 from fedjax_core.simulation import continue_rounds, simulate
 from fedjax_core.staging import HostPopulation, Interrupted, continue_staged, init_on_host, simulate_staged
 from fedjax_core.tuning import Trial, needed_memory, out_of_memory, try_plans
 from fedjax_core.types import (
-    Algorithm,
     Array,
     Examples,
     Key,
@@ -69,8 +69,6 @@ from fedjax_core.types import (
     Params,
     PyTree,
     Scalar,
-    global_algorithm,
-    global_client_params,
 )
 
 __all__ = [
@@ -102,8 +100,10 @@ __all__ = [
     "Spread",
     "Stacked",
     "Trial",
+    "ValidSampler",
     "Weighted",
     "batch_loss",
+    "checked_round",
     "checks",
     "client_mesh",
     "client_table",

@@ -104,30 +104,20 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
       cohort: the cohort.
 
     Raises:
-      ValueError: for another string, or an array that is not one-dimensional, has a negative, infinite or NaN entry,
-        or nothing but zeros.
+      ValueError: for another string, an array that is not one-dimensional or of another population, has a negative,
+        infinite or NaN entry, or nothing but zeros.
     """
+    check_weights(weights)
     mask = cohort.mask
     dtype = jnp.result_type(float)
     if isinstance(weights, str):
-        if checks.one_of("weights", weights, ("uniform", "examples")) == "uniform":
+        if weights == "uniform":
             return mask.astype(dtype)
         total = jnp.maximum(cohort.num_examples, 1).astype(dtype)
         return cohort.sizes.astype(dtype) * cohort.num_clients.astype(dtype) / total
-    if jnp.ndim(weights) != 1:
-        raise ValueError(
-            f"weights must be 'uniform', 'examples' or an array [num_clients], got shape "
-            f"{jnp.shape(weights)}: pass one weight per client"
-        )
+    cohort.check_per_client("weights", weights)
     if checks.is_concrete(weights):
         given = np.asarray(weights, np.float64)
-        if not (given >= 0).all() or not np.isfinite(given).all():
-            raise ValueError(
-                f"weights must be finite and at least 0, got {given[~((given >= 0) & np.isfinite(given))][0]:g} for "
-                f"client {int(np.argmin((given >= 0) & np.isfinite(given)))}: pass non-negative weights"
-            )
-        if not (given > 0).any():
-            raise ValueError("weights are 0 for every client, which leaves no mean: give some client a positive weight")
         weights = given / given.max()  # before they become float32, in which they may be nothing or infinite
     values = jnp.asarray(weights, dtype)
     # In proportion to the largest, so that the sum can neither overflow nor vanish.
@@ -135,3 +125,31 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
     values = values / jnp.where(largest > 0, largest, 1)
     mean = sums.total(values) / values.shape[0]
     return jnp.where(mask, values[jnp.maximum(cohort.ids, 0)] / jnp.where(mean > 0, mean, 1), 0)
+
+
+def check_weights(weights: Any) -> None:
+    """Raises ValueError for weights of clients that are neither a known word nor float[num_clients] of at least 0."""
+    if isinstance(weights, str):
+        checks.one_of("weights", weights, ("uniform", "examples"))
+        return
+    values = weights if isinstance(weights, jax.Array) else np.asarray(weights)
+    if (
+        values.ndim != 1
+        or values.shape[0] == 0
+        or not (jnp.issubdtype(values.dtype, np.floating) or jnp.issubdtype(values.dtype, np.integer))
+    ):
+        raise ValueError(
+            f"weights must be 'uniform', 'examples' or an array [num_clients], got shape "
+            f"{values.shape} of {values.dtype}: pass one weight per client"
+        )
+    if not checks.is_concrete(weights):
+        return
+    given = np.asarray(values, np.float64)
+    good = (given >= 0) & np.isfinite(given)
+    if not good.all():
+        raise ValueError(
+            f"weights must be finite and at least 0, got {given[~good][0]:g} for client {int(np.argmin(good))}: pass "
+            "non-negative weights"
+        )
+    if not (given > 0).any():
+        raise ValueError("weights are 0 for every client, which leaves no mean: give some client a positive weight")

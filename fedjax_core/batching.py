@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys, shuffle
+from fedjax_core.population import Cohort
 from fedjax_core.types import Array, Examples, Key
 
 Order = Literal["shuffled", "replacement", "sequential"]
@@ -44,13 +45,40 @@ class LocalWork(NamedTuple):
     order: Order
 
     def steps(self, ids: Array, sizes: Array) -> Array:
-        """int32[C], number of local steps of each client; 0 for a client without examples."""
+        """int32[C], number of local steps of each client; 0 for a client without examples.
+
+        Epochs whose steps int32 cannot count are as many whole epochs as it can (`check` refuses them where it sees
+        the sizes).
+        """
         per_epoch = -(-sizes // self.batch_size)
         if self.num_steps is not None:
             count = _per_client(self.num_steps, ids)
         else:
-            count = _per_client(self.num_epochs, ids) * per_epoch
+            most = checks.LARGEST_INT // jnp.maximum(per_epoch, 1)
+            count = jnp.minimum(_per_client(self.num_epochs, ids), most) * per_epoch
         return jnp.where(sizes > 0, jnp.maximum(count, 1), 0).astype(jnp.int32)
+
+    def check(self, cohort: Cohort) -> None:
+        """Compares the local work with the clients that do it.
+
+        Raises:
+          ValueError: if epochs or steps are an array of other clients, or, where sizes and epochs can be seen, there
+            are more steps than int32 can count.
+        """
+        value: Any
+        for name, value in (("num_epochs", self.num_epochs), ("num_steps", self.num_steps)):
+            if np.ndim(value) == 1:
+                cohort.check_per_client(name, value)
+        if self.num_epochs is None or not all(map(checks.is_concrete, (self.num_epochs, cohort.ids, cohort.sizes))):
+            return
+        epochs = np.asarray(self.num_epochs, np.int64)
+        epochs = epochs[np.maximum(np.asarray(cohort.ids), 0)] if epochs.ndim else epochs
+        steps = epochs * -(-np.asarray(cohort.sizes, np.int64) // self.batch_size)
+        if (steps > checks.LARGEST_INT).any():
+            raise ValueError(
+                f"num_epochs={np.max(epochs)} makes {np.max(steps)} local steps of a client, more than "
+                f"{checks.LARGEST_INT}, which int32 can count: lower num_epochs"
+            )
 
 
 class LocalOptions(TypedDict, total=False):
@@ -113,6 +141,10 @@ def _check_count(name: str, value: Any) -> None:
             f"{name} must be an integer of at least 1 (or an array of them), got {shown!r}: to leave a "
             "client out, leave it out of the cohort"
         )
+    if array.max() > checks.LARGEST_INT:
+        raise ValueError(
+            f"{name} must be at most {checks.LARGEST_INT}, which int32 can hold, got {array.max()}: lower it"
+        )
 
 
 def _per_client(value: Any, ids: Array) -> Array:
@@ -143,7 +175,7 @@ def draw_batch(
     else:
         # Nothing is negative here: `//` and `%` would look at the signs, an operation each.
         batch_size = jnp.int32(work.batch_size)
-        per_epoch = jnp.maximum(jax.lax.div(size + (batch_size - 1), batch_size), 1)
+        per_epoch = jax.lax.div(jnp.maximum(size, 1) - 1, batch_size) + 1  # no sum that could pass 2^31
         epoch = jax.lax.div(step, per_epoch)
         position = (step - epoch * per_epoch) * batch_size + lane
         mask = position < size

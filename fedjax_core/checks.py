@@ -4,11 +4,18 @@ A check that needs a value is made only where the value is concrete: under `jit`
 an id may be a tracer, and then only its shape and type can be checked.
 """
 
+import difflib
+import inspect
 import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+LARGEST_INT = 2**31 - 1
+"""Counts, sizes and client numbers are int32 on the device."""
 
 
 def is_concrete(value: Any) -> bool:
@@ -17,9 +24,11 @@ def is_concrete(value: Any) -> bool:
 
 
 def positive_int(name: str, value: Any, fix: str) -> int:
-    """Returns `value` as an int of at least 1, or raises ValueError."""
+    """Returns `value` as an int from 1 to 2^31 - 1, or raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: {fix}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.200}: {fix}")
+    if value > LARGEST_INT:
+        raise ValueError(f"{name} must be at most {LARGEST_INT}, which int32 can hold, got {value!r}: lower it")
     return int(value)
 
 
@@ -36,8 +45,8 @@ def scalar(
     if not is_concrete(value):
         return value
     array = np.asarray(value)
-    if array.shape != () or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"{name} must be a number, got {value!r}: pass a float or a 0-d array")
+    if array.shape != () or not (jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} must be a number, got {value!r:.200}: pass a float or a 0-d array")
     number = float(array)
     below = number <= low if low_open else number < low
     above = number >= high if high_open else number > high
@@ -51,7 +60,7 @@ def scalar(
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """Returns `value` if it is one of the choices, or raises ValueError."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}: pick one of them")
     return value
 
@@ -76,19 +85,258 @@ def leading_axis(examples: Any, name: str = "examples") -> int:
     return next(iter(sizes.values()))
 
 
+def numbers(examples: Any, name: str = "examples") -> None:
+    """Raises TypeError for a leaf that JAX cannot hold as numbers (objects, strings, dates), naming it."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(examples)[0]:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not (is_number(dtype) or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, which JAX cannot hold: pass numbers (encode "
+                "classes and words as integers, drop fields that no loss reads)"
+            )
+
+
+def is_number(dtype: Any) -> bool:
+    """Whether JAX computes with a dtype: booleans, integers, floats (bfloat16 and the like too) and complex numbers."""
+    if dtype in (np.dtype(bool), *_EXTENDED):
+        return True
+    return np.dtype(dtype).kind in "iufc" and np.dtype(dtype).itemsize <= (16 if np.dtype(dtype).kind == "c" else 8)
+
+
+_EXTENDED = tuple(
+    np.dtype(getattr(jnp, kind))
+    for kind in ("bfloat16", "int4", "uint4", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz")
+    if hasattr(jnp, kind)
+)
+
+
 def finite(examples: Any, name: str = "examples") -> None:
-    """Raises ValueError if a float leaf holds NaN or infinity, saying where the first one is."""
+    """Raises ValueError if a float or complex leaf holds NaN or infinity, saying where the first one is."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(examples)[0]:
         if not is_concrete(leaf):
             continue
         array = np.asarray(leaf)
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        if not jnp.issubdtype(array.dtype, np.inexact):
+            continue
+        if array.dtype.kind not in "fc":
+            array = array.astype(np.float32)  # numpy cannot ask bfloat16
+        if not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))
             where = tuple(int(i) for i in bad[0])
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} holds {len(bad)} values that are NaN or infinite, the first "
                 f"at index {where}: clean or drop those examples"
             )
+
+
+def narrowed(dtype: Any) -> np.dtype | None:
+    """The dtype that a 64-bit one becomes on the device, or None if it stays what it is (as with x64 enabled)."""
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return None
+    there = jax.dtypes.canonicalize_dtype(dtype)
+    return None if there == dtype else np.dtype(there)
+
+
+def fits(tree: Any, name: str = "examples") -> None:
+    """Raises ValueError if a number changes on its way to the device, where 64-bit leaves become 32-bit ones.
+
+    One pass over the leaves of 64 bits. Integers must fit; floats must not become infinite (fewer digits are fine).
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not is_concrete(leaf) or isinstance(leaf, jax.Array):
+            continue
+        array = np.asarray(leaf)
+        there = narrowed(array.dtype)
+        if there is None or array.size == 0:
+            continue
+        if array.dtype.kind in "iu":
+            limits = np.iinfo(there)
+            outside = next((v for v in (array.max(), array.min()) if not limits.min <= int(v) <= limits.max), None)
+            fix = "number them anew from 0"
+        else:
+            most = np.finfo(there).max
+            parts = (array.real, array.imag) if array.dtype.kind == "c" else (array,)
+            # fmin and fmax pass over NaN, and infinities were there before.
+            extremes = [v for part in parts for v in (np.fmax.reduce(part, None), np.fmin.reduce(part, None))]
+            outside = next((v for v in extremes if abs(v) > most), None)
+            if outside is not None and np.isinf(outside):
+                beyond = np.concatenate([np.ravel(part) for part in parts])
+                beyond = beyond[np.isfinite(beyond) & (np.abs(beyond) > most)]
+                outside = beyond[0] if beyond.size else None
+            fix = "scale them"
+        if outside is not None:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} holds {outside}, which does not fit into the {there} that "
+                f"{array.dtype} becomes on the device: {fix}, or enable 64 bits with "
+                'jax.config.update("jax_enable_x64", True)'
+            )
+
+
+def client_numbers(ids: Any, name: str = "ids") -> Any:
+    """`ids` as an array int[C], a numpy or a JAX one, or ValueError.
+
+    Raises:
+      ValueError: for another dtype or shape, or no entry at all.
+    """
+    if not isinstance(ids, jax.Array | np.ndarray):
+        if any(not is_concrete(leaf) for leaf in jax.tree.leaves(ids)):
+            ids = jnp.asarray(ids)
+        else:
+            try:
+                ids = (
+                    np.asarray(ids, np.int64)
+                    if isinstance(ids, list | tuple | range) and not len(ids)
+                    else np.asarray(ids)
+                )
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(
+                    f"{name} must be a 1-d array of integers, got {type(ids).__name__} {ids!r:.60}: pass client numbers"
+                ) from None
+    shape, dtype = ids.shape, ids.dtype
+    if len(shape) != 1 or not jnp.issubdtype(dtype, np.integer):
+        mask = ", numpy.flatnonzero(mask) for a mask" if np.dtype(dtype).kind == "b" else ""
+        raise ValueError(
+            f"{name} must be a 1-d array of integers, got {dtype}{list(shape)}: pass client numbers, -1 for an "
+            f"empty slot{mask}"
+        )
+    if shape[0] == 0:
+        raise ValueError(
+            f"{name} is empty: a cohort has at least one slot, pass [-1] for a round in which nobody takes part"
+        )
+    return ids
+
+
+def params(params: Any, name: str = "params") -> Any:
+    """The parameters of a model as JAX arrays, or an error that names the leaf that is none.
+
+    Parameters are a pytree of floating-point arrays (Python floats count): every one of them is trained and averaged.
+    Whatever else a model needs does not belong there: tables of integers and masks are closed over or part of the
+    examples, running statistics have no gradient.
+
+    Raises:
+      TypeError: for an object that is no pytree of arrays, a leaf that is no array of real floats, and for
+        collections of state beside or among the parameters (flax `batch_stats`, nnx `BatchStat`, equinox `State`).
+      ValueError: for no arrays at all, or a number that does not fit into the dtype it has on the device.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    _no_model_state(name, params)
+    for path, leaf in leaves:
+        where = name + jax.tree_util.keystr(path)
+        if isinstance(leaf, jax.Array | np.ndarray | np.generic | float):
+            dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(np.float64)
+            if not jnp.issubdtype(dtype, np.floating) or not is_number(dtype):
+                raise TypeError(f"{where} has dtype {dtype}{_instead_of(dtype)}")
+        elif isinstance(leaf, int | complex):
+            raise TypeError(f"{where} is {leaf!r}{_instead_of(np.asarray(leaf).dtype)}")
+        elif not path:
+            raise TypeError(
+                f"{name} must be a pytree of arrays, got {_described(leaf)}: pass the parameters themselves, such as "
+                'model.init(key), the "params" of flax variables, or the first part of '
+                "equinox.partition(model, equinox.is_inexact_array)"
+            )
+        else:
+            raise TypeError(
+                f"{where} is {_described(leaf)}, and parameters are arrays: pass only those and close over the rest "
+                "(of an equinox model, the first part of equinox.partition(model, equinox.is_inexact_array); of an nnx "
+                "model, nnx.state(model, nnx.Param))"
+            )
+    if not leaves:
+        raise ValueError(
+            f"{name} is a pytree without arrays, {type(params).__name__} {params!r:.60}: pass the parameters that are "
+            "to be trained"
+        )
+    fits(params, name)
+    # With an explicit dtype: a weakly typed number would change its type inside a loop.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
+
+
+def _instead_of(dtype: Any) -> str:
+    if jnp.issubdtype(dtype, np.complexfloating):
+        return ", and gradient descent is for real numbers: keep real and imaginary part as two parameters"
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return ", and a random key cannot be trained: take the key that the loss is given"
+    return (
+        ", and only floating-point arrays can be trained and averaged: leave it out of the parameters (close over it, "
+        "or make it part of the examples), or make it float32 if it is to be trained"
+    )
+
+
+def _described(leaf: Any) -> str:
+    if isinstance(leaf, str | bytes):
+        return f"the text {leaf!r:.40}"
+    kind = getattr(leaf, "__qualname__", None) if callable(leaf) else None
+    return f"the function {kind}" if kind else f"an object of type {type(leaf).__name__}"
+
+
+_STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "perturbations", "state", "spectral_stats")
+_STATE_TYPES = {
+    ("flax", "BatchStat"): "running statistics of nnx",
+    ("flax", "Cache"): "a cache of nnx",
+    ("flax", "RngState"): "random state of nnx",
+    ("flax", "Intermediate"): "an intermediate value of nnx",
+    ("equinox", "State"): "state of equinox",
+    ("equinox", "StateIndex"): "state of equinox",
+}
+_STATE_FIX = (
+    "which no gradient changes and no method averages: pass the parameters alone, and normalize without running "
+    "statistics, by flax.linen.GroupNorm or LayerNorm or by the statistics of each batch"
+)
+
+
+def _no_model_state(name: str, params: Any) -> None:
+    """Raises TypeError if the variables of a model hold more than its parameters."""
+
+    def state_type(node: Any) -> str | None:
+        kinds = ((kind.__module__.split(".")[0], kind.__name__) for kind in type(node).__mro__)
+        return next((_STATE_TYPES[kind] for kind in kinds if kind in _STATE_TYPES), None)
+
+    if isinstance(params, Mapping) and "params" in params:
+        found = next((key for key in params if key in _STATE_COLLECTIONS), None)
+        if found is not None:
+            raise TypeError(
+                f"{name} holds the collection {found!r} beside the parameters, {_STATE_FIX}; the parameters are "
+                f"{name}['params']"
+            )
+    nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: state_type(node) is not None)[0]
+    for path, node in nodes:
+        if any(getattr(key, "key", None) == "batch_stats" for key in path):
+            raise TypeError(f"{name}{jax.tree_util.keystr(path)} is a running statistic, {_STATE_FIX}")
+        kind = state_type(node)
+        # Equinox leaves the places of state behind in a model whose state is kept apart: those are empty.
+        if kind is not None and jax.tree.leaves(node):
+            raise TypeError(f"{name}{jax.tree_util.keystr(path)} is {kind}, {_STATE_FIX}")
+
+
+def function(name: str, value: Any, example: str) -> None:
+    """Raises TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {_described(value)}: pass {example}")
+
+
+def options(given: Iterable[str], known: Collection[str]) -> None:
+    """Raises TypeError for a keyword argument that is not known, naming the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "leave it out, or see the method's own arguments."
+            raise TypeError(f"there is no option {name}: {hint} Local training takes {', '.join(known)}")
+
+
+def optimizer(name: str, value: Any) -> Any:
+    """Returns `value` if it is an optax optimizer, or raises TypeError."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be an optax optimizer, got {_described(value)}: pass for example optax.sgd(0.1)")
+    return value
+
+
+def not_called(optimizer: Callable[..., Any]) -> bool:
+    """Whether a function makes an optimizer from a learning rate (`optax.sgd`), not from the round."""
+    try:
+        first = next(iter(inspect.signature(optimizer).parameters), None)
+    except (TypeError, ValueError):
+        first = None
+    inner = getattr(optimizer, "func", optimizer)  # of a functools.partial
+    return first == "learning_rate" or str(getattr(inner, "__module__", "")).split(".")[0] == "optax"
 
 
 def labels(values: Any, num_classes: int, name: str = "labels") -> None:

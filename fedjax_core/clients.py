@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from fedjax_core import checks, execution, keys, sums
-from fedjax_core.aggregation import Aggregator, Stacked, client_weights, weighted_mean
+from fedjax_core.aggregation import Aggregator, Stacked, check_weights, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
@@ -93,9 +93,14 @@ def for_each_client(
       plan: how to use the hardware.
 
     Raises:
-      TypeError: if a step changes the structure, shape or dtype of the carry.
-      ValueError: if a step's loss is not a scalar.
+      TypeError: if a step changes the structure, shape or dtype of the carry, or an argument is of another type.
+      ValueError: if a step's loss is not a scalar, or what is given per client or per slot does not have one entry for
+        each.
     """
+    if not isinstance(cohort, Cohort):
+        raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
+    key = keys.one(key)
+    work.check(cohort)
     aggregator = aggregator or weighted_mean()
     plan = plan or Plan()
     weight = client_weights(weights, cohort)
@@ -261,8 +266,8 @@ class LocalTraining(NamedTuple):
 
 def local_training(*, weights: Any = "uniform", plan: Plan | None = None, **work: Any) -> LocalTraining:
     """Checks the options of `LocalOptions`, which every method takes, and keeps them together."""
-    if isinstance(weights, str):
-        checks.one_of("weights", weights, ("uniform", "examples"))
+    checks.options(work, [*LocalWork._fields, "weights", "plan"])
+    check_weights(weights)
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}: pass for example Plan(lanes=4)")
     return LocalTraining(local_work(**work), weights, plan)
@@ -289,7 +294,7 @@ class ClientTable(NamedTuple):
 
 
 def client_table(num_clients: int, row: PyTree) -> ClientTable:
-    """The same first row for every client."""
+    """The same first row for every client; num_clients is at least 1 (0 where a method keeps no rows)."""
 
     def repeat(leaf: Any) -> Array:
         return jnp.broadcast_to(jnp.asarray(leaf, jnp.result_type(leaf)), (num_clients, *jnp.shape(leaf)))
@@ -316,13 +321,40 @@ def _map_tables(function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
     return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, ClientTable))
 
 
+def check_tables(state: PyTree, cohort: Cohort) -> None:
+    """Checks that the tables of per-client state in `state` have one row for each client of the cohort's population.
+
+    Raises:
+      ValueError: if one has not, which would read other clients' rows and drop what is written.
+    """
+    for leaf in jax.tree.leaves(split_tables(state)[1]):
+        rows = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
+        if cohort.table_size is not None and rows != cohort.table_size:
+            raise ValueError(
+                f"the state has rows for {rows} clients, but the population has {cohort.population_size}: make the "
+                f"method with num_clients={cohort.population_size}"
+                if cohort.table_size == cohort.population_size
+                else f"the state has tables of {rows} rows, but the cohort has {cohort.table_size} slots"
+            )
+
+
 def gather(table: ClientTable, cohort: Cohort) -> PyTree:
-    """The cohort's rows, leaves [C, ...] (any row stands in for an empty slot)."""
+    """The cohort's rows, leaves [C, ...] (any row stands in for an empty slot).
+
+    Raises:
+      ValueError: if the table is of another population, see `check_tables`.
+    """
+    check_tables(table, cohort)
     return jax.tree.map(lambda leaf: leaf[cohort.rows], table.rows)
 
 
 def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
-    """Writes the cohort's rows, leaves [C, ...], back; only participants' rows change."""
+    """Writes the cohort's rows, leaves [C, ...], back; only participants' rows change.
+
+    Raises:
+      ValueError: if the table is of another population, see `check_tables`.
+    """
+    check_tables(table, cohort)
 
     def write(leaf: Array, row: Array) -> Array:
         index = jnp.where(cohort.mask, cohort.rows, leaf.shape[0])  # out of range: dropped

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_core import masks, sums
+from fedjax_core import checks, masks, sums
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client
 from fedjax_core.types import Array, Key, LossFn, Params, Scalar
@@ -46,6 +46,7 @@ def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
 
 def value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Array, Params]]:
     """Mean loss over a batch and its gradient: `(params, batch) -> (float[], gradient)`."""
+    checks.function("loss_fn", loss_fn, "a function (params, batch, key) -> float[B]")
     return jax.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
 
 
@@ -53,8 +54,15 @@ def optimizer_at(optimizer: ClientOptimizer, round: Array) -> optax.GradientTran
     """The client optimizer of a round: in a client's program that client's, elsewhere that of client 0.
 
     Raises:
-      TypeError: if `optimizer` is neither an optax optimizer nor a function that gives one.
+      TypeError: if `optimizer` is neither an optax optimizer nor a function that gives one, or is a function of a
+        learning rate (`optax.sgd`) that would take the round for one.
     """
+    if callable(optimizer) and checks.not_called(optimizer):
+        name = getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer")
+        raise TypeError(
+            f"client_optimizer is the function {name} itself, which would take the round's number for a learning rate: "
+            f"call it, for example optax.{name}(0.1), or pass lambda round: optax.{name}(0.1 * 0.99**round)"
+        )
     if _takes_client(optimizer):
         by_client: Any = optimizer
 

@@ -1,11 +1,13 @@
-"""Keys derived from keys: `jax.random.fold_in`, bit for bit, in a form that is quick for a few keys.
+"""Random keys: which a user may hand in, and keys derived from keys.
 
-On a processor `jax.random` hashes in a loop of five iterations, each of a few calls. A round derives keys a handful of
-times, and for a model of ten parameters those loops took more than half of it. Written out, a hash is one call.
+`derive` is `jax.random.fold_in`, bit for bit, in a form that is quick for a few keys. On a processor
+`jax.random` hashes in a loop of five iterations, each of a few calls. A round derives keys a handful of times, and for
+a model of ten parameters those loops took more than half of it. Written out, a hash is one call.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,56 @@ from jax.typing import ArrayLike
 from fedjax_core.types import Array, Key
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def typed(key: Any, name: str = "key") -> Key:
+    """Keys of any shape as keys of the kind threefry2x32, which is the only kind that this library draws from.
+
+    Under `vmap`, keys of the kinds "rbg" and "unsafe_rbg" draw from the first key of the batch: a client's numbers
+    would depend on the clients and the seeds beside it. Such a key becomes a threefry key: that of the same seed
+    if it is `jax.random.key(seed)` or was split or folded from one. So does a key as old code makes it, an array
+    uint32[..., 2] (or [..., 4], of those kinds).
+
+    Raises:
+      TypeError: if `key` holds no random keys.
+      ValueError: if they are of a kind that is none of these.
+    """
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    if not (is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        shape = jnp.shape(key) if is_array else ()
+        if not (is_array and key.dtype == jnp.uint32 and shape and shape[-1] in (2, 4)):
+            got = f"{key.dtype}{list(shape)}" if is_array else f"{type(key).__name__} {key!r:.60}"
+            raise TypeError(f"{name} must be a random key, got {got}: pass jax.random.key(seed)")
+        data = jnp.asarray(key)
+    elif (kind := str(jax.random.key_impl(key))) == "threefry2x32":
+        return key
+    elif kind in ("rbg", "unsafe_rbg"):
+        data = jax.random.key_data(key)
+    else:
+        raise ValueError(
+            f"{name} is of the kind {kind!r}, and this library draws from threefry keys: pass jax.random.key(seed, "
+            'impl="threefry2x32")'
+        )
+    if data.shape[-1] == 4:
+        # Both halves of the data are the threefry key of the seed; where they are not alike both count.
+        first, second = data[..., :2], data[..., 2:]
+        data = first ^ ((first ^ second) * np.uint32(0x9E3779B9))
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
+
+
+def one(key: Any, name: str = "key") -> Key:
+    """`typed(key)`, checked to be a single key.
+
+    Raises:
+      ValueError: for an array of keys.
+    """
+    key = typed(key, name)
+    if key.shape != ():
+        raise ValueError(
+            f"{name} must be one random key, got an array of keys of shape {list(key.shape)}: pass one of them, or use "
+            "jax.vmap to run once for each"
+        )
+    return key
 
 
 def derive(key: Key, data: ArrayLike) -> Key:

@@ -1,7 +1,8 @@
 """Clients' examples, stored flat, and the cohorts drawn from them."""
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from fedjax_core.types import Array, Examples
 class Cohort:
     """The clients of one round: where their examples lie, not the examples themselves.
 
-    C is the number of slots. A slot is empty when its id is -1 (or outside the population); an empty slot and a
-    client without examples train nothing, weigh nothing and write nothing.
+    C is the number of slots, at least 1. A slot is empty when its id is -1 (or outside the population); an empty slot
+    and a client without examples train nothing, weigh nothing and write nothing.
 
     Attributes:
       ids: int32[C], client ids, -1 for an empty slot.
@@ -30,6 +31,9 @@ class Cohort:
       examples: leaves [total, ...]: the population's, shared and not copied, or those of the cohort alone.
       num_clients: size of the population, int32[].
       num_examples: number of examples of the population, int32[].
+      population_size: `num_clients` as a number known while tracing, with which everything that is given per client is
+        compared; None in a cohort put together by hand, where nothing is compared.
+      table_size: rows that tables of per-client state have where they go with this cohort; None likewise.
     """
 
     ids: Array
@@ -39,6 +43,8 @@ class Cohort:
     examples: Examples
     num_clients: Array
     num_examples: Array
+    population_size: int | None = field(default=None, metadata={"static": True})
+    table_size: int | None = field(default=None, metadata={"static": True})
 
     @property
     def mask(self) -> Array:
@@ -49,6 +55,24 @@ class Cohort:
     def num_participants(self) -> Array:
         """int32[], number of slots that take part."""
         return jnp.sum(self.mask, dtype=jnp.int32)
+
+    def per_client(self, name: str, values: Any) -> Array:
+        """The clients' entries of an array [num_clients, ...], leaves [C, ...]; any entry in an empty slot.
+
+        Raises:
+          ValueError: if it has not one entry for each client of the population.
+        """
+        self.check_per_client(name, values)
+        return jnp.asarray(values)[jnp.maximum(self.ids, 0)]
+
+    def check_per_client(self, name: str, values: Any) -> None:
+        """Raises ValueError unless `values`, an array of at least one axis, has one entry for each client."""
+        length = np.shape(values)[0]
+        if self.population_size is not None and length != self.population_size:
+            raise ValueError(
+                f"{name} has {length} entries, but the population has {self.population_size} clients: pass one entry "
+                "per client"
+            )
 
     def only(self, chosen: Array) -> "Cohort":
         """The same slots, those outside `chosen`, bool[C], empty."""
@@ -80,15 +104,21 @@ class Population:
           offsets: integers [num_clients + 1], from 0 to total, not decreasing.
           check_finite: look for NaN and infinity in the examples (one pass over the data).
 
+        64-bit leaves become 32-bit ones, unless JAX has 64 bits enabled, after a pass that looks whether they fit.
+
         Raises:
-          ValueError: if leading axes differ, the offsets do not cover the examples, or the data is not finite.
+          TypeError: if a leaf holds no numbers.
+          ValueError: if leading axes differ, the offsets do not cover the examples, the data is not finite, or a
+            number does not fit into 32 bits.
         """
+        checks.numbers(examples)
         total = checks.leading_axis(examples)
         bounds = check_offsets(offsets, total)
         if total >= 2**31:
             raise ValueError(f"examples have {total} rows, more than int32 can address: split the population")
         if check_finite:
             checks.finite(examples)
+        checks.fits(examples)
         return cls(jax.tree.map(jnp.asarray, examples), jnp.asarray(bounds, jnp.int32))
 
     @classmethod
@@ -101,10 +131,13 @@ class Population:
         """Builds a population from one pytree of examples per client (sizes may differ).
 
         Raises:
+          TypeError: if a leaf holds no numbers.
           ValueError: if there is no client, or the clients' pytrees differ in structure, trailing shape or dtype.
         """
         if not clients:
             raise ValueError("clients is empty: pass one pytree of examples per client")
+        for i, client in enumerate(clients):
+            checks.numbers(client, f"clients[{i}]")
         sizes = [checks.leading_axis(client, f"clients[{i}]") for i, client in enumerate(clients)]
         first = jax.tree.map(lambda leaf: np.asarray(leaf)[:0], clients[0])
         for i, client in enumerate(clients[1:], start=1):
@@ -129,37 +162,43 @@ class Population:
         return jnp.diff(self.offsets)
 
     def client(self, index: int) -> Examples:
-        """The examples of one client, leaves [n, ...] (outside jit; for looking at data)."""
+        """The examples of one client, leaves [n, ...] (outside jit; for looking at data).
+
+        Raises:
+          ValueError: unless `index` is a client's number, 0 to num_clients - 1.
+        """
+        check_client(index, self.num_clients)
         start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
         return jax.tree.map(lambda leaf: leaf[start:stop], self.examples)
 
     def cohort(self, ids: Any) -> Cohort:
-        """The cohort of clients `ids`, int[C]; -1 marks an empty slot.
+        """The cohort of clients `ids`, int[C] with C of at least 1; -1 marks an empty slot.
 
-        Inside `jit` this gathers 2 C integers. Ids cannot be checked there: an id outside the population counts
-        as an empty slot.
+        Inside `jit` this gathers 2 C integers. The values of ids cannot be checked there: an id outside the population
+        counts as an empty slot, and so does one that an earlier slot holds.
 
         Raises:
-          ValueError: if concrete ids are not a 1-d array of integers, repeat a client or lie outside the population.
+          ValueError: if ids are not a 1-d array of integers, and if concrete ids repeat a client or lie outside the
+            population.
         """
-        if checks.is_concrete(ids) and not isinstance(ids, jax.Array):
-            ids = np.asarray(ids)
-        shape, dtype = ids.shape, ids.dtype
-        if len(shape) != 1 or not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(
-                f"ids must be a 1-d array of integers, got {dtype}{list(shape)}: pass client numbers, -1 for an "
-                "empty slot"
-            )
+        return self.checked_cohort(ids, distinct=False)
+
+    def checked_cohort(self, ids: Any, *, distinct: bool) -> Cohort:
+        """`cohort`; `distinct` says of traced ids that they are valid, which saves looking for repetitions."""
+        ids = checks.client_numbers(ids)
         if checks.is_concrete(ids):
             check_ids(np.asarray(ids), self.num_clients)
-        found = _look_up(jnp.asarray(ids, jnp.int32), self.offsets, self.num_clients, self.num_examples)
-        return Cohort(examples=self.examples, **found)
+            distinct = True
+        found = _look_up(jnp.asarray(ids, jnp.int32), self.offsets, self.num_clients, self.num_examples, distinct)
+        return Cohort(examples=self.examples, **found, population_size=self.num_clients, table_size=self.num_clients)
 
 
-@partial(jax.jit, static_argnums=(2, 3), inline=True)  # one call where a dozen would take a millisecond on a mesh
-def _look_up(ids: Array, offsets: Array, num_clients: int, num_examples: int) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=(2, 3, 4), inline=True)  # one call where a dozen would take a millisecond on a mesh
+def _look_up(ids: Array, offsets: Array, num_clients: int, num_examples: int, distinct: bool) -> dict[str, Array]:
     """The fields of a `Cohort`, but for the examples."""
     valid = (ids >= 0) & (ids < num_clients)
+    if not distinct:
+        valid &= ~repeated(ids)
     row = jnp.where(valid, ids, 0)
     starts = offsets[row]
     return {
@@ -170,6 +209,13 @@ def _look_up(ids: Array, offsets: Array, num_clients: int, num_examples: int) ->
         "num_clients": jnp.int32(num_clients),
         "num_examples": jnp.int32(num_examples),
     }
+
+
+def repeated(ids: Array) -> Array:
+    """bool[C], the slots whose id, int[C], an earlier slot holds; for ids of -1 as well."""
+    order = jnp.argsort(ids, stable=True)
+    inner = ids[order]
+    return jnp.zeros(ids.shape, bool).at[order[1:]].set(inner[1:] == inner[:-1])
 
 
 def check_offsets(offsets: Any, total: int) -> np.ndarray:
@@ -184,8 +230,9 @@ def check_offsets(offsets: Any, total: int) -> np.ndarray:
             f"offsets must be a 1-d array of integers with one entry more than there are clients, got "
             f"{bounds.dtype}{list(bounds.shape)}: pass numpy.cumsum([0, *sizes])"
         )
-    if (np.diff(bounds) < 0).any():
-        client = int(np.flatnonzero(np.diff(bounds) < 0)[0])
+    falling = bounds[1:] < bounds[:-1]  # a difference of unsigned integers would never be negative
+    if falling.any():
+        client = int(np.flatnonzero(falling)[0])
         raise ValueError(
             f"offsets decrease at client {client} ({bounds[client]} to {bounds[client + 1]}), which would be a "
             "negative size: pass numpy.cumsum([0, *sizes]) with sizes of at least 0"
@@ -205,12 +252,28 @@ def offsets_of(sizes: Any) -> np.ndarray:
       ValueError: unless sizes are integers [num_clients] of at least 0.
     """
     counts = np.asarray(sizes)
-    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
+    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any() or not counts.size:
         raise ValueError(
             f"sizes must be a 1-d array of integers of at least 0, got {counts.dtype}{list(counts.shape)} "
             f"{counts.reshape(-1)[:5].tolist()}: pass the number of examples of each client"
         )
+    if counts.sum(dtype=np.float64) >= 2**31:
+        raise ValueError(
+            f"sizes sum to {counts.sum(dtype=np.float64):.0f}, more examples than int32 can count: split the population"
+        )
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def check_client(index: Any, num_clients: int) -> None:
+    """Raises ValueError unless `index` is an integer from 0 to num_clients - 1."""
+    try:
+        number = operator.index(index)
+    except TypeError:
+        number = -1
+    if isinstance(index, bool) or not 0 <= number < num_clients:
+        raise ValueError(
+            f"there is no client {index!r:.60}: clients are numbered 0 to {num_clients - 1}, use such a number"
+        )
 
 
 def check_ids(ids: np.ndarray, num_clients: int) -> None:

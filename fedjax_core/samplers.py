@@ -2,9 +2,16 @@
 
 `key` is the same in every round of a run and `round` counts from 0, so a cohort can be recomputed for any round,
 in any order, and a process with memory (Markov) needs no state.
+
+Any function like this is a sampler. Those of this module say for how many clients they are made and promise that no
+client fills two slots (`ValidSampler`); simulations compare the number with the population's. What a function of your
+own draws is looked at before the first round, all rounds of it; `valid(function, num_clients)` makes the same promise
+for it, and nothing is drawn twice.
 """
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +24,83 @@ from fedjax_core.types import Array, Key
 Sampler = Callable[[Key, Array], Array]
 
 
-def uniform(num_clients: int, cohort_size: int) -> Sampler:
+@dataclass(frozen=True, eq=False)
+class ValidSampler:
+    """A sampler that promises its ids to be different clients of a population of `num_clients`, or -1.
+
+    Attributes:
+      sample: `sample(key, round) -> ids`, int32[C].
+      num_clients: size of the population that it draws from; None for any of at least `least`.
+      least: the smallest population that has all its clients.
+    """
+
+    sample: Sampler
+    num_clients: int | None
+    least: int = 1
+
+    def __call__(self, key: Key, round: Array) -> Array:
+        """The clients of a round, int32[C]."""
+        return self.sample(keys.one(key), round)
+
+    def check(self, num_clients: int) -> None:
+        """Raises ValueError if a population has not the number of clients that the sampler was made for."""
+        if self.num_clients is not None and self.num_clients != num_clients:
+            raise ValueError(
+                f"the sampler was made for {self.num_clients} clients, but the population has {num_clients}: make it "
+                f"with num_clients={num_clients} (population.num_clients)"
+            )
+        if self.least > num_clients:
+            raise ValueError(
+                f"the sampler draws client {self.least - 1}, but the population has {num_clients} clients, 0 to "
+                f"{num_clients - 1}: draw those"
+            )
+
+
+def valid(sampler: Sampler, num_clients: int) -> ValidSampler:
+    """Your own sampler with the promise that its ids are different clients 0 to num_clients - 1, and -1 elsewhere.
+
+    A simulation then does not look at what it draws. The promise has to hold: a client that is drawn twice would be
+    trained and counted twice (a staged run always looks, and refuses it).
+
+    Args:
+      sampler: `sampler(key, round) -> ids`, int32[C].
+      num_clients: size of the population.
+    """
+    checks.function("sampler", sampler, "a function (key, round) -> ids")
+    return ValidSampler(sampler, checks.positive_int("num_clients", num_clients, "a population has a client"))
+
+
+def check_sampler(sampler: Any, num_clients: int, key: Key) -> bool:
+    """Checks a sampler for a population, while tracing; returns whether it promises to draw valid ids.
+
+    Raises:
+      TypeError: if it is no function (key, round) -> ids.
+      ValueError: if it is made for another population, or its ids are not int[C] with C of at least 1.
+    """
+    if not callable(sampler):
+        raise TypeError(
+            f"sampler must be a function (key, round) -> ids, got {type(sampler).__name__}: pass for example "
+            "samplers.uniform(num_clients, cohort_size), or samplers.schedule(cohorts) for ids known beforehand"
+        )
+    promise = inspect.unwrap(sampler)  # behind jax.jit, say
+    if isinstance(promise, ValidSampler):
+        promise.check(num_clients)
+    ids = jax.eval_shape(sampler, key, jax.ShapeDtypeStruct((), jnp.int32))
+    if (
+        not hasattr(ids, "shape")
+        or len(ids.shape) != 1
+        or ids.shape[0] == 0
+        or not jnp.issubdtype(ids.dtype, jnp.integer)
+    ):
+        got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else type(ids).__name__
+        raise ValueError(
+            f"the sampler must return client numbers int32[C] with at least one slot, but returned {got}: -1 marks an "
+            "empty slot"
+        )
+    return isinstance(promise, ValidSampler)
+
+
+def uniform(num_clients: int, cohort_size: int) -> ValidSampler:
     """`cohort_size` different clients, every cohort equally likely; the work does not grow with num_clients."""
     _check_sizes(num_clients, cohort_size)
 
@@ -25,16 +108,16 @@ def uniform(num_clients: int, cohort_size: int) -> Sampler:
         seed = shuffle.seed(keys.derive(key, round))
         return shuffle.permute(seed, jnp.arange(cohort_size, dtype=jnp.int32), jnp.int32(num_clients))
 
-    return sample
+    return ValidSampler(sample, num_clients)
 
 
-def full(num_clients: int) -> Sampler:
+def full(num_clients: int) -> ValidSampler:
     """Every client in every round."""
     checks.positive_int("num_clients", num_clients, "a population has at least one client")
-    return lambda key, round: jnp.arange(num_clients, dtype=jnp.int32)
+    return ValidSampler(lambda key, round: jnp.arange(num_clients, dtype=jnp.int32), num_clients)
 
 
-def weighted(weights: Any, cohort_size: int) -> Sampler:
+def weighted(weights: Any, cohort_size: int) -> ValidSampler:
     """`cohort_size` different clients, drawn one by one with probability proportional to weights [num_clients]."""
     weights = _concrete("weights", weights)
     _check_sizes(weights.shape[0], cohort_size)
@@ -53,10 +136,10 @@ def weighted(weights: Any, cohort_size: int) -> Sampler:
         noise = jax.random.gumbel(keys.derive(key, round), weights.shape)
         return jax.lax.top_k(jnp.asarray(log_weights) + noise, cohort_size)[1].astype(jnp.int32)
 
-    return sample
+    return ValidSampler(sample, weights.shape[0])
 
 
-def bernoulli(probabilities: Any, num_clients: int | None = None) -> Sampler:
+def bernoulli(probabilities: Any, num_clients: int | None = None) -> ValidSampler:
     """Every client on its own: client i takes part with its probability, independently of all else.
 
     Args:
@@ -72,10 +155,10 @@ def bernoulli(probabilities: Any, num_clients: int | None = None) -> Sampler:
         draw = jax.random.uniform(keys.derive(key, round), rates.shape)
         return _present(draw < jnp.asarray(rates, draw.dtype))
 
-    return sample
+    return ValidSampler(sample, len(rates))
 
 
-def cyclic(num_clients: int, cohort_size: int) -> Sampler:
+def cyclic(num_clients: int, cohort_size: int) -> ValidSampler:
     """Clients in turn: a random order fixed by the key, cut into cohorts; the last may wrap to the front."""
     _check_sizes(num_clients, cohort_size)
 
@@ -85,10 +168,10 @@ def cyclic(num_clients: int, cohort_size: int) -> Sampler:
         position = ((round % cycle) * cohort_size + jnp.arange(cohort_size, dtype=jnp.int32)) % num_clients
         return shuffle.permute(shuffle.seed(key), position, jnp.int32(num_clients))
 
-    return sample
+    return ValidSampler(sample, num_clients)
 
 
-def periodic(probabilities: Any, period: int, num_clients: int | None = None) -> Sampler:
+def periodic(probabilities: Any, period: int, num_clients: int | None = None) -> ValidSampler:
     """Client i takes part in the first round(p_i period) rounds of each period, from a random phase of its own.
 
     The cyclic pattern of Wang and Ji (FedAU, 2024). Arguments as for `bernoulli`; num_clients slots.
@@ -101,10 +184,10 @@ def periodic(probabilities: Any, period: int, num_clients: int | None = None) ->
         phase = jax.random.randint(key, rates.shape, 0, period)
         return _present((round % period + phase) % period < active)
 
-    return sample
+    return ValidSampler(sample, len(rates))
 
 
-def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Sampler:
+def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> ValidSampler:
     """Each client is a two-state Markov chain, on (takes part) or off, started from its stationary distribution.
 
     Args:
@@ -146,16 +229,32 @@ def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Sampl
         first = jax.random.uniform(keys.derive(key, 0), on.shape, jnp.float32) < rate_on / (rate_on + rate_off)
         return _present(jnp.where(known, value, first ^ flips))
 
-    return sample
+    return ValidSampler(sample, len(on))
 
 
-def schedule(cohorts: Any) -> Sampler:
-    """A recorded schedule: row t of `cohorts` (int[rounds, C], -1 for an empty slot) in round t, nobody afterwards."""
-    array = np.asarray(cohorts)
+def schedule(cohorts: Any, num_clients: int | None = None) -> ValidSampler:
+    """A recorded schedule: row t of `cohorts` in round t, nobody afterwards.
+
+    Args:
+      cohorts: int[rounds, C], client numbers, -1 for an empty slot.
+      num_clients: size of the population; any that has these clients unless given.
+    """
+    if num_clients is not None:
+        checks.positive_int("num_clients", num_clients, "a population has at least one client")
+    try:
+        array = np.asarray(cohorts)
+    except ValueError:  # rows of unequal length
+        array = np.empty(0, object)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
         raise ValueError(
             f"cohorts must be an integer array [rounds, slots], got {array.dtype}{list(array.shape)}: pad "
             "short cohorts with -1"
+        )
+    highest = checks.LARGEST_INT - 1 if num_clients is None else num_clients - 1
+    outside = array[(array < -1) | (array > highest)]
+    if outside.size:
+        raise ValueError(
+            f"cohorts holds {outside[0]}, but clients are numbered 0 to {highest}: use those, -1 for an empty slot"
         )
     for t, row in enumerate(array):
         present, counts = np.unique(row[row >= 0], return_counts=True)
@@ -169,7 +268,7 @@ def schedule(cohorts: Any) -> Sampler:
         row = jnp.asarray(rows)[jnp.minimum(round, len(rows) - 1)]
         return jnp.where(round < len(rows), row, -1)
 
-    return sample
+    return ValidSampler(sample, num_clients, 1 + int(rows.max()))
 
 
 class Deliveries(NamedTuple):
@@ -200,10 +299,16 @@ def deliveries(times: Any, num_rounds: int, *, buffer: int | None = None, interv
       interval: ticks between steps, or None with a buffer.
     """
     times = np.asarray(times)
-    if times.ndim != 1 or not np.issubdtype(times.dtype, np.integer) or times.size == 0 or times.min() < 1:
+    if (
+        times.ndim != 1
+        or not np.issubdtype(times.dtype, np.integer)
+        or times.size == 0
+        or times.min() < 1
+        or times.max() > checks.LARGEST_INT
+    ):
         raise ValueError(
-            f"times must be integers of at least 1, one per client, got {times.dtype}{list(times.shape)} "
-            f"{times.reshape(-1)[:5].tolist()}: count in ticks small enough for whole numbers"
+            f"times must be integers from 1 to {checks.LARGEST_INT}, one per client, got {times.dtype}"
+            f"{list(times.shape)} {times.reshape(-1)[:5].tolist()}: count in ticks small enough for whole numbers"
         )
     if (buffer is None) == (interval is None):
         raise ValueError(
@@ -234,7 +339,10 @@ def _present(mask: Array) -> Array:
 
 
 def _concrete(name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values, np.float64)
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be float[num_clients], got {values!r:.60}: pass one number per client") from None
     if array.ndim != 1 or array.size == 0:
         raise ValueError(
             f"{name} must be a 1-d array with one entry per client, got shape {list(array.shape)}: "
@@ -247,6 +355,7 @@ def _rates(name: str, values: Any, num_clients: int | None) -> np.ndarray:
     if np.ndim(values) == 0:
         if num_clients is None:
             raise ValueError(f"{name}={values!r} is one number, so num_clients must say for how many clients")
+        checks.positive_int("num_clients", num_clients, "a population has at least one client")
         values = np.full(num_clients, values)
     rates = _concrete(name, values)
     if num_clients is not None and rates.shape[0] != num_clients:

@@ -1,15 +1,19 @@
 """Many rounds as one compiled step."""
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_core import checks, keys
-from fedjax_core.population import Population
-from fedjax_core.samplers import Sampler
-from fedjax_core.types import Algorithm, Key, Metrics, Params
+from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds
+from fedjax_core.population import Population, check_ids, repeated
+from fedjax_core.samplers import Sampler, check_sampler
+from fedjax_core.types import Array, Key, Metrics, Params
 
 
 def continue_rounds(
@@ -20,21 +24,58 @@ def continue_rounds(
     Metrics are stacked over rounds, leaves [num_rounds, ...]. Both the cohort of round `state.round` and the clients'
     randomness are functions of (key, round) alone: give the same key to every part of a run, and one that stops
     anywhere and goes on from its state gives the numbers of a run that did not stop.
+
+    Sizes are compared while tracing: a sampler or a method that is made for another number of clients than the
+    population has is refused. What a sampler of your own draws is looked at before the first round of a call, for all
+    its rounds: an invalid cohort raises ValueError. Under `jax.jit` nobody is trained then, what is returned is NaN,
+    and a call back to Python raises the error, which JAX passes on as a JaxRuntimeError; in a process of several
+    devices, where others would wait for one that fails, it is a RuntimeWarning. `samplers.valid` spares all this.
+
+    Raises:
+      TypeError: if an argument is of another kind than it should be; the function that is returned, likewise.
+      ValueError: if num_rounds is below 1. The function that is returned: if sizes do not match, the key is an array of
+        keys, or a sampler draws a client twice or one that is not there.
     """
+    check_algorithm(algorithm)
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
 
     def run(state: Any, population: Population, key: Key) -> tuple[Any, Metrics]:
-        sample_key, train_key = keys.split(key)
+        if not isinstance(population, Population):
+            raise TypeError(
+                f"population must be a Population, got {type(population).__name__}: use simulate_staged or "
+                "continue_staged for a HostPopulation"
+            )
+        if not hasattr(state, "round"):
+            raise TypeError(
+                f"state must be what algorithm.init returns, with a field `round`, got {type(state).__name__}: use "
+                "simulate to begin from parameters"
+            )
+        check_rounds(state.round, num_rounds)
+        sample_key, train_key = keys.split(keys.one(key))
+        draw = sampler
+        bad: Any = None
+        if not check_sampler(sampler, population.num_clients, sample_key):
+            bad = _first_bad_cohort(sampler, sample_key, state.round, num_rounds, population.num_clients)
+            if checks.is_concrete(bad[0]):
+                _complain(population.num_clients, *bad)
+            else:
+                draw = lambda key, t: jnp.where(bad[0] < 0, sampler(key, t), -1)  # noqa: E731
 
         # The next cohort's ids are carried from round to round. XLA copies the expression of a value
         # into everything that reads it, and it would draw the cohort some ten times over: that took more than half of
         # a round of ten clients with ten parameters.
         def body(carry: Any, _: None) -> tuple[Any, Metrics]:
             state, ids = carry
-            state, metrics = algorithm.round(state, population.cohort(ids), keys.derive(train_key, state.round))
-            return (state, sampler(sample_key, state.round)), metrics
+            cohort = population.checked_cohort(ids, distinct=True)
+            state, metrics = algorithm.round(state, cohort, keys.derive(train_key, state.round))
+            return (state, draw(sample_key, state.round)), metrics
 
-        (state, _), metrics = jax.lax.scan(body, (state, sampler(sample_key, state.round)), length=num_rounds)
+        (state, _), metrics = jax.lax.scan(body, (state, draw(sample_key, state.round)), length=num_rounds)
+        if bad is not None and not checks.is_concrete(bad[0]):
+            state, metrics = jax.tree.map(partial(_nan_if, bad[0] >= 0), (state, metrics))
+            # At the end, when rounds of nobody are over, and with what comes of them.
+            bad = jax.lax.optimization_barrier((*bad, state.round))[:2]
+            jax.debug.callback(partial(_report, population.num_clients), *bad)
         return state, metrics
 
     return run
@@ -48,12 +89,53 @@ def simulate(
     `jax.jit(run)` is one compiled step; `jax.vmap(run, (None, None, 0))` runs several seeds at once, and a vmap of
     `lambda lr: simulate(fedavg(loss_fn, optax.sgd(lr)), ...)(params, population, key)` sweeps a hyper-parameter.
     The population is an argument, not a part of the closure, so that compiling never copies the data into the
-    program.
+    program. What is checked, and when, is said at `continue_rounds`.
     """
     run_rounds = continue_rounds(algorithm, sampler, num_rounds)
 
     def run(params: Params, population: Population, key: Key) -> tuple[Any, Metrics]:
-        params = jax.tree.map(jnp.asarray, params)
         return run_rounds(algorithm.init(params), population, key)
 
     return run
+
+
+def _first_bad_cohort(
+    sampler: Sampler, key: Key, start: Array, num_rounds: int, num_clients: int
+) -> tuple[Array, Array]:
+    """Draws the cohorts of the next rounds; returns the first invalid one: (its round int32[] or -1, its ids [C])."""
+
+    def look(worst: Any, t: Array) -> tuple[Any, None]:
+        ids = sampler(key, t)
+        wrong = (ids < -1) | (ids >= num_clients) | (repeated(ids) & (ids >= 0))
+        found = jnp.any(wrong) & (worst[0] < 0)
+        return jax.tree.map(lambda new, old: jnp.where(found, new, old), (t, ids), worst), None
+
+    rounds = jnp.asarray(start, jnp.int32) + jnp.arange(num_rounds, dtype=jnp.int32)
+    ids = jax.eval_shape(sampler, key, rounds[0])
+    worst, _ = jax.lax.scan(look, (jnp.int32(-1), jnp.zeros(ids.shape, ids.dtype)), rounds)
+    return worst
+
+
+def _complain(num_clients: int, round: Any, ids: Any) -> None:
+    """Raises ValueError if there is an invalid cohort."""
+    if int(round) < 0:
+        return
+    try:
+        check_ids(np.asarray(ids), num_clients)
+    except ValueError as error:
+        raise ValueError(f"in round {int(round)} the sampler's {error}") from None
+
+
+def _report(num_clients: int, round: Any, ids: Any) -> None:
+    """`_complain` from inside a compiled program: an error with one device, a warning with several."""
+    try:
+        _complain(num_clients, round, ids)
+    except ValueError as error:
+        if jax.device_count() == 1:
+            raise
+        warnings.warn(f"{error}; nobody was trained, and the results are NaN", RuntimeWarning, stacklevel=2)
+
+
+def _nan_if(bad: Array, leaf: Array) -> Array:
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf) if is_float else leaf

@@ -33,12 +33,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
+from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds
 from fedjax_core.clients import join_tables, split_tables
-from fedjax_core.keys import derive, split
+from fedjax_core.keys import derive, split, typed
 from fedjax_core.plans import auto_mesh
-from fedjax_core.population import Cohort, Population, check_ids, check_offsets, offsets_of
-from fedjax_core.samplers import Sampler
-from fedjax_core.types import Algorithm, Array, Examples, Key, Metrics, Params
+from fedjax_core.population import Cohort, Population, check_client, check_ids, check_offsets, offsets_of
+from fedjax_core.samplers import Sampler, check_sampler
+from fedjax_core.types import Array, Examples, Key, Metrics, Params
 
 _ALIGNMENT = 64  # the processor's backend takes memory aligned like this as it is, without a copy
 _SAMPLED_AT_ONCE = 1 << 24  # client numbers that one call of the sampler over many rounds may produce
@@ -71,10 +72,15 @@ class HostPopulation:
           rows: integers, the examples of client 0, of client 1, ...; in any order, an example may be left out.
           check_finite: look for NaN and infinity, which reads every example.
 
+        Leaves of 64 bits become 32-bit ones on the device (unless JAX has 64 bits enabled). Whether their numbers fit
+        is looked at here, or in a memory map at each cohort that is read.
+
         Raises:
+          TypeError: if a leaf holds no numbers.
           ValueError: if leading axes differ, the offsets do not cover the rows, a row is out of range, there are
-            more rows than int32 can count, or the data is not finite.
+            more rows than int32 can count, the data is not finite, or a number does not fit into 32 bits.
         """
+        checks.numbers(examples)
         total = checks.leading_axis(examples)
         if rows is not None:
             rows = np.asarray(rows)
@@ -92,8 +98,9 @@ class HostPopulation:
             raise ValueError(f"the clients have {bounds[-1]} examples, more than int32 can count: split the population")
         if check_finite:
             checks.finite(examples)
-        # asanyarray: a memory map stays one.
-        return cls(jax.tree.map(np.asanyarray, examples), bounds, rows)
+        examples = jax.tree.map(np.asanyarray, examples)  # a memory map stays one
+        checks.fits(jax.tree.map(lambda leaf: None if isinstance(leaf, np.memmap) else leaf, examples))
+        return cls(examples, bounds, rows)
 
     @classmethod
     def from_sizes(
@@ -124,6 +131,8 @@ class HostPopulation:
     def rows_of(self, ids: Any) -> np.ndarray:
         """int64[n], the rows of `examples` of clients `ids`, int[k], one client after the other."""
         ids = np.asarray(ids, np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_clients):
+            check_client(int(ids.min() if ids.min() < 0 else ids.max()), self.num_clients)
         sizes = self.sizes_of(ids)
         ends = np.cumsum(sizes)
         # Row k of the result is row k - (end of the clients before) of its client.
@@ -132,7 +141,12 @@ class HostPopulation:
         return index if self.rows is None else self.rows[index]
 
     def client(self, index: int) -> Examples:
-        """The examples of one client, leaves [n, ...]."""
+        """The examples of one client, leaves [n, ...].
+
+        Raises:
+          ValueError: unless `index` is a client's number, 0 to num_clients - 1.
+        """
+        check_client(index, self.num_clients)
         rows = self.rows_of([index])
         return jax.tree.map(lambda leaf: leaf[rows], self.examples)
 
@@ -163,8 +177,9 @@ def simulate_staged(
     run_rounds = continue_staged(algorithm, sampler, num_rounds, mesh=mesh)
 
     def run(params: Params, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
-        init = jax.vmap(algorithm.init) if jnp.ndim(key) else algorithm.init
-        return run_rounds(init(jax.tree.map(jnp.asarray, params)), population, key)
+        key = _one_or_row(key)
+        init = jax.vmap(algorithm.init) if key.ndim else algorithm.init
+        return run_rounds(init(checks.params(params)), population, key)
 
     return run
 
@@ -181,7 +196,8 @@ def continue_staged(
 
     The counterpart of `continue_rounds`, and like it to be given the same key in every part of a run. Tables of
     per-client state that are numpy arrays (`init_on_host`) are changed in place and come back in the new state.
-    The function raises ValueError for such a table that does not fit the population or is at another round than the
+    The function raises ValueError for tables and samplers made for another number of clients than the population has,
+    for a sampler that draws a client twice or one that is not there, for a table that is at another round than the
     state, and for simulations that are not at the same round. Ctrl-C takes effect after the round that is under way,
     as an `Interrupted` (a KeyboardInterrupt) with the state to go on from.
 
@@ -193,13 +209,16 @@ def continue_staged(
         no further than its own rounds, and a later one may need another shape.
       mesh: see `simulate_staged`.
     """
+    check_algorithm(algorithm)
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
     if horizon is not None:
         checks.positive_int("horizon", horizon, "it is the number of rounds of the whole run")
     cohorts = _Cohorts(sampler)
     everywhere = None if mesh is None else NamedSharding(auto_mesh(mesh), PartitionSpec())
     round_key_of = jax.jit(derive)
-    rounds = {batched: jax.jit(_round(algorithm, batched), donate_argnums=0) for batched in (False, True)}
+    rounds = {
+        batched: jax.jit(_round(algorithm, batched), donate_argnums=0, static_argnums=7) for batched in (False, True)
+    }
 
     def run(state: Any, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
         if not isinstance(population, HostPopulation):
@@ -207,18 +226,31 @@ def continue_staged(
                 f"population must be a HostPopulation, got {type(population).__name__}: use simulate or "
                 "continue_rounds for a population on the device"
             )
-        batched = jnp.ndim(key) == 1
+        if not hasattr(state, "round"):
+            raise TypeError(
+                f"state must be what algorithm.init returns, with a field `round`, got {type(state).__name__}: use "
+                "simulate_staged to begin from parameters"
+            )
+        key = _one_or_row(key)
+        batched = key.ndim == 1
         keys = key if batched else key[None]
         done = np.asarray(state.round).reshape(-1)
+        if (batched and np.shape(state.round) != key.shape) or (not batched and np.ndim(state.round)):
+            raise ValueError(
+                f"key has shape {list(key.shape)}, but the state is one of {list(np.shape(state.round))} simulations: "
+                "pass one key for each"
+            )
         if (done != done[0]).any():
             raise ValueError(
                 f"the simulations have done {done.tolist()} rounds: run at once only what is at the same round"
             )
+        check_rounds(done, num_rounds)
         first, last = int(done[0]), int(done[0]) + num_rounds
+        check_sampler(sampler, population.num_clients, keys[0])
         cohorts.prepare(population, keys, range(first, max(last, horizon or 0)))
         on_host = _has_host_tables(state)
         device, tables = split_tables(state) if on_host else (state, None)
-        for leaf in jax.tree.leaves(tables):
+        for leaf in jax.tree.leaves(split_tables(state)[1]):
             if leaf.shape[int(batched)] != population.num_clients:
                 raise ValueError(
                     f"a table of per-client state has {leaf.shape[int(batched)]} rows, but the population has "
@@ -239,7 +271,14 @@ def continue_staged(
                 for t in range(first, last):
                     round_key = round_key_of(train_key, t)
                     device, changed, info = rounds[batched](
-                        so_far.device, staged.slots, staged.examples, staged.tables, changed, totals, round_key
+                        so_far.device,
+                        staged.slots,
+                        staged.examples,
+                        staged.tables,
+                        changed,
+                        totals,
+                        round_key,
+                        population.num_clients,
                     )
                     metrics.append(info)
                     # In one assignment, so that whatever interrupts this finds a state and the rows that belong to it.
@@ -472,12 +511,11 @@ class _Cohorts:
         self._population, self._sample_key = population, split(keys)[..., 0]
         slots = jax.eval_shape(self._sampler, keys[0], jnp.int32(0)).shape[0]
         self._block = max(1, min(len(rounds), _SAMPLED_AT_ONCE // (slots * keys.shape[0])))
-        self._have: tuple[int, np.ndarray] | None = None
+        self._have: tuple[int, np.ndarray, np.ndarray] | None = None
         most = widest = 1
         for t in rounds:
+            self._check(t)
             ids = self._ids(t)
-            for row in ids:
-                check_ids(row, population.num_clients)
             present = ids >= 0
             widest = max(widest, int(present.sum(axis=1).max()))
             most = max(most, int(population.sizes_of(np.unique(ids[present])).sum()))
@@ -502,10 +540,22 @@ class _Cohorts:
             # Blocks are all of one length, so that the sampler is compiled once.
             rounds = np.arange(t, t + self._block, dtype=np.int32)
             ids = np.asarray(self._sample(self._sample_key, rounds)).astype(np.int64)
-            sized = self._population.sizes_of(np.maximum(ids, 0)) > 0
-            self._have = t, np.where((ids >= 0) & sized, ids, -1)
-        start, block = self._have
+            most = self._population.num_clients - 1
+            sized = self._population.sizes_of(np.clip(ids, 0, most)) > 0
+            self._have = t, np.where((ids >= 0) & (ids <= most) & sized, ids, -1), ids
+        start, block, _ = self._have
         return block[:, t - start]
+
+    def _check(self, t: int) -> None:
+        """Raises ValueError if the sampler draws a client twice in round t, or one that is not there."""
+        self._ids(t)
+        assert self._have is not None
+        start, _, drawn = self._have
+        for row in drawn[:, t - start]:
+            try:
+                check_ids(row, self._population.num_clients)
+            except ValueError as error:
+                raise ValueError(f"in round {t} the sampler's {error}") from None
 
 
 class _Staged(NamedTuple):
@@ -546,6 +596,7 @@ class _Stage:
         def buffer(leaf: np.ndarray) -> np.ndarray:
             return _aligned((cohorts.num_rows, *leaf.shape[1:]), leaf.dtype)
 
+        self._unchecked = jax.tree.map(lambda leaf: _is_wide(leaf) and isinstance(leaf, np.memmap), population.examples)
         self._buffers = itertools.cycle([jax.tree.map(buffer, population.examples) for _ in range(2)])
 
     def __call__(self, t: int, ids_before: np.ndarray | None) -> _Staged:
@@ -560,6 +611,9 @@ class _Stage:
             np.take(leaf, rows, axis=0, out=buffer[: len(rows)], mode="clip")
 
         jax.tree.map(fill, population.examples, buffers)
+        if any(jax.tree.leaves(self._unchecked)):
+            read = jax.tree.map(lambda buffer, late: buffer[: len(rows)] if late else None, buffers, self._unchecked)
+            checks.fits(read)
         client_sizes = population.sizes_of(clients)
         sizes, starts = np.zeros(ids.shape, np.int32), np.zeros(ids.shape, np.int32)
         sizes[present] = client_sizes[position]
@@ -580,16 +634,28 @@ class _Stage:
 
 
 def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
-    """`round(device, slots, examples, tables, changed, totals, key) -> (device, changed, metrics)`.
+    """`round(device, slots, examples, tables, changed, totals, key, num_clients) -> (device, changed, metrics)`.
 
     `device` is the state, without its tables if those are in host memory. Then `tables` are the cohort's rows as they
     are there, and `changed` the rows that the round before has returned. `totals` are the population's clients and
-    examples, int32[2].
+    examples, int32[2], and `num_clients` is the number of clients as it is known while tracing.
     """
 
-    def round(device: Any, slots: Array, examples: Any, tables: Any, changed: Any, totals: Array, key: Key) -> Any:
+    def round(
+        num_clients: int, device: Any, slots: Array, examples: Any, tables: Any, changed: Any, totals: Array, key: Key
+    ) -> Any:
         ids, starts, sizes, rows, before = slots
-        cohort = Cohort(ids, starts, sizes, rows, examples, num_clients=totals[0], num_examples=totals[1])
+        cohort = Cohort(
+            ids,
+            starts,
+            sizes,
+            rows,
+            examples,
+            num_clients=totals[0],
+            num_examples=totals[1],
+            population_size=num_clients,
+            table_size=num_clients if tables is None else ids.shape[0],
+        )
         if tables is None:
             device, info = algorithm.round(device, cohort, key)
             return device, None, info
@@ -601,7 +667,24 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
         state, info = algorithm.round(join_tables(device, jax.tree.map(newest, tables, changed)), cohort, key)
         return *split_tables(state), info
 
-    return jax.vmap(round, (0, 1, None, 0, 0, None, 0)) if batched else round
+    def run(*args: Any) -> Any:
+        one = partial(round, args[-1])
+        return (jax.vmap(one, (0, 1, None, 0, 0, None, 0)) if batched else one)(*args[:-1])
+
+    return run
+
+
+def _one_or_row(key: Any) -> Key:
+    """One typed key or a row of them."""
+    key = typed(key)
+    if key.ndim > 1:
+        raise ValueError(f"key must be one random key or key[S], got keys of shape {list(key.shape)}: pass key[S]")
+    return key
+
+
+def _is_wide(leaf: np.ndarray) -> bool:
+    """Whether the leaf's dtype changes on the way to the device."""
+    return checks.narrowed(leaf.dtype) is not None
 
 
 def _finish(running: tuple[_Staged, Any, Metrics], tables: Any) -> None:

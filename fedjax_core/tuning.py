@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from fedjax_core import checks
+from fedjax_core.algorithm import Algorithm
 from fedjax_core.placement import everywhere, place, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
-from fedjax_core.types import Algorithm, Key, Params
+from fedjax_core.types import Key, Params
 
 
 class Trial(NamedTuple):

@@ -20,6 +20,7 @@ from fedjax_core import (
     Metrics,
     Params,
     Scalar,
+    checked_round,
     checks,
     descend,
     global_algorithm,
@@ -119,7 +120,7 @@ def ewc(
         center = jax.tree.map(lambda c, share, x: c + share * (x - c), state.center, share, state.params)
         return state._replace(importance=total, center=center, task=state.task + 1)
 
-    return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=end_task)
+    return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=checked_round(end_task))
 
 
 def fisher_program(loss_fn: LossFn) -> ClientProgram:

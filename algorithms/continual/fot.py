@@ -22,6 +22,7 @@ from fedjax_core import (
     Metrics,
     Params,
     Scalar,
+    checked_round,
     checks,
     global_algorithm,
     linalg,
@@ -151,7 +152,7 @@ def fot(
         }
         return state._replace(bases=bases, energy=state.energy + energy_step, task=state.task + 1)
 
-    return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=end_task)
+    return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=checked_round(end_task))
 
 
 def project(direction: Params, bases: Mapping[str, Basis]) -> Params:

@@ -22,6 +22,7 @@ from fedjax_core import (
     Metrics,
     Params,
     Scalar,
+    checked_round,
     checks,
     global_algorithm,
     local_training,
@@ -194,7 +195,7 @@ def autoflip(
             state = prune(state, exploration.of_participants(state.maps, cohort))
         return state, metrics._replace(uploaded=kept, downloaded=kept)
 
-    return FedLEx(*global_algorithm(init, round), explore)
+    return FedLEx(*global_algorithm(init, round), checked_round(explore))
 
 
 def masked(mask: Params, tree: Params) -> Params:

@@ -232,4 +232,6 @@ def inverse_probabilities(probabilities: Any, cohort: Cohort) -> Array:
         rates = jnp.maximum(cohort.num_participants, 1).astype(jnp.result_type(float)) / cohort.num_clients
     else:
         rates = jnp.asarray(probabilities, jnp.result_type(float))
+        if rates.ndim:
+            cohort.check_per_client("probabilities", rates)
     return 1 / jnp.broadcast_to(rates if rates.ndim == 0 else rates[jnp.maximum(cohort.ids, 0)], cohort.ids.shape)

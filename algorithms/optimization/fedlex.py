@@ -22,6 +22,7 @@ from fedjax_core import (
     Metrics,
     Params,
     Scalar,
+    checked_round,
     checks,
     client_table,
     gather,
@@ -202,7 +203,7 @@ def fedlex(
         maps = exploration.of_participants(state.maps, cohort)
         return FedLExState(params, velocity, maps, state.round + 1), metrics
 
-    return FedLEx(*global_algorithm(init, round), explore)
+    return FedLEx(*global_algorithm(init, round), checked_round(explore))
 
 
 def momentum_step(

@@ -61,6 +61,7 @@ def fedopt(
     algorithm 1.
     """
     server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    checks.optimizer("server_optimizer", server)
     clients = local_training(**local)
 
     def init(params: Params) -> FedOptState:

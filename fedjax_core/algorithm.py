@@ -1,0 +1,171 @@
+"""A federated method as pure functions, and the checks that every one of them gets."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core import checks, keys
+from fedjax_core.clients import check_tables
+from fedjax_core.population import Cohort
+from fedjax_core.types import Array, Key, Metrics, Params, PyTree
+
+MOST_ROUNDS = 2**31 - 1
+"""What the counter of a state can hold."""
+
+
+class _Functions(NamedTuple):
+    init: Callable[[Params], Any]
+    round: Callable[[Any, Any, Key], tuple[Any, Metrics]]
+    params: Callable[[Any], Params]
+    client_params: Callable[[Any, Array], Params]
+
+
+class Algorithm(_Functions):
+    """A federated method as pure functions.
+
+    What they are given is checked before they see it, while tracing and at no cost in the compiled round: `init` gets
+    arrays of floats (`checks.params`), and `round` a state, a cohort, tables of per-client state that have one row for
+    each client of the cohort's population, and one typed key (`keys.one`).
+
+    Attributes:
+      init: `init(params) -> state`. Every state has a field `round`, int32[], the number of rounds done.
+      round: `round(state, cohort, key) -> (state, Metrics)`, one whole federated round.
+      params: `params(state)`, the global model.
+      client_params: `client_params(state, ids)`, the model that each of the clients `ids` (int32[C]) would use,
+        leaves stacked to [C, ...]; the global model broadcast where the method has no personal part.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        init: Callable[[Params], Any],
+        round: Callable[[Any, Any, Key], tuple[Any, Metrics]],
+        params: Callable[[Any], Params],
+        client_params: Callable[[Any, Array], Params],
+    ) -> "Algorithm":
+        """The functions with their checks; those that have them already stay as they are."""
+        return super().__new__(cls, checked_init(init), checked_round(round), params, _checked_ids(client_params))
+
+    @classmethod
+    def _make(cls, functions: Any) -> "Algorithm":  # type: ignore[override]
+        """Also behind `_replace`: a function that is put in another's place gets the checks too."""
+        return cls(*functions)
+
+
+def global_client_params(params: Params, ids: Array) -> Params:
+    """The global model once per client: leaves [...] become [C, ...] for ids [C]."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (ids.shape[0], *jnp.shape(leaf))), params)
+
+
+def global_algorithm(
+    init: Callable[[Params], Any],
+    round: Callable[[Any, Any, Key], tuple[Any, Metrics]],
+    params: Callable[[Any], Params] = lambda state: state.params,
+) -> Algorithm:
+    """A method without a personal part: every client would use the global model."""
+    return Algorithm(init, round, params, lambda state, ids: global_client_params(params(state), ids))
+
+
+def checked_init(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`init(params, ...)` on checked arrays; see `checks.params` for what is refused.
+
+    Each array of the state becomes one of its own, so that the state can be donated (`jax.jit(algorithm.round,
+    donate_argnums=0)`) and the params that it was made from are still there.
+    """
+    if not callable(init) or hasattr(init, "_has_checks"):
+        return init
+
+    @functools.wraps(init)
+    def checked(params: Params, *args: Any, **kwargs: Any) -> Any:
+        params = checks.params(params)
+        return separate(init(params, *args, **kwargs), params)
+
+    checked._has_checks = True  # type: ignore[attr-defined]
+    return checked
+
+
+def separate(tree: PyTree, *others: PyTree) -> PyTree:
+    """The pytree with a copy in the place of every array that occurs in it before, or in the others."""
+    seen = {id(leaf) for leaf in jax.tree.leaves(others)}
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen and isinstance(leaf, jax.Array):
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)
+
+
+def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
+    """`round(state, cohort, key)`, or another event of a method with these arguments, after checks of all three.
+
+    Raises (the function that is returned):
+      TypeError: if the state, the cohort or the key is something else.
+      ValueError: if tables of per-client state are of another population, or there are several keys.
+    """
+    if not callable(round) or hasattr(round, "_has_checks"):
+        return round
+
+    @functools.wraps(round)
+    def checked(state: Any, cohort: Cohort, key: Key, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(state, "round"):
+            raise TypeError(
+                f"state must be what the method's init returns, with a field `round`, got {type(state).__name__}: "
+                "pass algorithm.init(params)"
+            )
+        if not isinstance(cohort, Cohort):
+            raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
+        check_rounds(state.round, 1)
+        check_tables(state, cohort)
+        return round(state, cohort, keys.one(key), *args, **kwargs)
+
+    checked._has_checks = True  # type: ignore[attr-defined]
+    return checked
+
+
+def check_rounds(done: Any, more: int) -> None:
+    """Raises OverflowError-like ValueError if a state's counter of rounds, where it can be seen, cannot go on."""
+    if not checks.is_concrete(done) or (isinstance(done, jax.Array) and not done.is_fully_addressable):
+        return
+    most = int(np.max(done))
+    if most + more > MOST_ROUNDS:
+        raise ValueError(
+            f"state.round is {most}, and {more} more rounds are beyond {MOST_ROUNDS}, the most it can count: begin a "
+            "new run with algorithm.init(algorithm.params(state))"
+        )
+
+
+def check_algorithm(algorithm: Any) -> None:
+    """Raises TypeError unless `algorithm` has the functions of an `Algorithm`."""
+    missing = [name for name in _Functions._fields[:3] if not callable(getattr(algorithm, name, None))]
+    if not missing:
+        return
+    if callable(algorithm):
+        name = getattr(algorithm, "__name__", type(algorithm).__name__)
+        raise TypeError(
+            f"algorithm must be an Algorithm, got the function {name}: call it first, for example "
+            f"{name}(loss_fn, optax.sgd(0.1))"
+        )
+    raise TypeError(
+        f"algorithm must be an Algorithm, got {type(algorithm).__name__} without {' and '.join(missing)}: pass for "
+        "example algorithms.fedavg(loss_fn, optax.sgd(0.1))"
+    )
+
+
+def _checked_ids(client_params: Callable[..., Any]) -> Callable[..., Any]:
+    """`client_params(state, ids)` with ids as an array int[C]."""
+    if not callable(client_params) or hasattr(client_params, "_has_checks"):
+        return client_params
+
+    @functools.wraps(client_params)
+    def checked(state: Any, ids: Any) -> Any:
+        return client_params(state, checks.client_numbers(ids))
+
+    checked._has_checks = True  # type: ignore[attr-defined]
+    return checked
