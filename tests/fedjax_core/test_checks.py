@@ -195,7 +195,7 @@ ROWS = [
     ),
     (
         "host population in memory",
-        lambda: run(samplers.full(4), population=HOST),
+        lambda: simulate(FEDAVG, samplers.full(4), 1)(PARAMS, HOST, KEY),
         TypeError,
         ["HostPopulation", "staged"],
     ),
