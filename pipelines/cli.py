@@ -318,6 +318,22 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
 @_option("Run", "--checkpoint-every", type=int, metavar="N", help="Rounds between checkpoints (a multiple of that).")
 @_option("Run", "--seeds", type=int, metavar="N", help="Number of seeds, run at once.")
 @_option("Run", "--first-seed", type=int, metavar="SEED", help="Seeds are counted from here.")
+@_option(
+    "Run",
+    "--patience",
+    type=int,
+    metavar="N",
+    help="Stop after N evaluations without improvement on the validation part; needs --validation-share.",
+)
+@_option("Run", "--stop-at", type=float, metavar="ACCURACY", help="Stop at this accuracy on the validation part.")
+@_option(
+    "Run",
+    "--keep-best",
+    is_flag=True,
+    show_default=False,
+    help="Keep the model that is best on the validation part; --patience and --stop-at do so too.",
+)
+@_option("Run", "--best-by", metavar="NAME", help="What is best there: accuracy or loss.")
 @_option("Run", "--target", type=float, metavar="ACCURACY", help="Test accuracy for which rounds are counted.")
 @_option(
     "Run",
@@ -436,7 +452,7 @@ def _supervised(out: Path) -> int:
 
 def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], reporter: progress.Reporter) -> int:
     """Runs a configuration and returns the exit code."""
-    from pipelines import plans, report, setup
+    from pipelines import early, plans, report, setup
     from pipelines import train as driver
 
     with jax.enable_x64(config.x64), _warnings_as_lines():
@@ -475,7 +491,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             return 1
         eval_rounds = driver.history.evaluated_rounds(config.rounds, config.eval_every)
         for name, result in results.items():
-            accuracy = result.history["test/accuracy"]
+            accuracy = early.reported(config, result.history, eval_rounds)["test/accuracy"]
             final = report.mean_sd(accuracy[:, -1].astype(float))
             reached = report.rounds_to_target(accuracy, eval_rounds, config.target)
             compiled = "" if config.staged else f"compiled in {duration(result.info['compile_seconds'])}, "

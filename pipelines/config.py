@@ -81,6 +81,10 @@ class Config:
       convolution: "auto", "dots" or "native" (`models.convolution`).
       memory: GiB that one device may use; None for what it has.
       x64: double precision.
+      patience: evaluations without improvement on the validation examples after which a seed stops, or None.
+      stop_at: accuracy on the validation examples at which a seed stops, or None.
+      keep_best: keep the model that is best on the validation examples; with either of those two it is kept anyway.
+      best_by: "accuracy" or "loss", which says what is better.
       target: test accuracy for which the rounds are counted.
       attack_radius: largest change of an input in an attack under which the test accuracy is measured too; 0 for none.
     """
@@ -140,6 +144,10 @@ class Config:
     convolution: Literal["auto", "dots", "native"] = "auto"
     memory: float | None = None
     x64: bool = False
+    patience: int | None = None
+    stop_at: float | None = None
+    keep_best: bool = False
+    best_by: Literal["accuracy", "loss"] = "accuracy"
     target: float = 0.95
     attack_radius: float = 0.0
 
@@ -170,6 +178,16 @@ class Config:
             checks.scalar(name, getattr(self, name), low=0, high=1)
         for name in _FINITE:
             finite(name, getattr(self, name))
+        checks.one_of("best_by", self.best_by, ("accuracy", "loss"))
+        if self.stop_at is not None:
+            checks.scalar("stop_at", self.stop_at, low=0, high=1)
+        if self.validates and not self.validation_share:
+            asked = {"patience": self.patience, "stop_at": self.stop_at, "keep_best": self.keep_best or None}
+            said = " and ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+            raise ValueError(
+                f"{said} with validation_share=0: stopping and the best model go by examples that clients keep back, "
+                "never by test examples; give validation_share, for example 0.1"
+            )
         checks.scalar("alpha", self.alpha, low=0, low_open=True)
         checks.scalar("imbalance", self.imbalance, low=1)
         checks.one_of("convolution", self.convolution, ("auto", "dots", "native"))
@@ -207,6 +225,11 @@ class Config:
             checks.scalar("client_lr", finite("client_lr", client["client_lr"]), low=0)
             checks.scalar("client_momentum", client["client_momentum"], low=0, high=1, high_open=True)
             checks.scalar("client_lr_decay", client["client_lr_decay"], low=0, high=1, low_open=True)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the models are scored on the validation examples at every evaluation (`pipelines.early`)."""
+        return self.patience is not None or self.stop_at is not None or self.keep_best
 
     def client_settings(self, method: str) -> dict[str, Any]:
         """The options of the clients' optimizer for one method, by the names of `CLIENT_SETTINGS`."""
@@ -368,9 +391,10 @@ _COUNTS = {
     "steps": "to leave clients out, sample fewer",
     "lanes": "1 trains one client after another",
     "mesh": "a mesh has at least one device",
+    "patience": "1 stops at the first evaluation without improvement",
     "model_parallel": "1 keeps every model whole on one device",
 }
-_OPTIONAL = ("clients", "epochs", "steps", "lanes", "mesh")
+_OPTIONAL = ("clients", "epochs", "steps", "lanes", "mesh", "patience")
 _NUMBERS = {
     "min_size": "0 lets clients have no examples",
     "gap": "0 leaves it out",

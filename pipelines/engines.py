@@ -22,6 +22,7 @@ from fedjax_core import (
     shardings,
     split_tables,
 )
+from pipelines import early
 from pipelines.setup import EVAL_BATCH, Experiment, explored, initial_states, run_keys
 
 
@@ -71,28 +72,40 @@ def whole(experiment: Experiment) -> Any:
 
 
 def chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable[..., Any]:
-    """`chunk(state, population, test, keys)`: what `Chunk.run` returns, as a pure function."""
+    """`chunk(state, population, test, keys)`: what `Chunk.run` returns, as a pure function; test: `tests`."""
     rounds = jax.vmap(continue_rounds(algorithm, experiment.sampler, length), (0, None, 0))
     score = _scoring(experiment, algorithm)
 
-    def chunk(state: Any, population: Any, test: Any, keys: Any) -> Any:
-        state, metrics = rounds(state, population, _round_keys(keys))
-        return state, metrics, *score(state, test)
+    def chunk(before: Any, population: Any, test: Any, keys: Any) -> Any:
+        before, models = early.split(before)
+        state, metrics = rounds(before, population, _round_keys(keys))
+        models, scores, is_finite = score(models, state, test)
+        return early.joined(state, models), metrics, scores, is_finite
 
     return chunk
 
 
+def tests(experiment: Experiment) -> Any:
+    """What models are scored on: the test examples, or (those, the validation examples) in a run that validates."""
+    if not experiment.config.validates:
+        return experiment.test
+    held = experiment.federation.host_population("validation")
+    rows = held.rows_of(np.arange(held.num_clients))
+    return experiment.test, {name: jnp.asarray(leaf[rows]) for name, leaf in held.examples.items()}
+
+
 def _in_memory(experiment: Experiment, algorithm: Algorithm) -> Engine:
     """Everything on the devices; a chunk is one compiled call."""
-    population, test, keys = placement(experiment)((experiment.population, experiment.test, experiment.keys))
+    config = experiment.config
+    population, test, keys = placement(experiment)((experiment.population, tests(experiment), experiment.keys))
     states = partial(initial_states, experiment, algorithm)
-    shapes = jax.eval_shape(states, experiment.keys)
+    shapes = jax.eval_shape(lambda keys: early.begin(config, algorithm, states(keys)), experiment.keys)
     mesh, read = experiment.mesh, whole(experiment)
     where = None if mesh is None else shardings(shapes, mesh, batch_axes=1)
 
     def start() -> Any:
         def first(keys: Any, population: Any) -> Any:
-            return explored(algorithm, states(keys), population, keys)
+            return early.begin(config, algorithm, explored(algorithm, states(keys), population, keys))
 
         return jax.jit(first, out_shardings=where)(keys, population)
 
@@ -114,31 +127,36 @@ def _staged(experiment: Experiment, algorithm: Algorithm) -> Engine:
     """Examples and client state on the host; a chunk is a loop of compiled rounds, which compile with the first."""
     config, population = experiment.config, experiment.population
     assert isinstance(population, HostPopulation)
-    test, keys = placement(experiment)((experiment.test, experiment.keys))
+    test, keys = placement(experiment)((tests(experiment), experiment.keys))
     keys_of_rounds = jax.jit(_round_keys)(keys)
     states = partial(initial_states, experiment, algorithm)
-    shapes = jax.eval_shape(states, experiment.keys)
+    shapes = jax.eval_shape(lambda keys: early.begin(config, algorithm, states(keys)), experiment.keys)
     mesh = experiment.mesh
-    where = None if mesh is None else shardings(split_tables(shapes)[0], mesh, batch_axes=1)
+    where = None if mesh is None else shardings(split_tables(early.split(shapes)[0])[0], mesh, batch_axes=1)
 
     def put(device: Any) -> Any:
         return device if where is None else place(device, where)
 
     def start() -> Any:
         device, tables = split_tables(init_on_host(states, keys, num_clients=population.num_clients, axis=1))
-        return join_tables(put(device), tables)
+        _, models = early.split(early.begin(config, algorithm, device))
+        return early.joined(join_tables(put(device), tables), placement(experiment)(models))
 
-    def place_state(state: Any) -> Any:
+    def place_state(restored: Any) -> Any:
+        state, models = early.split(restored)
         device, tables = split_tables(state)
-        return join_tables(put(device), jax.tree.map(np.array, tables))  # of our own: they are changed in place
+        placed = join_tables(put(device), jax.tree.map(np.array, tables))  # of our own: they are changed in place
+        return early.joined(placed, placement(experiment)(models))
 
     def compile(length: int, state: Any) -> Chunk:
         rounds = continue_staged(algorithm, experiment.sampler, length, horizon=config.rounds, mesh=mesh)
         score = jax.jit(_scoring(experiment, algorithm), out_shardings=whole(experiment))
 
-        def run(state: Any) -> Any:
-            state, metrics = rounds(state, population, keys_of_rounds)
-            return state, metrics, *score(split_tables(state)[0], test)
+        def run(before: Any) -> Any:
+            before, models = early.split(before)
+            state, metrics = rounds(before, population, keys_of_rounds)
+            models, scores, is_finite = score(models, split_tables(state)[0], test)
+            return early.joined(state, models), metrics, scores, is_finite
 
         return Chunk(run, 0)
 
@@ -157,13 +175,24 @@ def _round_keys(keys: Any) -> Any:
     return jax.vmap(lambda key: run_keys(key)[1])(keys)
 
 
-def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """`score(state, test) -> (scores, whether the models are finite)`, for all seeds."""
-    score = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
+def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
+    """`score(remembered, state, tests) -> (remembered, scores, whether the models are finite)`, for all seeds.
 
-    def scoring(state: Any, test: Any) -> tuple[Any, Any]:
+    What is remembered is None in a run that does not validate. The models of a seed that has stopped may be anything.
+    """
+    config = experiment.config
+    on_test = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
+    on_validation = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
+
+    def scoring(models: early.Models | None, state: Any, test: Any) -> tuple[Any, Any, Any]:
         params = jax.vmap(algorithm.params)(state)
-        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return score(params, test), jnp.all(jnp.stack([jnp.bool_(True), *finite]))
+        leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]
+        sound = jnp.all(jnp.stack([jnp.ones(config.seeds, bool), *finite]), axis=0)
+        if models is None:
+            return None, on_test(params, test), jnp.all(sound)
+        held = on_validation(params, test[1])
+        scores = on_test(params, test[0]) | {f"validated/{name}": value for name, value in held.items()}
+        return early.updated(config, models, params, held), scores, jnp.all(sound | models.stopped)
 
     return scoring

@@ -1,7 +1,8 @@
 """What was measured so far: arrays by name, the same on disk, in memory and after a restart.
 
 Letters: S seeds, r rounds done, e evaluations done, N clients. Names are "round/<metric>" [S, r, ...],
-"test/<metric>" [S, e] and, when a method is finished, "client/<metric>" [S, N].
+"test/<metric>" [S, e], "validated/<metric>" [S, e] in runs that validate (`pipelines.early`) and, when a method is
+finished, "client/<metric>" [S, N].
 """
 
 import csv
@@ -33,7 +34,9 @@ def from_rounds(metrics: Metrics, scores: Mapping[str, Any]) -> History:
     for path, leaf in jax.tree_util.tree_flatten_with_path(metrics.extra)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         found[f"round/{name if name not in _BASE else f'extra.{name}'}"] = _plain(leaf)
-    return found | {f"test/{name}": _plain(value)[:, None] for name, value in scores.items()}
+    # Scores are on the test examples unless their name says on which.
+    named = {name if "/" in name else f"test/{name}": value for name, value in scores.items()}
+    return found | {name: _plain(value)[:, None] for name, value in named.items()}
 
 
 def append(history: History, new: History) -> History:
@@ -46,13 +49,12 @@ def append(history: History, new: History) -> History:
 
 def growing(history: History) -> History:
     """The part that has an axis of rounds or evaluations."""
-    return {name: value for name, value in history.items() if name.startswith(("round/", "test/"))}
+    return {name: value for name, value in history.items() if _grows(name)}
 
 
 def after(history: History, rounds: int, evaluations: int) -> History:
     """What was measured after so many rounds and evaluations."""
-    cut = {"round": rounds, "test": evaluations}
-    return {name: value[:, cut[name.partition("/")[0]] :] for name, value in growing(history).items()}
+    return {name: value[:, evaluations if is_score(name) else rounds :] for name, value in growing(history).items()}
 
 
 class Growing:
@@ -90,6 +92,34 @@ class Growing:
 def _joined(parts: Sequence[History]) -> History:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: np.concatenate([part[name] for part in parts if name in part], axis=1) for name in names}
+
+
+def of_seeds(history: History, which: np.ndarray) -> History:
+    """The history of some seeds, bool[S], or of all for a single True."""
+    return {name: value[which] for name, value in history.items()} if which.ndim else history
+
+
+def until(history: History, ends: np.ndarray) -> History:
+    """The history with nobody, and no update, in the rounds of every seed after its end, int[S]."""
+    after = np.arange(history["round/loss"].shape[1]) >= ends[:, None]
+    return history | {name: np.where(after, 0, history[name]) for name in ("round/participants", "round/update_norm")}
+
+
+def side_by_side(histories: Sequence[History]) -> History:
+    """Histories of other seeds as one.
+
+    Where the seeds of one have stopped earlier, its last values are repeated; they are not reported
+    (`pipelines.early`).
+    """
+
+    def joined(name: str) -> np.ndarray:
+        values = [history[name] for history in histories]
+        if _grows(name):
+            longest = max(value.shape[1] for value in values)
+            values = [np.take(v, np.minimum(np.arange(longest), v.shape[1] - 1), axis=1) for v in values]
+        return np.concatenate(values)
+
+    return {name: joined(name) for name in histories[0]}
 
 
 def first_bad_round(history: History) -> tuple[int, int] | None:
@@ -130,7 +160,12 @@ def evaluated_rounds(rounds: int, eval_every: int) -> np.ndarray:
     return grid if rounds % eval_every == 0 else np.append(grid, rounds)
 
 
-def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: np.ndarray) -> str:
+def to_csv(
+    histories: Mapping[str, History],
+    seeds: Sequence[int],
+    eval_rounds: np.ndarray,
+    ends: Mapping[str, np.ndarray] | None = None,
+) -> str:
     """The metrics as CSV text, one row per method, seed and round.
 
     Counts of scalars are given per participant, as the methods report them, and as `..._total`, times the
@@ -143,15 +178,15 @@ def to_csv(histories: Mapping[str, History], seeds: Sequence[int], eval_rounds: 
       histories: method to history.
       seeds: S seeds, or more: a method may not have run with all of them yet.
       eval_rounds: int[e], from `evaluated_rounds`.
+      ends: method to int[S], the rounds of every seed, where they are not all.
     """
     columns = csv_columns(histories)
-    return (
-        ",".join(["method", "seed", "round", *columns.names]) + "\n" + csv_rows(histories, seeds, eval_rounds, columns)
-    )
+    header = ",".join(["method", "seed", "round", *columns.names]) + "\n"
+    return header + csv_rows(histories, seeds, eval_rounds, columns, ends=ends)
 
 
 class Columns(NamedTuple):
-    """The columns of metrics.csv that depend on the methods: names of test metrics and of extra ones."""
+    """The columns of metrics.csv that depend on the methods: names of scores and of extra metrics."""
 
     tests: tuple[str, ...]
     extras: tuple[str, ...]
@@ -159,7 +194,7 @@ class Columns(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Headings, but for method, seed and round."""
-        return [*_BASE, "uploaded_total", "downloaded_total", *(f"test_{name}" for name in self.tests), *self.extras]
+        return [*_BASE, "uploaded_total", "downloaded_total", *map(column, self.tests), *self.extras]
 
 
 def csv_columns(histories: Mapping[str, History]) -> Columns:
@@ -171,8 +206,8 @@ def csv_columns(histories: Mapping[str, History]) -> Columns:
             group, _, metric = name.partition("/")
             if group == "round" and metric not in _BASE and value.ndim == 2:
                 extras[metric] = None
-            if group == "test":
-                tests[metric] = None
+            if group in ("test", "validated"):
+                tests[name] = None
     return Columns(tuple(tests), tuple(extras))
 
 
@@ -182,8 +217,12 @@ def csv_rows(
     eval_rounds: np.ndarray,
     columns: Columns,
     begin: int = 0,
+    ends: Mapping[str, np.ndarray] | None = None,
 ) -> str:
-    """The rows of `to_csv` for histories that begin after `begin` rounds; `eval_rounds` are those of the whole run."""
+    """The rows of `to_csv` for histories that begin after `begin` rounds.
+
+    `eval_rounds` and `ends` are those of the whole run, counted from its beginning.
+    """
     tests, extras = columns
     eval_rounds = eval_rounds[eval_rounds > begin] - begin
     text = io.StringIO()
@@ -192,7 +231,10 @@ def csv_rows(
         if not history:
             continue
         for s, seed in enumerate(seeds[: len(history["round/loss"])]):
-            for t in range(history["round/loss"].shape[1]):
+            rounds = history["round/loss"].shape[1]
+            if ends is not None and method in ends:
+                rounds = min(rounds, int(ends[method][s]) - begin)
+            for t in range(rounds):
                 participants = int(history["round/participants"][s, t])
                 row = [str(history[f"round/{name}"][s, t]) for name in _BASE]
                 row += [
@@ -200,7 +242,7 @@ def csv_rows(
                 ]
                 at = int(np.searchsorted(eval_rounds, t + 1))
                 evaluated = at < len(eval_rounds) and eval_rounds[at] == t + 1
-                row += [str(history[f"test/{n}"][s, at]) if evaluated and f"test/{n}" in history else "" for n in tests]
+                row += [str(history[n][s, at]) if evaluated and n in history else "" for n in tests]
                 row += [str(history[f"round/{n}"][s, t]) if f"round/{n}" in history else "" for n in extras]
                 writer.writerow([method, seed, begin + t + 1, *row])
     return text.getvalue()
@@ -211,6 +253,21 @@ def total_scalars(per_participant: Any, participants: Any) -> int:
     if np.issubdtype(np.asarray(per_participant).dtype, np.floating):
         return round(float(per_participant) * int(participants))
     return int(per_participant) * int(participants)
+
+
+def is_score(name: str) -> bool:
+    """Whether it is a score of the models at every evaluation, [S, e]."""
+    return name.startswith(("test/", "validated/"))
+
+
+def _grows(name: str) -> bool:
+    """Whether it has an axis of rounds or evaluations."""
+    return is_score(name) or name.startswith("round/")
+
+
+def column(name: str) -> str:
+    """The column of a score: "test_accuracy", "validation_accuracy"."""
+    return name.replace("validated/", "validation/").replace("/", "_")
 
 
 def _plain(value: Any) -> np.ndarray:

@@ -19,11 +19,11 @@ import numpy as np
 
 import models
 from fedjax_core import Algorithm, Array, split_tables
-from pipelines import checkpoint, description, setup, train
+from pipelines import checkpoint, description, early, setup, train
 from pipelines.config import Config
 from pipelines.description import Description
 from pipelines.federation import Federation
-from pipelines.history import History
+from pipelines.history import History, side_by_side
 from pipelines.names import pick
 from pipelines.setup import Experiment
 
@@ -34,6 +34,9 @@ class Trained(NamedTuple):
     Attributes:
       algorithm: the method.
       state: its state, numpy leaves [S, ...] (typed keys where it has some).
+      best: in a run that validates (`pipelines.early`) the models that were best on the validation examples, numpy
+        leaves [S, ...]; else None.
+      last: there the models of the rounds in which the seeds stopped; else None, and they are those of the state.
       seeds: the S seeds.
       rounds: rounds done with each seed.
       history: what was measured (`pipelines.history`), as far as all seeds have come.
@@ -48,6 +51,8 @@ class Trained(NamedTuple):
     history: History
     num_clients: int
     x64: bool
+    best: Any = None
+    last: Any = None
 
     def state_of(self, seed: int | None = None) -> Any:
         """The state of one seed, the first one unless given; leaves [...].
@@ -60,8 +65,22 @@ class Trained(NamedTuple):
 
     def params(self, seed: int | None = None) -> Any:
         """The global model of one seed, the first one unless given."""
+        if self.last is not None:
+            return jax.tree.map(lambda leaf: leaf[self._index(seed)], self.last)
         with jax.enable_x64(self.x64):
             return self.algorithm.params(split_tables(self.state_of(seed))[0])
+
+    def best_params(self, seed: int | None = None) -> Any:
+        """The global model of one seed that was best on the validation examples, the first seed unless given.
+
+        Raises:
+          ValueError: if the run did not validate, or there is no such seed.
+        """
+        if self.best is None:
+            raise ValueError(
+                "this run kept no best model: train with patience, stop_at or keep_best, and a validation_share"
+            )
+        return jax.tree.map(lambda leaf: leaf[self._index(seed)], self.best)
 
     def client_params(self, ids: Any, seed: int | None = None) -> Any:
         """The models that these clients would use, leaves [C, ...] for ids, int[C]: the global one where the method
@@ -150,7 +169,16 @@ def load_run(
             )
         if experiment is None:
             # With one client a round any population will do; nothing is trained.
-            bare = dataclasses.replace(here, sampler="uniform", cohort_size=1, attack_radius=0.0, staged=False)
+            bare = dataclasses.replace(
+                here,
+                sampler="uniform",
+                cohort_size=1,
+                attack_radius=0.0,
+                staged=False,
+                patience=None,
+                stop_at=None,
+                keep_best=False,
+            )
             stub = description.without_data(known or description.of_federation(federation))  # type: ignore[arg-type]
             experiment = setup.prepare(bare, stub)
         trained = {name: _trained(out, config, experiment, name) for name in methods or config.methods}
@@ -182,7 +210,7 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
     parts, seeds, rounds = [], [], []
     whole = experiment._replace(config=config, keys=all_keys)
     for first, batch in train.batches_of(whole, train.seed_batches(out)):
-        expected = jax.eval_shape(partial(setup.initial_states, batch, algorithm), batch.keys)
+        expected = jax.eval_shape(partial(_expected, batch, algorithm), batch.keys)
         folder = train.folder_of(out, name, first)
         saved = checkpoint.restore_latest(folder, expected, f"the state of {name}", run=train.run_name(out))
         if saved is not None:
@@ -191,10 +219,20 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
             rounds += [saved.round] * len(batch.seeds)
     if not parts:
         return None
-    state = parts[0].state if len(parts) == 1 else jax.tree.map(_side_by_side, *[part.state for part in parts])
+    whole_state = parts[0].state if len(parts) == 1 else jax.tree.map(_side_by_side, *[part.state for part in parts])
+    state, kept = early.split(whole_state)
     names = [key for key in parts[0].arrays if all(key in part.arrays for part in parts)]
-    history = {key: _as_far_as_all([part.arrays[key] for part in parts]) for key in names}
-    return Trained(algorithm, state, seeds, rounds, history, experiment.population.num_clients, config.x64)
+    if all(np.all(early.stopped(part.state)) or part.round >= config.rounds for part in parts):
+        history = side_by_side([{key: part.arrays[key] for key in names} for part in parts])
+    else:
+        history = {key: _as_far_as_all([part.arrays[key] for part in parts]) for key in names}
+    num_clients = experiment.population.num_clients
+    models = (None, None) if kept is None else (kept.best, kept.last)
+    return Trained(algorithm, state, seeds, rounds, history, num_clients, config.x64, *models)
+
+
+def _expected(experiment: Experiment, algorithm: Algorithm, keys: Any) -> Any:
+    return early.begin(experiment.config, algorithm, setup.initial_states(experiment, algorithm, keys))
 
 
 def _side_by_side(*leaves: Any) -> Any:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedjax_core import spread
-from pipelines import figures, files, latex, methods, portrait
+from pipelines import early, figures, files, latex, methods, portrait
 from pipelines.config import CLIENT_SETTINGS, Config
 from pipelines.history import History, evaluated_rounds, mean_losses, to_csv, total_scalars
 from pipelines.progress import duration, size
@@ -49,7 +49,9 @@ def write(
     config = experiment.config
     eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
     sizes = experiment.federation.sizes
-    files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds))
+    ends = early.ends(config, histories, eval_rounds)
+    files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds, ends))
+    histories = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
     files.write_text(out / "clients.csv", clients_csv(histories, experiment.seeds, sizes))
     files.write_text(out / "results.tex", results_tex(experiment, histories))
     files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
@@ -62,15 +64,18 @@ def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.nd
     """How the final global model does for every client, one row per method, seed and client.
 
     loss and accuracy are held out (the test examples, weighted to the client's mix of labels); train_loss and
-    train_accuracy are on the client's own training examples.
+    train_accuracy are on the client's own training examples. In a run that validates, best_... is of its best model.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "seed", "client", "examples", *_CLIENT_METRICS])
+    best = [f"best/client/{name}" for name in _CLIENT_METRICS]
+    best = best if any(best[0] in history for history in histories.values()) else []
+    writer.writerow(["method", "seed", "client", "examples", *_CLIENT_METRICS, *(f"best_{n[12:]}" for n in best)])
     for method, history in histories.items():
         for s, seed in enumerate(seeds):
             for client, count in enumerate(sizes.tolist()):
-                values = [str(history[f"client/{name}"][s, client]) for name in _CLIENT_METRICS]
+                columns = [*(f"client/{name}" for name in _CLIENT_METRICS), *best]
+                values = [str(history[name][s, client]) for name in columns]
                 writer.writerow([method, seed, client, count, *values])
     return text.getvalue()
 
@@ -84,7 +89,9 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
     for i, (method, history) in enumerate(histories.items()):
         _band(left, eval_rounds, history["test/accuracy"], i, methods.paper_name(method))
         # A round's loss is that of a few clients; the mean since the last evaluation shows the course.
-        losses[method] = mean_losses(history, eval_rounds)
+        losses[method] = mean_losses(history, eval_rounds[: history["test/accuracy"].shape[1]])
+        if (found := early.course(config, history)) is not None:
+            losses[method] = early.hold(losses[method], found.ends)
         _band(right, eval_rounds, losses[method], i, methods.paper_name(method))
     # Most of a curve is its beginning; what methods differ in is its end.
     finals = np.concatenate([h["test/accuracy"].mean(axis=0) for h in histories.values()])
@@ -95,7 +102,7 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
         style = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3))}
         left.axhline(config.target, label=f"target {100 * config.target:g} %", **style)
     for axis in (left, right):
-        axis.set(xlabel="round", xlim=(0, config.rounds))
+        axis.set(xlabel="round", xlim=(0, _last_round(histories)))
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     left.set(title="Test accuracy")
     left.yaxis.set_major_formatter(figures.Percent())
@@ -172,6 +179,7 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
     header = [
         "method",
         "test accuracy",
+        *(["of the best model", "its round", "rounds"] if config.validates else []),
         *(["under attack"] if config.attack_radius else []),
         "worst decile of clients",
         *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
@@ -186,6 +194,7 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
             [
                 methods.paper_name(name),
                 mean_sd(history["test/accuracy"][:, -1].astype(np.float64)),
+                *_of_the_best(config, history, eval_rounds),
                 *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.attack_radius else []),
                 mean_sd(tails),
                 *[mean_sd(_mean_of_clients(history[f"{part}/accuracy"])) for part in extra],
@@ -228,6 +237,12 @@ def summary(
         if config.attack_radius
         else ""
     )
+    validated = (
+        f"The best model is that with the best {config.best_by} on the validation examples of all clients, the first "
+        "of equals; test examples had no part in that choice. What is told of a stopped seed is as it was then. "
+        if config.validates
+        else ""
+    )
     table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
     settings = ["| method | its name here | settings |", "| --- | --- | --- |"]
     settings += [f"| {methods.paper_name(name)} | {name} | {settings_line(config, name)} |" for name in config.methods]
@@ -239,8 +254,9 @@ def summary(
         "",
         f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
-        f"the mean over the tenth of the clients that fare worst. {under_attack}{also}Scalars are summed over rounds "
-        f"and participants, as a mean over seeds. Memory is what the compiled program needs, data included.{missing}",
+        f"the mean over the tenth of the clients that fare worst. {validated}{under_attack}{also}Scalars are summed "
+        "over rounds and participants, as a mean over seeds. Memory is what the compiled program needs, data "
+        f"included.{missing}",
         "",
         "![Test accuracy and training loss against rounds](curves.png)",
         "",
@@ -277,9 +293,17 @@ def described(experiment: Experiment) -> list[str]:
         + (", staged from host memory" if config.staged else ""),
         f"local work: {work}, batches of {config.batch_size}, {config.client_optimizer}, "
         f"clients weighted {config.weights}",
+        *([f"early stopping: {_stopping(config)}"] if config.validates else []),
         f"rounds: {config.rounds}, evaluated every {config.eval_every}, saved every {config.checkpoint_every}; "
         f"{_count(config.seeds, 'seed')} ({seeds}) at once" + (", double precision" if config.x64 else ""),
     ]
+
+
+def _stopping(config: Config) -> str:
+    """When a seed stops, in words."""
+    after = [f"after {_count(config.patience, 'evaluation')} without improvement"] if config.patience else []
+    after += [f"at a validation accuracy of {100 * config.stop_at:g} %"] if config.stop_at is not None else []
+    return f"{' or '.join(after) or 'never'}; the model with the best validation {config.best_by} is kept"
 
 
 def cohort(config: Config, num_clients: int) -> str:
@@ -337,6 +361,21 @@ def mean_sd(values: np.ndarray) -> str:
     return f"{100 * known.mean():.2f} ± {100 * known.std(ddof=1):.2f} %"
 
 
+def _of_the_best(config: Config, history: History, eval_rounds: np.ndarray) -> list[str]:
+    """Test accuracy and round of the best models, and the rounds that were made, means over seeds."""
+    found = early.course(config, history)
+    if found is None:
+        return []
+    accuracy = np.take_along_axis(history["test/accuracy"], found.best[:, None], axis=1)[:, 0]
+    rounds = [eval_rounds[found.best], early.rounds_of(found, eval_rounds)]
+    stopped = f" ({found.stopped.sum()} of {_count(len(found.stopped), 'seed')} stopped)"
+    return [mean_sd(accuracy), f"{rounds[0].mean():.0f}", f"{rounds[1].mean():.0f}{stopped}"]
+
+
+def _last_round(histories: Mapping[str, History]) -> int:
+    return max(history["round/loss"].shape[1] for history in histories.values())
+
+
 def _mean_of_clients(values: np.ndarray) -> np.ndarray:
     """[S] of [S, N]: means over the clients that have a value; NaN where none has."""
     there = ~np.isnan(values)
@@ -359,8 +398,11 @@ def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[s
             lines.append(f"{whose} has {what}: the federation's {name} part is empty.")
     for name, history in histories.items():
         who = history["round/participants"]
-        rounds = int((who.sum(axis=0) == 0).sum())
-        if rounds == who.shape[1]:
+        found = early.course(experiment.config, history)
+        evals = evaluated_rounds(experiment.config.rounds, experiment.config.eval_every)
+        made = who.shape[1] if found is None else int(early.rounds_of(found, evals).max())
+        rounds = int((who[:, :made].sum(axis=0) == 0).sum())
+        if rounds == made:
             lines.append(f"Nobody took part in any round of {methods.paper_name(name)}: its model is the initial one.")
         elif rounds:
             lines.append(f"In {_count(rounds, 'round')} of {methods.paper_name(name)} nobody took part.")

@@ -168,6 +168,12 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     pick("sampler", config.sampler, SAMPLERS)
     pick("client optimizer", config.client_optimizer, OPTIMIZERS)
     federation = federation or federate(config)
+    held = federation.parts["validation"].assignment.rows if "validation" in federation.parts else ()
+    if config.validates and not len(held):
+        raise ValueError(
+            f"validation_share={config.validation_share:g} leaves no client an example for validation, by which "
+            "patience, stop_at and keep_best decide: raise it, or leave them out"
+        )
     dataset = federation.dataset
     population = federation.host_population("train") if config.staged else federation.population("train")
     model = (

@@ -42,7 +42,19 @@ import jax
 import numpy as np
 
 from fedjax_core import Algorithm, evaluate_examples, is_weighted, metric_values, out_of_memory, split_tables
-from pipelines import checkpoint, engines, files, heterogeneity, history, identity, methods, plans, processes, report
+from pipelines import (
+    checkpoint,
+    early,
+    engines,
+    files,
+    heterogeneity,
+    history,
+    identity,
+    methods,
+    plans,
+    processes,
+    report,
+)
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.description import Description, described
 from pipelines.federation import Federation
@@ -167,6 +179,8 @@ def final_params(out: str | Path, method: str) -> Any:
 
     trained = loading.load_run(out, methods=[method], with_data=False).methods[method]
     with jax.enable_x64(trained.x64):
+        if trained.last is not None:
+            return trained.last
         return jax.vmap(trained.algorithm.params)(split_tables(trained.state)[0])
 
 
@@ -351,7 +365,7 @@ def _merged(results: Sequence[Result]) -> Result:
         return results[0]
     histories, infos = [result.history for result in results], [result.info for result in results]
     info = {key: (max if key == "memory" else sum)([each[key] for each in infos]) for key in infos[0]}
-    return Result({key: np.concatenate([h[key] for h in histories]) for key in histories[0]}, info)
+    return Result(history.side_by_side(histories), info)
 
 
 def _run_batch(
@@ -410,7 +424,7 @@ def _run_with_plan(
 
     state, saved = first()
     round, info, mark = saved.round, saved.info, saved.mark
-    if round >= config.rounds:
+    if round >= config.rounds or np.all(early.stopped(state)):
         reporter.say(f"{label}: complete, {round} rounds")
         return Result(saved.arrays, info)
     if not may_write:
@@ -457,21 +471,24 @@ def _run_with_plan(
         if columns is None:
             everything = earlier if batch.before else {**earlier, name: measured.whole()}
             columns = history.csv_columns(everything)
-            files.write_text(out / "metrics.csv", history.to_csv(everything, seeds, eval_rounds))
+            stops = early.ends(config, everything, eval_rounds)
+            files.write_text(out / "metrics.csv", history.to_csv(everything, seeds, eval_rounds, stops))
         elif new and not batch.before:
             begin = round - new["round/loss"].shape[1]
-            rows = history.csv_rows({name: new}, experiment.seeds, eval_rounds, columns, begin)
+            rows = history.csv_rows({name: new}, experiment.seeds, eval_rounds, columns, begin, {name: ends})
             files.append_text(out / "metrics.csv", rows)
 
     speed = Speed(round)
     ending: History = {}
+    # The round in which each seed stopped; beyond the last one for those that go on.
+    ends = early.last_rounds(config, measured.whole(), eval_rounds, len(experiment.seeds))
     for before, after in pairwise(grid):
         if after <= round:
             continue
         since = time.monotonic()
         state, metrics, scores, is_finite = _wait(chunks[after - before].run(state))
-        new = history.from_rounds(metrics, scores)
-        if history.first_bad_round(new) or not bool(is_finite):
+        new, going = history.from_rounds(metrics, scores), ends > round
+        if history.first_bad_round(history.of_seeds(new, going)) or not bool(is_finite):
             good_round, good = round, measured.whole()
             state, saved = first()
             round, info, mark = saved.round, saved.info, saved.mark
@@ -485,34 +502,42 @@ def _run_with_plan(
             round = good_round
             save()
             known_losses = _losses(experiment, algorithm, state)
-            cause = diagnose(experiment, name, history.append(good, new), round, known_losses)
+            known = history.until(history.append(good, new), ends)
+            cause = diagnose(experiment, name, known, round, known_losses)
             raise Diverged(f"{cause}\nThe state after round {round}, the last good one, is saved in {folder}.")
         measured.append(new)
         round = after
+        ends = np.where(going & early.stopped(state), round, ends)
         info["run_seconds"] += time.monotonic() - since
-        loss = history.mean_known(history.mean_losses(new, np.asarray([after - before])))
-        accuracy = float(new["test/accuracy"].mean())
+        shown = history.of_seeds(new, going)
+        loss = history.mean_known(history.mean_losses(shown, np.asarray([after - before])))
+        accuracy = float(shown["test/accuracy"].mean())
+        ended = round == config.rounds or bool(np.all(early.stopped(state)))
         reporter.update(Progression(label, round, config.rounds, speed.at(round), loss, accuracy))
-        if round == config.rounds:
-            ending = _per_client(experiment, algorithm, state)
+        if ended:
+            ending = _per_client(experiment, early.last_params(algorithm, state))
+            if (models := early.split(state)[1]) is not None:
+                best = _per_client(experiment, models.best)
+                ending |= {f"best/{key}": value for key, value in best.items() if key.startswith("client/")}
         stop = processes.highest(stop_signal())
         # From the last evaluation before an end between two a longer run can go on.
-        if round % config.checkpoint_every == 0 or round in (config.rounds, last_but_end) or stop:
+        if round % config.checkpoint_every == 0 or round == last_but_end or ended or stop:
             save(ending)
-        if stop and round < config.rounds:
+        if ended:
+            break
+        if stop:
             raise _interruption(batch, out, round, stop)
     return Result(measured.whole() | ending, info)
 
 
-def _per_client(experiment: Experiment, algorithm: Algorithm, state: Any) -> History:
-    """How the final global model does for every client, [S, N], and for clients that took no part, [S, N'].
+def _per_client(experiment: Experiment, params: Any) -> History:
+    """How global models, leaves [S, ...], do for every client, [S, N], and for clients that took no part, [S, N'].
 
     "client/<metric>" is held out: on the client's own test examples where it has some. Where the federation has no such
     part it is the metric of each class of the test examples, averaged with the client's shares of the classes.
     "client/train_<metric>" is on the client's own training examples. Sequences have no class, so there both are the
     same. "validation/<metric>" and "new/<metric>" are there with such a part.
     """
-    params = jax.vmap(algorithm.params)(split_tables(state)[0])
     parts = experiment.federation.parts
     found = {f"client/train_{name}": value for name, value in _on_part(experiment, params, "train").items()}
     for part in ("validation", "new"):
@@ -614,7 +639,7 @@ def class_shares(federation: Federation) -> np.ndarray:
 
 def _losses(experiment: Experiment, algorithm: Algorithm, state: Any) -> np.ndarray:
     """Mean training loss of the models of a state, [S]."""
-    params = jax.vmap(algorithm.params)(split_tables(state)[0])
+    params = early.last_params(algorithm, state)
     sizes = experiment.federation.sizes
     held = sizes > 0  # a client without examples has no loss
     return np.average(_on_part(experiment, params, "train")["loss"][:, held], axis=1, weights=sizes[held])

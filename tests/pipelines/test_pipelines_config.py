@@ -32,8 +32,10 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
         **{"client_optimizer": "adam", "x64": True, "eval_every": 25, "checkpoint_every": 50},
         **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
         **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
-        **{"federation_digest": "0123"},
+        **{"federation_digest": "0123", "best_by": "loss"},
     }
+    held = {"patience": 3, "stop_at": 0.5, "keep_best": True}  # need examples that are kept back
+    other |= held
     places = ("data_dir", "federation")
     slugs = {Config().slug()}
     for field in dataclasses.fields(Config):
@@ -44,8 +46,9 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
             value = getattr(Config(), field.name) * 2
             value = value / 4 if isinstance(value, float) and value > 1 else value
             value = value + 1 if value == 0 else value
-        changed = dataclasses.replace(Config(), **{field.name: value})
-        assert list(changed.differences(Config())) == [field.name]
+        base = Config(validation_share=0.2) if field.name in held else Config()
+        changed = dataclasses.replace(base, **{field.name: value})
+        assert list(changed.differences(base)) == [field.name]
         slugs.add(changed.slug())
     assert len(slugs) == len(dataclasses.fields(Config)) - 4 - len(MACHINE_FIELDS) + 1
     machine = {"lanes": 3, "mesh": 4, "model_parallel": 2, "convolution": "dots", "memory": 2.5}
