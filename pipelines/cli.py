@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines import cache as kept
-from pipelines import catalog, continual_config, files, heterogeneity, methods, progress, terminal
+from pipelines import catalog, continual_config, files, heterogeneity, logs, methods, progress, terminal
 from pipelines import config_file as config_files
 from pipelines import processes as several
 from pipelines.config import CLIENT_SETTINGS, Config, count
@@ -347,6 +347,22 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
 )
 @_option("Run", "--quiet", is_flag=True, help="Print nothing but errors.")
 @_option(
+    "Run",
+    "--json",
+    "as_json",
+    is_flag=True,
+    show_default=False,
+    help="Print what happens as JSON, an object a line, and nothing else on the standard output.",
+)
+@_option(
+    "Run",
+    "--log",
+    "log_to",
+    multiple=True,
+    metavar="NAME",
+    help="Log metrics to tensorboard or wandb (offline), in the run directory. May be given twice.",
+)
+@_option(
     "Machine",
     "--mesh",
     type=int,
@@ -394,12 +410,16 @@ def train(
     config_file: Path | None,
     write_config: Path | None,
     print_config: bool,
+    as_json: bool,
+    log_to: tuple[str, ...],
     **values: Any,
 ) -> None:
     """Train and compare federated methods; the help text is given above."""
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     # Orbax tells of every step it takes through this logger.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if as_json:
+        ctx.call_on_close(lambda: _error_as_json(ctx))
     with _warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
@@ -432,13 +452,29 @@ def train(
         elif coordinator is not None or num_processes is not None or process_id is not None:
             raise ValueError("--coordinator, --num-processes and --process-id are for --processes: add it")
         terminal.check_jax()
+        logged = logs.logger(log_to, config, out) if log_to else None
     console = terminal.console()
     quiet = quiet or not several.is_first()
-    reporter = progress.silent() if quiet else progress.bar(console) if console.is_terminal else progress.plain()
-    status = _train(ctx, config, out, explicit, terminal.going_on(reporter, out))
+    loud = progress.bar(console) if console.is_terminal else progress.plain()
+    reporter = progress.silent() if quiet else progress.json_lines() if as_json else loud
+    reporter = terminal.going_on(reporter, out)
+    if logged is not None and several.is_first():
+        said = reporter.finish
+        reporter = reporter._replace(log=logged.log, finish=lambda: (said(), logged.finish())[0])
+    try:
+        status = _train(ctx, config, out, explicit, reporter)
+    except files.Unwritable as error:
+        reporter.event("error", {"message": str(error), "exit_code": terminal.UNWRITABLE})
+        raise
     if status == _LOST:
         several.leave(status)
     sys.exit(status)
+
+
+def _error_as_json(ctx: click.Context) -> None:
+    """Tells the error that ended a command, if one did."""
+    if terminal.ERROR in ctx.meta:
+        progress.json_lines().event("error", {"message": ctx.meta[terminal.ERROR], "exit_code": 2})
 
 
 def _supervised(out: Path) -> int:
@@ -478,17 +514,15 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
         try:
             results = driver.run(experiment, out, reporter=reporter)
         except driver.Refused as error:
-            click.echo(f"Error: {error}", err=True)
-            return 2
+            return _failed(reporter, error, 2)
         except several.Lost as error:
-            click.echo(f"Error: {error}", err=True)
-            return _LOST
+            return _failed(reporter, error, _LOST)
         except driver.Interrupted as stop:
             click.echo(stop.message, err=True)
+            reporter.event("stopped", {"message": stop.message})
             return 128 + stop.signal
         except driver.Diverged as error:
-            click.echo(f"Error: {error}", err=True)
-            return 1
+            return _failed(reporter, error, 1)
         eval_rounds = driver.history.evaluated_rounds(config.rounds, config.eval_every)
         for name, result in results.items():
             accuracy = early.reported(config, result.history, eval_rounds)["test/accuracy"]
@@ -503,7 +537,15 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, checkpoints; curves and clients as "
             ".png and .pdf"
         )
+        reporter.event("finished", {"path": str(out)})
     return 0
+
+
+def _failed(reporter: progress.Reporter, error: Exception, exit_code: int) -> int:
+    """Tells an error that ended a run, and returns the exit code."""
+    click.echo(f"Error: {error}", err=True)
+    reporter.event("error", {"message": str(error), "exit_code": exit_code})
+    return exit_code
 
 
 @main.command(

@@ -1,10 +1,12 @@
 """What a run says while it runs: a progress bar on a terminal, plain lines anywhere else."""
 
+import json
+import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
@@ -64,16 +66,47 @@ class Reporter(NamedTuple):
       say: `say(text)`, one or more lines.
       update: `update(progression)`, after every evaluation.
       finish: `finish()`, when a method is done or given up.
+      event: `event(name, fields)`, what happens, for programs (`json_lines`); the other three are for people.
+      log: `log(method, seeds, begin, new, ends)` after every evaluation, and with what is there when a method goes on:
+        see `pipelines.logs`.
     """
 
     say: Callable[[str], None]
     update: Callable[[Progression], None]
     finish: Callable[[], None]
+    event: Callable[[str, Mapping[str, Any]], None] = lambda name, fields: None
+    log: Callable[[str, Sequence[int], int, dict[str, Any], Any], None] = lambda *new: None
 
 
 def silent() -> Reporter:
     """Says nothing."""
     return Reporter(lambda text: None, lambda progression: None, lambda: None)
+
+
+def json_lines(stream: TextIO | None = None) -> Reporter:
+    """One JSON object a line and nothing else, for programs that read along.
+
+    Each has the key "event": "message" (text), "compiling" (method), "evaluated" (method, round, rounds, seeds,
+    rounds_per_second, stopped and one list over seeds for each metric: train_loss, test_loss, test_accuracy ...),
+    "saved" (method, round, path), "finished" (method, rounds; at the very end path instead), "stopped" (message) or
+    "error" (message, exit_code). A number that is not known is null.
+    """
+
+    def event(name: str, fields: Mapping[str, Any]) -> None:
+        text = json.dumps({"event": name, **_plain_json(fields)}, allow_nan=False)
+        print(text, file=stream or sys.stdout, flush=True)
+
+    return Reporter(lambda text: event("message", {"text": text}), lambda progression: None, lambda: None, event)
+
+
+def _plain_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def plain(stream: TextIO | None = None, *, most_lines: int = 20) -> Reporter:

@@ -104,6 +104,10 @@ def silence_output() -> None:
             sys.stdout.flush()
 
 
+ERROR = "fedjax_core.error"
+"""Where a click context keeps the message of an error that was told."""
+
+
 def going_on(reporter: Reporter, out: Path) -> Reporter:
     """The reporter, but for one thing: a run goes on when what it says cannot be written any more.
 
@@ -129,7 +133,9 @@ def going_on(reporter: Reporter, out: Path) -> Reporter:
     def update(progression: Progression) -> None:
         guarded(reporter.update)(progression)
 
-    return Reporter(guarded(reporter.say), update, guarded(reporter.finish))
+    return reporter._replace(
+        say=guarded(reporter.say), update=update, finish=guarded(reporter.finish), event=guarded(reporter.event)
+    )
 
 
 @contextlib.contextmanager
@@ -152,6 +158,7 @@ def usage_errors(ctx: click.Context) -> Iterator[None]:
         said = f"this needs more memory than there is ({_first_line(error)}): ask for less of what is large"
     else:
         return
+    ctx.meta[ERROR] = said
     _say(f"Error: {said}\nTry `{ctx.command_path} --help`.")
     ctx.exit(2)
 

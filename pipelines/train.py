@@ -409,6 +409,7 @@ def _run_with_plan(
     experiment, label, folder = batch.experiment, batch.label, batch.folder
     config, algorithm = experiment.config, experiment.algorithms[name]
     engine, run = engines.engine(experiment, algorithm), run_name(out)
+    eval_rounds = history.evaluated_rounds(config.rounds, config.eval_every)
     last_but_end = config.rounds // config.eval_every * config.eval_every
 
     def on_grid(round: int) -> bool:
@@ -426,6 +427,10 @@ def _run_with_plan(
     round, info, mark = saved.round, saved.info, saved.mark
     if round >= config.rounds or np.all(early.stopped(state)):
         reporter.say(f"{label}: complete, {round} rounds")
+        if may_write:
+            stops = early.last_rounds(config, saved.arrays, eval_rounds, len(experiment.seeds))
+            reporter.log(name, experiment.seeds, 0, saved.arrays, stops)
+        reporter.event("finished", {"method": name, "seeds": experiment.seeds, "rounds": round})
         return Result(saved.arrays, info)
     if not may_write:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(out))
@@ -437,8 +442,12 @@ def _run_with_plan(
         raise _interruption(batch, out, round, stop)
     if round:
         reporter.say(f"{label}: going on after round {round}")
+    # The round in which each seed stopped; beyond the last one for those that go on.
+    ends = early.last_rounds(config, measured.whole(), eval_rounds, len(experiment.seeds))
+    reporter.log(name, experiment.seeds, 0, measured.whole(), ends)
+    reporter.event("compiling", {"method": name, "seeds": experiment.seeds})
 
-    grid = [0, *history.evaluated_rounds(config.rounds, config.eval_every).tolist()]
+    grid = [0, *eval_rounds.tolist()]
     lengths = {after - before for before, after in pairwise(grid) if after > round}
     begin = time.monotonic()
     reporter.say(f"{label}: compiles with its first round" if config.staged else f"{label}: compiling ...")
@@ -454,7 +463,6 @@ def _run_with_plan(
     if not config.staged:
         reporter.say(f"{label}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
-    eval_rounds = history.evaluated_rounds(config.rounds, config.eval_every)
     earlier = {method: result.history for method, result in finished.items()}
     seeds = range(batch.whole.first_seed, batch.whole.first_seed + batch.whole.seeds)
     columns: history.Columns | None = None  # of metrics.csv, which is written anew once and then appended to
@@ -466,6 +474,7 @@ def _run_with_plan(
         measured.saved()
         if not processes.is_first():
             return
+        reporter.event("saved", {"method": name, "seeds": experiment.seeds, "round": round, "path": str(folder)})
         if batch.before and columns is None:
             earlier[name] = _merged(batch.before).history
         if columns is None:
@@ -480,8 +489,6 @@ def _run_with_plan(
 
     speed = Speed(round)
     ending: History = {}
-    # The round in which each seed stopped; beyond the last one for those that go on.
-    ends = early.last_rounds(config, measured.whole(), eval_rounds, len(experiment.seeds))
     for before, after in pairwise(grid):
         if after <= round:
             continue
@@ -513,7 +520,10 @@ def _run_with_plan(
         loss = history.mean_known(history.mean_losses(shown, np.asarray([after - before])))
         accuracy = float(shown["test/accuracy"].mean())
         ended = round == config.rounds or bool(np.all(early.stopped(state)))
-        reporter.update(Progression(label, round, config.rounds, speed.at(round), loss, accuracy))
+        rate = speed.at(round)
+        reporter.log(name, experiment.seeds, before, new, ends)
+        reporter.event("evaluated", _evaluation(experiment, name, round, rate, new, ends))
+        reporter.update(Progression(label, round, config.rounds, rate, loss, accuracy))
         if ended:
             ending = _per_client(experiment, early.last_params(algorithm, state))
             if (models := early.split(state)[1]) is not None:
@@ -524,10 +534,30 @@ def _run_with_plan(
         if round % config.checkpoint_every == 0 or round == last_but_end or ended or stop:
             save(ending)
         if ended:
+            reporter.event("finished", {"method": name, "seeds": experiment.seeds, "rounds": round})
             break
         if stop:
             raise _interruption(batch, out, round, stop)
     return Result(measured.whole() | ending, info)
+
+
+def _evaluation(
+    experiment: Experiment, name: str, round: int, speed: float, new: History, ends: np.ndarray
+) -> dict[str, Any]:
+    """The fields of the event "evaluated": `new` is the history since the evaluation before, `ends` when seeds stop."""
+    rounds = np.asarray([new["round/loss"].shape[1]])
+    going = ends >= round
+    scores = {history.column(key): value[:, 0] for key, value in new.items() if history.is_score(key)}
+    values = {"train_loss": history.mean_losses(new, rounds)[:, 0], **scores}
+    return {
+        "method": name,
+        "round": round,
+        "rounds": experiment.config.rounds,
+        "seeds": experiment.seeds,
+        "rounds_per_second": speed,
+        "stopped": (ends <= round).tolist(),
+        **{key: np.where(going, value, np.nan).tolist() for key, value in values.items()},
+    }
 
 
 def _per_client(experiment: Experiment, params: Any) -> History:

@@ -1,10 +1,14 @@
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pipelines import progress
 from pipelines.progress import Progression
+
+ROOT = Path("somewhere")
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,15 @@ def test_bar_on_a_terminal():
 def test_silent_says_nothing(capsys):
     drive(progress.silent(), rounds=2)
     assert capsys.readouterr().out == ""
+
+
+def test_json_lines_are_one_object_each():
+    stream = io.StringIO()
+    reporter = progress.json_lines(stream)
+    drive(reporter, rounds=2)
+    reporter.event("evaluated", {"method": "fedavg", "seeds": range(2), "test_loss": [0.5, float("nan")], "path": ROOT})
+    said = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert said[0] == {"event": "message", "text": "hello [brackets]"}
+    assert said[1:] == [
+        {"event": "evaluated", "method": "fedavg", "seeds": [0, 1], "test_loss": [0.5, None], "path": str(ROOT)}
+    ]
