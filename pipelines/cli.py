@@ -334,6 +334,13 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
     help="Keep the model that is best on the validation part; --patience and --stop-at do so too.",
 )
 @_option("Run", "--best-by", metavar="NAME", help="What is best there: accuracy or loss.")
+@_option(
+    "Run",
+    "--clients-over-time",
+    is_flag=True,
+    show_default=False,
+    help="Measure every client at every evaluation, and write clients.parquet at the end.",
+)
 @_option("Run", "--target", type=float, metavar="ACCURACY", help="Test accuracy for which rounds are counted.")
 @_option(
     "Run",
@@ -534,8 +541,8 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(
-            f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, checkpoints; curves and clients as "
-            ".png and .pdf"
+            f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, "
+            f"{'clients.parquet, ' if config.clients_over_time else ''}checkpoints; curves and clients as .png and .pdf"
         )
         reporter.event("finished", {"path": str(out)})
     return 0

@@ -85,6 +85,7 @@ class Config:
       stop_at: accuracy on the validation examples at which a seed stops, or None.
       keep_best: keep the model that is best on the validation examples; with either of those two it is kept anyway.
       best_by: "accuracy" or "loss", which says what is better.
+      clients_over_time: measure every client at every evaluation, and write clients.parquet at the end.
       target: test accuracy for which the rounds are counted.
       attack_radius: largest change of an input in an attack under which the test accuracy is measured too; 0 for none.
     """
@@ -148,6 +149,7 @@ class Config:
     stop_at: float | None = None
     keep_best: bool = False
     best_by: Literal["accuracy", "loss"] = "accuracy"
+    clients_over_time: bool = False
     target: float = 0.95
     attack_radius: float = 0.0
 

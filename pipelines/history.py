@@ -1,8 +1,8 @@
 """What was measured so far: arrays by name, the same on disk, in memory and after a restart.
 
 Letters: S seeds, r rounds done, e evaluations done, N clients. Names are "round/<metric>" [S, r, ...],
-"test/<metric>" [S, e], "validated/<metric>" [S, e] in runs that validate (`pipelines.early`) and, when a method is
-finished, "client/<metric>" [S, N].
+"test/<metric>" [S, e], "validated/<metric>" [S, e] in runs that validate (`pipelines.early`), "each/<metric>" [S, e, N]
+in runs that follow their clients and, when a method is finished, "client/<metric>" [S, N].
 """
 
 import csv
@@ -54,7 +54,10 @@ def growing(history: History) -> History:
 
 def after(history: History, rounds: int, evaluations: int) -> History:
     """What was measured after so many rounds and evaluations."""
-    return {name: value[:, evaluations if is_score(name) else rounds :] for name, value in growing(history).items()}
+    return {
+        name: value[:, rounds if name.startswith("round/") else evaluations :]
+        for name, value in growing(history).items()
+    }
 
 
 class Growing:
@@ -262,7 +265,7 @@ def is_score(name: str) -> bool:
 
 def _grows(name: str) -> bool:
     """Whether it has an axis of rounds or evaluations."""
-    return is_score(name) or name.startswith("round/")
+    return is_score(name) or name.startswith(("round/", "each/"))
 
 
 def column(name: str) -> str:

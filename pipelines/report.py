@@ -9,6 +9,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def write(
     files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds, ends))
     histories = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
     files.write_text(out / "clients.csv", clients_csv(histories, experiment.seeds, sizes))
+    if config.clients_over_time:
+        files.write(out / "clients.parquet", partial(clients_parquet, experiment, histories))
     files.write_text(out / "results.tex", results_tex(experiment, histories))
     files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
     with figures.style():
@@ -78,6 +81,46 @@ def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.nd
                 values = [str(history[name][s, client]) for name in columns]
                 writer.writerow([method, seed, client, count, *values])
     return text.getvalue()
+
+
+def part_of_clients(experiment: Experiment) -> str:
+    """The part of the federation on which clients are followed: "test" where they have one of their own, or "train"."""
+    return "test" if "test" in experiment.federation.parts else "train"
+
+
+def clients_parquet(experiment: Experiment, histories: Mapping[str, History], path: Path) -> None:
+    """Writes how the global model did for every client at every evaluation: a row per method, seed, round and client.
+
+    loss and accuracy are means over the client's own examples of the part that the column says, as many as the column
+    examples says; NaN for a client without any. A seed that stopped early has rows up to there.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    config, part = experiment.config, part_of_clients(experiment)
+    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    sizes = np.diff(experiment.federation.host_population(part).offsets).astype(np.int64)
+    clients = len(sizes)
+    whole = [("seed", pa.int64()), ("round", pa.int64()), ("client", pa.int64()), ("examples", pa.int64())]
+    kind = pa.from_numpy_dtype(next(iter(histories.values()))["each/loss"].dtype)
+    measured = [("loss", kind), ("accuracy", kind)]
+    schema = pa.schema([("method", pa.string()), *whole, ("part", pa.string()), *measured])
+    with pq.ParquetWriter(path, schema) as writer:
+        for method, history in histories.items():
+            found = early.course(config, history)
+            for s, seed in enumerate(experiment.seeds):
+                evaluations = history["each/loss"].shape[1] if found is None else int(found.ends[s])
+                rows = evaluations * clients
+                columns = {
+                    "method": pa.repeat(pa.scalar(method), rows),
+                    "seed": pa.repeat(pa.scalar(seed, pa.int64()), rows),
+                    "round": np.repeat(eval_rounds[:evaluations].astype(np.int64), clients),
+                    "client": np.tile(np.arange(clients, dtype=np.int64), evaluations),
+                    "examples": np.tile(sizes, evaluations),
+                    "part": pa.repeat(pa.scalar(part), rows),
+                    **{name: history[f"each/{name}"][s, :evaluations].reshape(-1) for name, _ in measured},
+                }
+                writer.write_table(pa.table(columns, schema=schema))
 
 
 def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds: np.ndarray) -> Figure:

@@ -18,6 +18,7 @@ A run directory:
     metrics.csv             every metric of every round: appended to with every checkpoint, put in order at the end;
                             later seeds when they are done
     clients.csv, summary.md, results.tex, and curves and clients as .png and .pdf     at the end, see `pipelines.report`
+    clients.parquet         so too, where it is asked for
 """
 
 import dataclasses
@@ -489,6 +490,7 @@ def _run_with_plan(
 
     speed = Speed(round)
     ending: History = {}
+    on_clients = _part_scorer(experiment, report.part_of_clients(experiment)) if config.clients_over_time else None
     for before, after in pairwise(grid):
         if after <= round:
             continue
@@ -512,6 +514,9 @@ def _run_with_plan(
             known = history.until(history.append(good, new), ends)
             cause = diagnose(experiment, name, known, round, known_losses)
             raise Diverged(f"{cause}\nThe state after round {round}, the last good one, is saved in {folder}.")
+        if on_clients is not None:
+            params = jax.vmap(algorithm.params)(split_tables(early.split(state)[0])[0])
+            new |= {f"each/{key}": value[:, None] for key, value in on_clients(params).items()}
         measured.append(new)
         round = after
         ends = np.where(going & early.stopped(state), round, ends)
@@ -600,10 +605,19 @@ def _per_client(experiment: Experiment, params: Any) -> History:
 
 def _on_part(experiment: Experiment, params: Any, part: str) -> History:
     """Metrics of models [S, ...] on a part of the federation, mean over each client's examples, [S, N]."""
-    host = experiment.federation.host_population(part)
-    rows, block = host.rows_of(np.arange(host.num_clients)), 64 * EVAL_BATCH
+    return _part_scorer(experiment, part)(params)
+
+
+def _part_scorer(experiment: Experiment, part: str) -> Callable[[Any], History]:
+    """`_on_part` for one part, to be called again and again: it compiles once."""
     on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
     score = jax.jit(on_examples, out_shardings=engines.whole(experiment))
+    return partial(_scored, experiment, score, part)
+
+
+def _scored(experiment: Experiment, score: Callable[..., Any], part: str, params: Any) -> History:
+    host = experiment.federation.host_population(part)
+    rows, block = host.rows_of(np.arange(host.num_clients)), 64 * EVAL_BATCH
     place = engines.placement(experiment)
     values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     if not len(rows):  # nobody has any: NaN for every client, of the metrics that there would be
