@@ -13,7 +13,8 @@ from pipelines.federation import Federation
 
 
 def identity(federation: Federation) -> dict[str, str]:
-    """ "examples": digest of the data set, "clients": of who holds which of them, "keys": the kind of random keys.
+    """ "examples": digest of the data set, "clients": of who holds which of them, "keys": the kind of random keys, and
+    "partitionable": whether they draw by partitionable threefry (`jax_threefry_partitionable`), which changes them.
 
     The digest of an array that is mapped from the cache of decoded data is the one that is kept there and was looked at
     when it was loaded, so that large data sets are not read for it.
@@ -26,7 +27,13 @@ def identity(federation: Federation) -> dict[str, str]:
     for name, (source, assignment) in sorted(federation.parts.items()):
         clients.update(f"{name} {source} {assignment.digest()}".encode())
     kind = str(getattr(jax.config, "jax_default_prng_impl"))  # noqa: B009 (not in its type stub)
-    return {"examples": hashed.hexdigest(), "clients": clients.hexdigest(), "keys": kind}
+    partitionable = str(bool(getattr(jax.config, "jax_threefry_partitionable")))  # noqa: B009
+    return {
+        "examples": hashed.hexdigest(),
+        "clients": clients.hexdigest(),
+        "keys": kind,
+        "partitionable": partitionable,
+    }
 
 
 def check(then: dict[str, str], now: dict[str, str], config: Config, out: Path) -> None:
@@ -39,6 +46,11 @@ def check(then: dict[str, str], now: dict[str, str], config: Config, out: Path) 
             raise ValueError(
                 f"{out} was begun with random keys of the kind {before} and JAX makes {here} now: set "
                 f"JAX_DEFAULT_PRNG_IMPL={before}, or choose another --out"
+            )
+        if name == "partitionable":
+            raise ValueError(
+                f"{out} was begun with jax_threefry_partitionable={before} and it is {here} now, which draws other "
+                f"numbers: set JAX_THREEFRY_PARTITIONABLE={before}, or choose another --out"
             )
         where = config.dataset if config.data_dir is None else f"{config.dataset} in {config.data_dir}"
         if name == "examples":

@@ -335,10 +335,14 @@ def test_other_examples_and_other_keys_are_refused(small, tmp_path, monkeypatch)
     other = setup.federate(dataclasses.replace(config, partition_seed=1))
     with pytest.raises(ValueError, match="are dealt out to other clients"):
         train.claim(tmp_path / "run", config, other)
-    now = identity.identity(setup.federate(config)) | {"keys": "rbg"}
-    monkeypatch.setattr(identity, "identity", lambda federation: now)
-    with pytest.raises(ValueError, match="set JAX_DEFAULT_PRNG_IMPL=threefry2x32"):
-        train.claim(tmp_path / "run", config, other)
+    now = identity.identity(setup.federate(config))
+    for changed, remedy in (
+        ({"keys": "rbg"}, "set JAX_DEFAULT_PRNG_IMPL=threefry2x32"),
+        ({"partitionable": "False"}, "set JAX_THREEFRY_PARTITIONABLE=True"),
+    ):
+        monkeypatch.setattr(identity, "identity", lambda federation, changed=changed: now | changed)
+        with pytest.raises(ValueError, match=remedy):
+            train.claim(tmp_path / "run", config, other)
 
 
 def test_the_digest_of_mapped_examples_is_the_kept_one_and_the_same_as_of_those_in_memory(tmp_path, monkeypatch):

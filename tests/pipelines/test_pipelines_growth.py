@@ -47,6 +47,12 @@ def short(tmp_path_factory):
     return out
 
 
+def times_of_checkpoints(out):
+    """When each file was written, the copy of the configuration left out: it goes with the configuration."""
+    files = (path for path in (out / "checkpoints").rglob("*") if path.name != "config.json")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
     grown, long, third = tmp_path / "grown", tmp_path / "long", tmp_path / "third"
     shutil.copytree(short, grown)
@@ -78,7 +84,7 @@ def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
         np.testing.assert_array_equal(one[:2], other)
 
     # Nothing is left to do, for the whole or for a part of it, and another target makes another report.
-    before = {path: path.stat().st_mtime_ns for path in (grown / "checkpoints").rglob("*")}
+    before = times_of_checkpoints(grown)
     said.clear()
     train.train(dataclasses.replace(LARGE, methods=("scaffold",), target=0.5), grown, reporter=say_to(said))
     assert said == [
@@ -87,7 +93,7 @@ def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
         "scaffold: complete, 10 rounds",
         "scaffold, seeds 2 to 2: complete, 10 rounds",
     ]
-    assert {path: path.stat().st_mtime_ns for path in (grown / "checkpoints").rglob("*")} == before
+    assert times_of_checkpoints(grown) == before
     assert train.read_config(grown).target == 0.5
     assert "rounds to 50 %" in (grown / "summary.md").read_text()
 

@@ -22,7 +22,7 @@ TINY = shlex.split(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"rounds": 10**20}, "rounds must be at most 2147483647, got 100000000000000000000"),
+        ({"rounds": 10**20}, "rounds must be at most 2147483647, .*got 100000000000000000000"),
         ({"eval_every": 2**31, "checkpoint_every": 2**31}, "eval_every must be at most 2147483647"),
         ({"batch_size": 2**31}, "batch_size must be at most"),
         ({"steps": 2**31, "epochs": None}, "steps must be at most"),

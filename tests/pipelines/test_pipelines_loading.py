@@ -60,7 +60,8 @@ def test_a_run_of_arrays_of_ones_own_is_used_without_them(own):
         for s, seed in enumerate(scaffold.seeds):
             params = scaffold.params(seed)
             scores = evaluate(run.metric_fn, params, jax.tree.map(jnp.asarray, MINE.test))
-            assert float(scores["accuracy"]) == scaffold.history["test/accuracy"][s, -1]
+            # One program for the seeds at once and another for one model: the last bit of a mean may differ.
+            np.testing.assert_allclose(scores["accuracy"], scaffold.history["test/accuracy"][s, -1], rtol=1e-6)
             personal = scaffold.client_params([4, 0], seed)
             jax.tree.map(lambda row, one: np.testing.assert_array_equal(row[1], one), personal, params)
             assert run.model.apply(params, X[:3]).shape == (3, 2)
