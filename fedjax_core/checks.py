@@ -89,7 +89,7 @@ def numbers(examples: Any, name: str = "examples") -> None:
     """Raises TypeError for a leaf that JAX cannot hold as numbers (objects, strings, dates), naming it."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(examples)[0]:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not (is_number(dtype) or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        if not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or is_number(dtype)):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype}, which JAX cannot hold: pass numbers (encode "
                 "classes and words as integers, drop fields that no loss reads)"
@@ -336,7 +336,9 @@ def not_called(optimizer: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         first = None
     inner = getattr(optimizer, "func", optimizer)  # of a functools.partial
-    return first == "learning_rate" or str(getattr(inner, "__module__", "")).split(".")[0] == "optax"
+    return (
+        first in ("learning_rate", "lr", "step_size") or str(getattr(inner, "__module__", "")).split(".")[0] == "optax"
+    )
 
 
 def labels(values: Any, num_classes: int, name: str = "labels") -> None:

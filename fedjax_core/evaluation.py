@@ -56,7 +56,9 @@ def evaluate(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_s
       batch_size: examples per forward pass.
 
     Raises:
-      ValueError: if a value is not an array of numbers [B, ...], by an error that names the metric.
+      TypeError: if the examples are a population or hold no numbers.
+      ValueError: if a value is not an array of numbers [B, ...], by an error that names the metric, or numbers of the
+        examples do not fit into 32 bits.
     """
     values = evaluate_examples(metric_fn, params, examples, batch_size=batch_size)
 
@@ -80,8 +82,15 @@ def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *
       batch_size: examples per forward pass.
 
     Raises:
-      ValueError: as `evaluate`.
+      TypeError, ValueError: as `evaluate`.
     """
+    if hasattr(examples, "offsets"):
+        raise TypeError(
+            f"examples must be a pytree of arrays [n, ...], got a {type(examples).__name__}: pass its `examples`, or "
+            "use evaluate_clients for one row per client"
+        )
+    checks.numbers(examples)
+    checks.fits(examples)
     total = checks.leading_axis(examples)
     batch_size = min(
         checks.positive_int("batch_size", batch_size, "evaluate at least one example at a time"),
@@ -113,8 +122,9 @@ def evaluate_clients(metric_fn: MetricFn, params: Params, population: Population
     """Means per client of one model's values, a pytree of float[num_clients]; NaN for a client without examples.
 
     Batches go across clients: a metric that looks at the whole batch sees examples of several. Dtypes and errors are
-    those of `evaluate`.
+    those of `evaluate`; a `HostPopulation` is refused by a TypeError.
     """
+    _check_population(population)
     values = evaluate_examples(metric_fn, params, population.examples, batch_size=batch_size)
 
     def mean(leaf: Weighted | Array) -> Array:
@@ -147,6 +157,7 @@ def evaluate_personal(
     Raises:
       ValueError: as `evaluate`.
     """
+    _check_population(population)
     cohort = population.cohort(ids)
 
     def row(leaf: Any) -> Any:
@@ -219,6 +230,14 @@ class _Totals(NamedTuple):
 def is_weighted(node: Any) -> bool:
     """Whether a node of what a metric returned is a `Weighted`."""
     return getattr(type(node), "_fields", None) == Weighted._fields
+
+
+def _check_population(population: Any) -> None:
+    if not isinstance(population, Population):
+        raise TypeError(
+            f"population must be a Population, got {type(population).__name__}: pass population.to_device() for a "
+            "HostPopulation"
+        )
 
 
 def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask: Array | None = None) -> PyTree:

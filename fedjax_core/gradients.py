@@ -60,8 +60,9 @@ def optimizer_at(optimizer: ClientOptimizer, round: Array) -> optax.GradientTran
     if callable(optimizer) and checks.not_called(optimizer):
         name = getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer")
         raise TypeError(
-            f"client_optimizer is the function {name} itself, which would take the round's number for a learning rate: "
-            f"call it, for example optax.{name}(0.1), or pass lambda round: optax.{name}(0.1 * 0.99**round)"
+            f"client_optimizer is the function {name} itself, which makes no optimizer from the round's number: call "
+            "it with a learning rate (a schedule is given to an optimizer), for example optax.sgd(0.1), or pass "
+            "lambda round: optax.sgd(0.1 * 0.99**round)"
         )
     if _takes_client(optimizer):
         by_client: Any = optimizer

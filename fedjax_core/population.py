@@ -189,7 +189,7 @@ class Population:
         if checks.is_concrete(ids):
             check_ids(np.asarray(ids), self.num_clients)
             distinct = True
-        found = _look_up(jnp.asarray(ids, jnp.int32), self.offsets, self.num_clients, self.num_examples, distinct)
+        found = _look_up(jnp.asarray(ids), self.offsets, self.num_clients, self.num_examples, distinct)
         return Cohort(examples=self.examples, **found, population_size=self.num_clients, table_size=self.num_clients)
 
 
@@ -199,10 +199,11 @@ def _look_up(ids: Array, offsets: Array, num_clients: int, num_examples: int, di
     valid = (ids >= 0) & (ids < num_clients)
     if not distinct:
         valid &= ~repeated(ids)
+    ids = jnp.where(valid, ids, -1).astype(jnp.int32)  # wider ones are compared before they are narrowed
     row = jnp.where(valid, ids, 0)
     starts = offsets[row]
     return {
-        "ids": jnp.where(valid, ids, -1),
+        "ids": ids,
         "starts": starts,
         "sizes": jnp.where(valid, offsets[row + 1] - starts, 0),
         "rows": row,

@@ -105,7 +105,7 @@ def _first_bad_cohort(
     """Draws the cohorts of the next rounds; returns the first invalid one: (its round int32[] or -1, its ids [C])."""
 
     def look(worst: Any, t: Array) -> tuple[Any, None]:
-        ids = sampler(key, t)
+        ids = jnp.asarray(sampler(key, t))
         wrong = (ids < -1) | (ids >= num_clients) | (repeated(ids) & (ids >= 0))
         found = jnp.any(wrong) & (worst[0] < 0)
         return jax.tree.map(lambda new, old: jnp.where(found, new, old), (t, ids), worst), None

@@ -74,7 +74,7 @@ def text(config: Config, format: str = "TOML") -> str:
     for method, chosen in settings.items():
         lines += [
             "",
-            f"[settings.{json.dumps(method)}]",
+            f"[settings.{json.dumps(method, ensure_ascii=False)}]",
             *(f"{name} = {_toml(value)}" for name, value in chosen.items()),
         ]
     return "\n".join(lines) + "\n"
@@ -186,4 +186,4 @@ def _number(where: str, value: Any, kind: type) -> Any:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return repr(value) if isinstance(value, float) else json.dumps(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -201,6 +201,11 @@ def read_config(out: Path) -> Config:
     if not files.has_record(path):
         raise ValueError(f"{out} is no run directory, it has no config.json: give the --out of a run")
     content = files.read_record(path)
+    if "config" not in content:
+        raise ValueError(
+            f"{out} holds a run of another command, such as `fedjax-core continual` or `zeroth-order`: give the --out "
+            "of a run of `fedjax-core train`"
+        )
     try:
         return Config.from_json(json.dumps(content["config"]))
     except (KeyError, TypeError) as error:

@@ -273,6 +273,12 @@ ROWS = [
         ["client_optimizer", "adam", "call it"],
     ),
     ("server's sgd", lambda: algorithms.fedopt(softmax_loss, SGD, optax.sgd), TypeError, ["server_optimizer", "optax"]),
+    (
+        "function of a rate",
+        lambda: one_round(fedavg(optimizer=lambda lr: optax.sgd(lr))),
+        TypeError,
+        ["client_optimizer", "optax.sgd(0.1)"],
+    ),
     ("misspelt option", lambda: fedavg(batchsize=3), TypeError, ["batchsize", "batch_size?"]),
     ("no loss", lambda: algorithms.fedavg(SGD, softmax_loss), TypeError, ["loss_fn", "GradientTransformation"]),
     ("weights of zero", lambda: fedavg(weights=np.zeros(4)), ValueError, ["weights", "0 for every client"]),
@@ -406,6 +412,19 @@ def test_with_one_device_the_report_of_an_invalid_cohort_is_an_error(monkeypatch
     with pytest.raises(ValueError, match="in round 1 the sampler's ids holds client 0"):
         simulation._report(3, 1, np.array([0, 0]))
     simulation._report(3, -1, np.array([0, 0]))
+
+
+def test_a_sampler_of_ones_own_may_return_numpy_arrays():
+    run(lambda key, round: np.array([1, 2]))
+    with pytest.raises(ValueError, match="client 1 more than once"):
+        simulate(FEDAVG, lambda key, round: np.array([1, 1]), 2)(PARAMS, POPULATION, KEY)
+
+
+def test_inside_jit_wide_ids_are_compared_before_they_are_narrowed():
+    with jax.enable_x64(True):
+        ids = jax.jit(lambda ids: POPULATION.cohort(ids).ids)(jnp.array([2**33 + 1, 1]))
+    np.testing.assert_array_equal(ids, [-1, 1])
+    assert ids.dtype == jnp.int32
 
 
 def test_inside_jit_a_repeated_client_fills_one_slot():

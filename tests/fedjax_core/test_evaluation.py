@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_core import Population, Weighted, evaluate, evaluate_clients, evaluate_examples, evaluate_personal, spread
+from fedjax_core import (
+    HostPopulation,
+    Population,
+    Weighted,
+    evaluate,
+    evaluate_clients,
+    evaluate_examples,
+    evaluate_personal,
+    spread,
+)
 
 SIZES = (3, 0, 7, 1, 12)
 
@@ -147,6 +156,21 @@ def test_no_examples_and_no_clients():
     assert np.isnan(clients["score"]).all()
     assert np.isnan(personal["score"]).all()
     assert evaluate_examples(metric_fn, PARAMS, nobody.examples)["score"].shape == (0,)
+
+
+def test_populations_on_the_host_and_numbers_that_do_not_fit_are_refused(population):
+    """The rows of a `HostPopulation` may lie in another order than its clients, so its examples alone will not do."""
+    host = HostPopulation.from_sizes(jax.tree.map(np.asarray, population.examples), SIZES)
+    with pytest.raises(TypeError, match=r"population must be a Population, got HostPopulation: pass .*to_device"):
+        evaluate_clients(metric_fn, PARAMS, host)
+    with pytest.raises(TypeError, match=r"population must be a Population, got HostPopulation: pass .*to_device"):
+        evaluate_personal(metric_fn, jnp.zeros((5, 2)), host, jnp.arange(5))
+    with pytest.raises(TypeError, match=r"examples must be a pytree of arrays .* got a Population"):
+        evaluate(metric_fn, PARAMS, population)
+    with jax.enable_x64(False):
+        for wide in (np.array([2**33 + 5]), np.array([1e300])):
+            with pytest.raises(ValueError, match="does not fit"):
+                evaluate(lambda params, batch: batch["y"], PARAMS, {"y": wide})
 
 
 WRONG = [

@@ -11,6 +11,7 @@ from pipelines import Config, catalog, cli, config_file
 
 ODD = Config(
     dataset="wine",
+    data_dir='/data/😀 "é"',
     clients=None,
     partition="natural",
     methods=("fedprox", "scaffold"),
