@@ -175,7 +175,7 @@ def test_a_round_without_participants_is_skipped_or_moves_by_the_stale_updates()
 
 def test_remembering_looks_at_the_cohorts_rows_alone():
     table = ClientTable({"w": jnp.full((5, 2), jnp.nan).at[1].set(3.0)})
-    cohort = dataclasses.replace(q3_population().cohort([2, -1]), rows=jnp.array([1, 1]))
+    cohort = dataclasses.replace(q3_population().cohort([2, -1]), rows=jnp.array([1, 1]), table_size=5)
     updates, mean = {"w": jnp.array([[5.0, 7.0], [9.0, 9.0]])}, {"w": jnp.array([1.0, 1.0])}
     table, mean = remember(table, mean, cohort, updates, jnp.array([0.25, 0.0]))
     np.testing.assert_allclose(mean["w"], [1 + 0.25 * 2, 1 + 0.25 * 4])
@@ -197,7 +197,7 @@ def test_a_round_needs_no_rows_but_its_cohorts(name, settings):
         return jax.tree.map(keep, state, is_leaf=is_table)
 
     after, _ = one_round(algorithm, whole, cohort)
-    staged, _ = one_round(algorithm, cohorts_rows(whole), dataclasses.replace(cohort, rows=jnp.arange(2)))
+    staged, _ = one_round(algorithm, cohorts_rows(whole), dataclasses.replace(cohort, rows=jnp.arange(2), table_size=2))
     assert_trees_close(staged, cohorts_rows(after), rtol=1e-14)
 
 
