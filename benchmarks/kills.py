@@ -166,22 +166,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = run(options.only.split(","), options.seconds, options.seed, Path(folder))
     total = sum(counts.values(), Counter())
-    columns = (
-        "runs",
-        "kills",
-        "random",
-        "aimed",
-        "met while writing",
-        "damaged checkpoints",
-        "failed starts",
-        "mismatches",
-    )
     print(f"seed {options.seed}")
     for name, count in [*counts.items(), ("all", total)]:
-        print(f"{name}: " + ", ".join(f"{column} {count[column]}" for column in columns))
+        print(f"{name}: " + ", ".join(f"{column} {count[column]}" for column in COLUMNS))
     if options.out is not None:
         content = {
-            name: {column: count[column] for column in columns} for name, count in [*counts.items(), ("all", total)]
+            name: {column: count[column] for column in COLUMNS} for name, count in [*counts.items(), ("all", total)]
         }
         options.out.write_text(json.dumps({"seed": options.seed, **content}, indent=2) + "\n")
     sys.exit(bool(total["failed starts"] or total["mismatches"]))

@@ -114,11 +114,7 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(round)
     def checked(state: Any, cohort: Cohort, key: Key, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(state, "round"):
-            raise TypeError(
-                f"state must be what the method's init returns, with a field `round`, got {type(state).__name__}: "
-                "pass algorithm.init(params)"
-            )
+        check_state(state, "pass algorithm.init(params)")
         if not isinstance(cohort, Cohort):
             raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
         check_rounds(state.round, 1)
@@ -127,6 +123,14 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
 
     checked._has_checks = True  # type: ignore[attr-defined]
     return checked
+
+
+def check_state(state: Any, begin: str) -> None:
+    """Raises TypeError unless `state` has the counter of rounds; `begin` says how to come by a state."""
+    if not hasattr(state, "round"):
+        raise TypeError(
+            f"state must be what the method's init returns, with a field `round`, got {type(state).__name__}: {begin}"
+        )
 
 
 def check_rounds(done: Any, more: int) -> None:

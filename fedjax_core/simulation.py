@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys
-from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds
+from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
 from fedjax_core.population import Population, check_ids, repeated
 from fedjax_core.samplers import Sampler, check_sampler
 from fedjax_core.types import Array, Key, Metrics, Params
@@ -45,11 +45,7 @@ def continue_rounds(
                 f"population must be a Population, got {type(population).__name__}: use simulate_staged or "
                 "continue_staged for a HostPopulation"
             )
-        if not hasattr(state, "round"):
-            raise TypeError(
-                f"state must be what algorithm.init returns, with a field `round`, got {type(state).__name__}: use "
-                "simulate to begin from parameters"
-            )
+        check_state(state, "use simulate to begin from parameters")
         check_rounds(state.round, num_rounds)
         sample_key, train_key = keys.split(keys.one(key))
         draw = sampler

@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
-from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds
+from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
 from fedjax_core.clients import join_tables, split_tables
 from fedjax_core.keys import derive, split, typed
 from fedjax_core.plans import auto_mesh
@@ -226,11 +226,7 @@ def continue_staged(
                 f"population must be a HostPopulation, got {type(population).__name__}: use simulate or "
                 "continue_rounds for a population on the device"
             )
-        if not hasattr(state, "round"):
-            raise TypeError(
-                f"state must be what algorithm.init returns, with a field `round`, got {type(state).__name__}: use "
-                "simulate_staged to begin from parameters"
-            )
+        check_state(state, "use simulate_staged to begin from parameters")
         key = _one_or_row(key)
         batched = key.ndim == 1
         keys = key if batched else key[None]
