@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,13 +128,14 @@ def _wandb(out: Path, config: Config, method: str, seed: int) -> Log:
     name = hashlib.sha256(said.encode()).hexdigest()[:12]
     for old in (out / "wandb").glob(f"*-{name}"):
         shutil.rmtree(old, ignore_errors=True)
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
     run = wandb.init(
         project="fedjax-core",
         group=config.slug(),
         name=f"{method}, seed {seed}",
         id=name,
         dir=str(out),
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        mode=mode,
         reinit="create_new",
         config={"method": method, "seed": seed, **{k: str(v) for k, v in vars(config).items()}},
         settings=wandb.Settings(silent=True, console="off"),
