@@ -64,7 +64,8 @@ def ewc(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       lam: weight of the penalty (lam / 2) sum F (y - c)^2; 0 is FedAvg. lr lam F must stay below 2 in every entry.
       server_lr: 1 replaces the model by the average.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`. At the end of a task a
@@ -85,7 +86,7 @@ def ewc(
     gradient = value_and_grad(loss_fn)
 
     def init(params: Params) -> EWCState:
-        return EWCState(params, optax.tree.zeros_like(params), params, jnp.int32(0), jnp.int32(0))
+        return EWCState(params, sums.wide_zeros(params), params, jnp.int32(0), jnp.int32(0))
 
     def round(state: EWCState, cohort: Cohort, key: Key) -> tuple[EWCState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
@@ -98,7 +99,7 @@ def ewc(
             _, F, c = shared
             y, opt_state = carry
             loss, g = gradient(y, batch)
-            g = jax.tree.map(lambda g, F, y, c: g + lam * F * (y - c), g, F, y, c)
+            g = jax.tree.map(lambda g, F, y, c: (g + lam * F * (y - c)).astype(g.dtype), g, F, y, c)
             return descend(optimizer, y, opt_state, g), loss
 
         def client_final(shared: Any, carry: Any) -> Any:
@@ -117,7 +118,9 @@ def ewc(
         total = optax.tree.add(state.importance, F_t)
         # (F c + F_t x) / (F + F_t), and c where nothing is known.
         share = jax.tree.map(lambda F_t, F: F_t / jnp.where(F > 0, F, 1), F_t, total)
-        center = jax.tree.map(lambda c, share, x: c + share * (x - c), state.center, share, state.params)
+        center = jax.tree.map(
+            lambda c, share, x: (c + share * (x - c)).astype(c.dtype), state.center, share, state.params
+        )
         return state._replace(importance=total, center=center, task=state.task + 1)
 
     return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=checked_round(end_task))
@@ -147,6 +150,7 @@ def fisher_program(loss_fn: LossFn) -> ClientProgram:
 
     def client_final(x: Params, carry: Any) -> Any:
         total, n = carry
-        return sums.mean_tree(total, n, x), ()
+        # As wide as it is summed: the square of a small gradient is 0 in float16.
+        return sums.mean_tree(total, n, sums.widen(x)), ()
 
     return ClientProgram(client_init, client_step, client_final)

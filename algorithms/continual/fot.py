@@ -32,6 +32,7 @@ from fedjax_core import (
     move,
     optimizer_at,
     round_metrics,
+    sums,
     weighted_sum,
 )
 
@@ -96,7 +97,8 @@ def fot(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       inputs: `inputs(params, batch) -> {path: float[samples, d]}`, what goes into the layers on a batch in evaluation
         mode, as many samples for every example, those of the first example first. A path leads to the layer's weight in
         the parameters, like "dense_0/kernel". `models.capture.layer_inputs` makes it for any flax model.
@@ -131,7 +133,8 @@ def fot(
 
     def init(params: Params) -> FOTState:
         check_layers(params, layers)
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        # No decomposition is made in fewer bits than float32 has, and sketches are sums.
+        dtype = sums.accumulator(jnp.result_type(*jax.tree.leaves(params)))
         bases = {path: Basis(jnp.zeros((d, d), dtype), jnp.int32(0)) for path, d in layers.items()}
         return FOTState(params, bases, jnp.asarray(energy, float), jnp.int32(0), jnp.int32(0))
 
@@ -163,7 +166,7 @@ def project(direction: Params, bases: Mapping[str, Basis]) -> Params:
         if name not in bases:
             return leaf
         U = bases[name].columns
-        return residual(U, leaf.reshape(U.shape[0], -1)).reshape(leaf.shape)
+        return residual(U, leaf.reshape(U.shape[0], -1)).reshape(leaf.shape).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, direction)
 

@@ -66,7 +66,8 @@ def afa_cd(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       server_lr: step size of the server, in local steps: with equal work K makes it FedAvg.
       **local: batch_size, num_epochs or num_steps (an array gives every client its own K_i), order, weights, plan; see
@@ -119,7 +120,8 @@ def afa_cs(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       server_lr: step size of the server, in local steps.
       **local: batch_size, num_epochs or num_steps (an array gives every client its own K_i), order, weights, plan; see

@@ -29,6 +29,7 @@ from fedjax_core import (
     num_scalars,
     optimizer_at,
     round_metrics,
+    sums,
     value_and_grad,
 )
 
@@ -94,8 +95,8 @@ def autoflip(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one; the
-        exploration has the first round's.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one; the exploration has the first round's.
       threshold: T_p, the quantile of G up to which is pruned, in [0, 1). Ties with it are pruned, so 0 prunes the
         smallest entries.
       structured: prune whole units too. A layer is whatever holds an array "kernel" [..., inputs, units], and maybe a
@@ -148,7 +149,7 @@ def autoflip(
         if structured:
             check_output(params, output)
         everything = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
-        return AutoFLIPState(params, optax.tree.zeros_like(params), everything, exploration.init(params), jnp.int32(0))
+        return AutoFLIPState(params, sums.wide_zeros(params), everything, exploration.init(params), jnp.int32(0))
 
     def prune(state: AutoFLIPState, maps: Maps) -> AutoFLIPState:
         """The state with the mask that the maps ask for."""

@@ -54,7 +54,8 @@ def fal(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`; batches are dicts whose "x" is attacked.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       rho: radius of the attack; 0 is FedAvg.
       step_size: length of each of its steps.
       attack_steps: number of them. One that is at least rho long, with norm="linf" and no random start, is FGSM.

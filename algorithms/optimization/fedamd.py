@@ -89,8 +89,9 @@ def fedamd(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one. K lr is
-        about the length of a step on the mean loss of all clients, so lr must be smaller than FedAvg's.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one. K lr is about the length of a step on the mean loss of all clients, so lr must be
+        smaller than FedAvg's.
       num_clients: size of the population, N.
       probability: p_t, the same in every round (the paper's constant probability), in [0, 1].
       period: m above 0 makes p_t 1 in the rounds 0, m, 2m, ... and 0 in the others (the paper's sequential

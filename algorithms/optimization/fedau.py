@@ -69,7 +69,8 @@ def fedau(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       cutoff: longest interval in rounds, K in the paper. 1 gives every participant weight 1, the average over all
         clients where the absent ones count as standing still. As many as there are rounds: no cutoff.
@@ -121,7 +122,8 @@ def fedavg_ipw(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       probabilities: prob_i, each in (0, 1]; float[num_clients], or one number for all. 1 is the average over all
         clients where the absent ones count as standing still. "uniform" is |S| / N, for cohorts that are all equally
         likely; with uniform weights that is FedAvg.

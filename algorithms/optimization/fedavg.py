@@ -98,7 +98,8 @@ def fedavg(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       server_lr: 1 replaces the model by the average.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
@@ -121,7 +122,8 @@ def local_sgd(loss_fn: LossFn, client_optimizer: ClientOptimizer, **local: Unpac
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
     Paper: Stich, "Local SGD Converges Fast and Communicates Little", 2019, algorithm 1.
@@ -141,7 +143,8 @@ def fedsgd(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer for the one step, or a function of the round giving one.
+      client_optimizer: optax optimizer for the one step, or a function of the round, or of the round and the client's
+        id, giving one.
       server_lr: 1 replaces the model by the average.
       **local: batch_size (only bounds memory here), weights, plan. Epochs, steps and order have no meaning.
 

@@ -62,7 +62,7 @@ def fedcm(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
-        started anew in every round, or a function of the round giving one.
+        started anew in every round, or a function of the round, or of the round and the client's id, giving one.
       alpha: weight of the fresh gradient, in (0, 1]; 1 is FedAvg (or FedNova, with aggregation="normalized").
       server_lr: 1 replaces the model by the average; the paper's server step is server_lr lr K.
       aggregation: "mean" or "normalized", for clients with unequal work; the same for equal work.

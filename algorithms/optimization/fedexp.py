@@ -25,6 +25,7 @@ from fedjax_core import (
     move,
     optimizer_at,
     round_metrics,
+    sums,
     weighted_mean,
 )
 
@@ -62,7 +63,8 @@ def fedexp(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       eps: guards the division, above 0; a number or a function of the round (the authors let it decay with the
         square of the learning rate).
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
@@ -81,11 +83,11 @@ def fedexp(
     def round(state: FedExPState, cohort: Cohort, key: Key) -> tuple[FedExPState, Metrics]:
         program = displacement_program(plain_gradient(loss_fn), optimizer_at(client_optimizer, state.round))
         # The server takes the norm of each upload as it comes; nothing more is sent.
-        aggregator = mapped(lambda delta: (delta, optax.tree.norm(delta, squared=True)), weighted_mean())
+        aggregator = mapped(lambda delta: (delta, sums.norm(delta, squared=True)), weighted_mean())
         results = clients.run(program, state.params, (), cohort, key, aggregator=aggregator)
         mean, mean_square = results.aggregate
         guard = eps(state.round) if callable(eps) else eps
-        denominator = 2 * (optax.tree.norm(mean, squared=True) + guard)
+        denominator = 2 * (sums.norm(mean, squared=True) + guard)
         ratio = mean_square / jnp.where(denominator > 0, denominator, 1)
         step = jnp.maximum(1, jnp.where(denominator > 0, ratio, 0))
         params = move(state.params, step, mean)

@@ -66,7 +66,8 @@ def fedfix(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       probabilities: prob_i, the share of the server's steps at which client i delivers, so that it weighs p_i in the
         long run; float[num_clients] in (0, 1] (`Deliveries.shares`), or one number for all. "uniform" is |S| / N. For

@@ -26,7 +26,8 @@ def fedgamma(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       rho: radius of the perturbation; the norm is over all parameters together. 0 is SCAFFOLD (option II).
       server_lr: 1 replaces the model by the average.

@@ -66,7 +66,8 @@ def fedld(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       logits: `logits(params, batch, key) -> float[B, C]`, the scores of the C classes for each example. With a model
         of `models` it is `lambda params, batch, key: model.apply(params, batch["x"], key)`.
       lam: weight of the penalty.

@@ -36,6 +36,7 @@ from fedjax_core import (
     scatter,
     shuffle,
     stacked,
+    sums,
     value_and_grad,
     weighted_sum,
 )
@@ -119,8 +120,8 @@ def fedlex(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one; the
-        exploration has the first round's.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one; the exploration has the first round's.
       mode: "step" scales the optimizer's steps; "gradient" scales the gradients that it gets, which is the same for
         SGD, while Adam undoes any scale but 0; "final_delta" scales y_i - x, on the server.
       explore_epochs: most epochs of the exploration.
@@ -163,7 +164,7 @@ def fedlex(
     gradient = value_and_grad(loss_fn)
 
     def init(params: Params) -> FedLExState:
-        return FedLExState(params, optax.tree.zeros_like(params), exploration.init(params), jnp.int32(0))
+        return FedLExState(params, sums.wide_zeros(params), exploration.init(params), jnp.int32(0))
 
     def explore(state: FedLExState, cohort: Cohort, key: Key) -> FedLExState:
         maps = exploration.explore(state.maps, state.params, cohort, key)
@@ -171,7 +172,7 @@ def fedlex(
 
     def round(state: FedLExState, cohort: Cohort, key: Key) -> tuple[FedLExState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
-        guidance = exploration.guidance(state.maps)
+        guidance = sums.cast_like(exploration.guidance(state.maps), state.params)
 
         def client_init(shared: Any, client_input: Any, key: Key) -> Any:
             x, _ = shared
@@ -258,8 +259,8 @@ def loss_exploration(
     of_client, of_mean = (to_unit, _unchanged) if scaled == "clients" else (_unchanged, to_unit)
 
     def init(params: Params) -> Maps:
-        own = client_table(num_maps, Map(optax.tree.zeros_like(params), jnp.bool_(False)) if num_maps else ())
-        return Maps(optax.tree.ones_like(params), jnp.int32(0), own)
+        own = client_table(num_maps, Map(sums.wide_zeros(params), jnp.bool_(False)) if num_maps else ())
+        return Maps(sums.widen(optax.tree.ones_like(params)), jnp.int32(0), own)
 
     def explore(maps: Maps, params: Params, cohort: Cohort, key: Key) -> Maps:
         optimizer = optimizer_at(client_optimizer, jnp.int32(0))
@@ -279,7 +280,8 @@ def loss_exploration(
             return carry, jnp.zeros(())
 
         def client_final(x: Params, carry: Any) -> Any:
-            return jax.tree.map(lambda x, xi: jnp.square(x - xi), x, carry[0]), ()
+            # The square of a small move is 0 in float16.
+            return jax.tree.map(jnp.square, sums.widen(optax.tree.sub(x, carry[0]))), ()
 
         draw_key, key = jax.random.split(key)
         rank = shuffle.permute(shuffle.seed(draw_key), jnp.maximum(cohort.ids, 0), cohort.num_clients)

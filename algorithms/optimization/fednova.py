@@ -27,6 +27,7 @@ from fedjax_core import (
     move,
     optimizer_at,
     round_metrics,
+    sums,
     value_and_grad,
 )
 
@@ -67,17 +68,19 @@ def fednova(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer that is linear in small gradients (SGD, maybe with momentum, clipping, weight
-        decay), started anew in every round, or a function of the round giving one.
+        decay), started anew in every round, or a function of the round, or of the round and the client's id, giving
+        one.
       mu: proximal weight of the local solver.
       server_lr: step size of the server.
       server_momentum: momentum on the server, in [0, 1). What it remembers is without lr, as in the authors' code, so
-        that old gradients too are taken at the rate of the round.
+        that old gradients too are taken at the rate of the round; where clients have rates of their own, at the lr with
+        sum_S p_i T_i = lr sum_S p_i T_i / lr_i.
       **local: batch_size, num_epochs or num_steps (arrays give clients different work), order, weights, plan; see
         `LocalOptions`.
 
     Differences: A_i and T_i are found by running the same optimizer on one scalar whose gradient is 1 (+ mu z), which
     gives the paper's closed forms for plain, momentum and proximal SGD and holds for learning rates that change. The
-    lr of the server's momentum is the length of the optimizer's first step. The paper leaves the effective number of
+    lr_i of the server's momentum is the length of the optimizer's first step. The paper leaves the effective number of
     steps to the server; T_i in it, not A_i, is the choice of the authors' code (with mu it takes the number of steps,
     also where clients have momentum). With momentum and mu together that code adds both counts in every step, a <- (1 -
     lr mu) (a + counter) + 1, which is more than the weights of the gradients sum to; here A_i is that sum.
@@ -92,7 +95,7 @@ def fednova(
     gradient = value_and_grad(loss_fn)
 
     def init(params: Params) -> FedNovaState:
-        return FedNovaState(params, optax.tree.zeros_like(params), jnp.int32(0))
+        return FedNovaState(params, sums.wide_zeros(params), jnp.int32(0))
 
     def round(state: FedNovaState, cohort: Cohort, key: Key) -> tuple[FedNovaState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
@@ -109,15 +112,17 @@ def fednova(
 
         def client_final(x: Params, carry: Any) -> Any:
             y, _, length, plain_length = carry
-            return (length.normalize(optax.tree.sub(y, x)), -plain_length.z), ()
+            # The rate is known to the server, which has given the optimizer.
+            first_step = -Length.start(optimizer).extend(optimizer).z
+            return (length.normalize(optax.tree.sub(y, x)), -plain_length.z), (-plain_length.z, first_step)
 
         program = ClientProgram(client_init, client_step, client_final)
         results = clients.run(program, state.params, (), cohort, key)
         normalized, effective_length = results.aggregate
-        first_step = -Length.start(optimizer).extend(optimizer).z
-        lr = jnp.where(first_step > 0, first_step, 1)
+        lengths, rates = results.outputs
+        lr = common_rate(lengths, rates, results.weights)
         velocity = jax.tree.map(
-            lambda v, d: (server_momentum * v + (effective_length / lr).astype(d.dtype) * d).astype(v.dtype),
+            lambda v, d: (server_momentum * v + (effective_length / lr).astype(v.dtype) * d).astype(v.dtype),
             state.velocity,
             normalized,
         )
@@ -128,3 +133,23 @@ def fednova(
         return FedNovaState(params, velocity, state.round + 1), metrics
 
     return global_algorithm(init, round)
+
+
+def common_rate(lengths: Array, rates: Array, weights: Array) -> Array:
+    """float[], the lr between D and the steps that it stands for, (sum_S p_i T_i) / (sum_S p_i T_i / lr_i).
+
+    Args:
+      lengths: float[C], T_i.
+      rates: float[C], lr_i.
+      weights: float[C], 0 in slots that took no part.
+
+    Returns:
+      That of all where all are equal; 1 where nobody has moved.
+    """
+    taken = (weights > 0) & (rates > 0)
+    largest = jnp.max(jnp.where(taken, rates, 0))
+    # In proportion to the largest, so that equal rates cost no rounding.
+    ratio = jnp.where(taken, rates / jnp.where(largest > 0, largest, 1), 1)
+    work = jnp.where(taken, weights.astype(lengths.dtype) * lengths, 0)
+    steps = jnp.sum(work / ratio)
+    return jnp.where(steps > 0, largest * (jnp.sum(work) / jnp.where(steps > 0, steps, 1)), 1)

@@ -36,7 +36,8 @@ def fedprox(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       mu: weight of the penalty (mu / 2) ||y - x||^2; 0 is FedAvg.
       server_lr: 1 replaces the model by the average.
       **local: batch_size, num_epochs or num_steps (an array lets stragglers stop early), order, weights, plan; see

@@ -18,6 +18,7 @@ from fedjax_core import (
     Params,
     Scalar,
     checks,
+    sums,
     value_and_grad,
 )
 
@@ -39,7 +40,8 @@ def fedsam(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       rho: radius of the perturbation; the norm is over all parameters together.
       server_lr: 1 replaces the model by the average.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
@@ -70,7 +72,8 @@ def fedasam(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       rho: radius of the perturbation.
       eta: keeps the perturbation of small weights alive.
       server_lr: 1 replaces the model by the average.
@@ -107,7 +110,7 @@ def mofedsam(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
-        started anew in every round, or a function of the round giving one.
+        started anew in every round, or a function of the round, or of the round and the client's id, giving one.
       rho: radius of the perturbation.
       alpha: weight of the fresh gradient, in (0, 1]; 1 is FedSAM.
       server_lr: 1 replaces the model by the average.
@@ -133,7 +136,7 @@ def sam_gradient(loss_fn: LossFn, rho: Scalar, eta: Scalar | None = None) -> Gra
     def perturbed(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
         loss, g = gradient(y, batch)
         scales = jax.tree.map(scale, y)
-        norm = optax.tree.norm(optax.tree.mul(scales, g))
+        norm = sums.norm(optax.tree.mul(scales, g))
         radius = rho / jnp.where(norm > 0, norm, 1)
         at = jax.tree.map(lambda y, t, g: y + radius.astype(g.dtype) * t**2 * g, y, scales, g)
         return loss, gradient(at, batch)[1]

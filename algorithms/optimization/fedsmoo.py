@@ -30,6 +30,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    sums,
     value_and_grad,
 )
 
@@ -69,7 +70,8 @@ def fedsmoo(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       lam: the proximal term is ||y - x||^2 / (2 lam), above 0; large is weak.
       rho: radius of the perturbations (over all parameters together); 0 makes this FedDyn with its alpha = 1 / lam.
@@ -89,12 +91,14 @@ def fedsmoo(
     gradient = value_and_grad(loss_fn)
 
     def of_radius_rho(u: Params) -> Params:
-        norm = optax.tree.norm(u)
+        norm = sums.norm(u)
         return jax.tree.map(lambda u: u * (rho / jnp.where(norm > 0, norm, 1)).astype(u.dtype), u)
 
     def init(params: Params) -> FedSmooState:
         zeros = optax.tree.zeros_like(params)
-        return FedSmooState(params, zeros, zeros, client_table(num_clients, (zeros, zeros)), jnp.int32(0))
+        # The dual variables sum up displacements of all rounds: in float32 at least, or a bfloat16 model's are lost.
+        duals = sums.wide_zeros(params)
+        return FedSmooState(params, zeros, duals, client_table(num_clients, (duals, zeros)), jnp.int32(0))
 
     def round(state: FedSmooState, cohort: Cohort, key: Key) -> tuple[FedSmooState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
@@ -110,7 +114,7 @@ def fedsmoo(
             s_i = of_radius_rho(jax.tree.map(lambda g, mu, s: g - mu - s, g, mu_i, s))
             mu_i = jax.tree.map(lambda mu, s_i, s: mu + s_i - s, mu_i, s_i, s)
             _, g = gradient(optax.tree.add(y, s_i), batch)
-            g = jax.tree.map(lambda g, h, y, x: g - h + (y - x) / lam, g, h_i, y, x)
+            g = jax.tree.map(lambda g, h, y, x: (g - h + (y - x) / lam).astype(g.dtype), g, h_i, y, x)
             y, opt_state = descend(optimizer, y, opt_state, g)
             return (y, opt_state, h_i, mu_i), loss
 

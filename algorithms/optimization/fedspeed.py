@@ -30,6 +30,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    sums,
     value_and_grad,
 )
 
@@ -71,7 +72,8 @@ def fedspeed(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       lam: the proximal term is ||y - x||^2 / (2 lam), above 0; large is weak.
       rho: length of the step uphill (over all parameters together).
@@ -98,7 +100,8 @@ def fedspeed(
     gradient = value_and_grad(loss_fn)
 
     def init(params: Params) -> FedSpeedState:
-        zeros = optax.tree.zeros_like(params)
+        # In float32 at least, as every sum over rounds: steps of a bfloat16 model are soon lost in the rounding of h.
+        zeros = sums.wide_zeros(params)
         mean = zeros if corrections == "all" else ()
         return FedSpeedState(params, mean, client_table(num_clients, zeros), jnp.int32(0))
 
@@ -111,10 +114,10 @@ def fedspeed(
         def client_step(x: Params, carry: Any, batch: Batch) -> Any:
             y, opt_state, h_i = carry
             loss, g = gradient(y, batch)
-            norm = optax.tree.norm(g)
+            norm = sums.norm(g)
             uphill = move(y, rho / jnp.where(norm > 0, norm, 1) if normalize else rho, g)
             q = jax.tree.map(lambda g, u: (1 - alpha) * g + alpha * u, g, gradient(uphill, batch)[1])
-            q = jax.tree.map(lambda q, h, y, x: q - h + (y - x) / lam, q, h_i, y, x)
+            q = jax.tree.map(lambda q, h, y, x: (q - h + (y - x) / lam).astype(q.dtype), q, h_i, y, x)
             y, opt_state = descend(optimizer, y, opt_state, q)
             return (y, opt_state, h_i), loss
 
@@ -122,7 +125,7 @@ def fedspeed(
             y, _, h_i = carry
             displacement = optax.tree.sub(y, x)
             h_i = optax.tree.add_scale(h_i, -1 / lam, displacement)
-            amended = optax.tree.add_scale(displacement, -lam, h_i)
+            amended = optax.tree.add_scale(displacement, -lam, sums.cast_like(h_i, x))
             return displacement if corrections == "all" else amended, h_i
 
         program = ClientProgram(client_init, client_step, client_final)

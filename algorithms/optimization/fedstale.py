@@ -77,7 +77,8 @@ def fedstale(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       beta: weight of the stale updates. It should be larger the more the clients' data differ, and smaller the more
         their participation differs.
@@ -150,7 +151,8 @@ def fedvarp(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       server_lr: step size of the server.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`. With weights p_i the

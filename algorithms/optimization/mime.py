@@ -27,6 +27,7 @@ from fedjax_core import (
     move,
     optimizer_at,
     round_metrics,
+    sums,
     value_and_grad,
 )
 
@@ -61,7 +62,8 @@ def mime(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: base optimizer, or a function of the round giving one (with a state of the same structure).
+      client_optimizer: base optimizer, or a function of the round, or of the round and the client's id, giving one
+        (with a state of the same structure).
       momentum: decay of the average of gradients that the base optimizer is given, in [0, 1); choose 0 for one with
         momentum of its own (`optax.adam` makes this MimeAdam).
       server_lr: 1 replaces the model by the average.
@@ -96,7 +98,8 @@ def mimelite(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: base optimizer, or a function of the round giving one (with a state of the same structure).
+      client_optimizer: base optimizer, or a function of the round, or of the round and the client's id, giving one
+        (with a state of the same structure).
       momentum: decay of the average of gradients that the base optimizer is given, in [0, 1); choose 0 for one with
         momentum of its own (`optax.adam` makes this MimeLiteAdam). With 0 and SGD it is FedAvg.
       server_lr: 1 replaces the model by the average.
@@ -131,7 +134,7 @@ def _mime(
         return optax.chain(optax.ema(momentum, debias=False), optimizer_at(client_optimizer, round))
 
     def init(params: Params) -> MimeState:
-        return MimeState(params, base_optimizer(jnp.int32(0)).init(params), jnp.int32(0))
+        return MimeState(params, base_optimizer(jnp.int32(0)).init(sums.widen(params)), jnp.int32(0))
 
     def round(state: MimeState, cohort: Cohort, key: Key) -> tuple[MimeState, Metrics]:
         optimizer = base_optimizer(state.round)
@@ -159,7 +162,7 @@ def _mime(
         results = clients.run(program, shared, (), cohort, key)
         results = results._replace(uploaded=results.uploaded + full.uploaded)
         params = move(state.params, server_lr, results.aggregate)
-        _, refreshed = optimizer.update(c, state.opt_state, state.params)
+        _, refreshed = optimizer.update(sums.widen(c), state.opt_state, sums.widen(state.params))
         opt_state = optax.tree.where(cohort.num_participants > 0, refreshed, state.opt_state)
         metrics = round_metrics(results, cohort, state.params, params)
         return MimeState(params, opt_state, state.round + 1), metrics

@@ -62,7 +62,7 @@ def fedavg_m(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
-        started anew in every round, or a function of the round giving one.
+        started anew in every round, or a function of the round, or of the round and the client's id, giving one.
       beta: weight of the fresh gradient, in (0, 1]; 1 is FedAvg.
       server_lr: 1 replaces the model by the average.
       aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
@@ -114,7 +114,7 @@ def fedavg_m_vr(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
-        started anew in every round, or a function of the round giving one.
+        started anew in every round, or a function of the round, or of the round and the client's id, giving one.
       beta: weight of the fresh gradient, in (0, 1]; 1 is FedAvg.
       server_lr: 1 replaces the model by the average; the paper's server step is gamma = server_lr lr K.
       aggregation: "mean" or "normalized", for clients with unequal work; see `fedcm`.
@@ -208,7 +208,7 @@ def scaffold_m(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
-        started anew in every round, or a function of the round giving one.
+        started anew in every round, or a function of the round, or of the round and the client's id, giving one.
       num_clients: size of the population, N.
       beta: weight of the fresh gradient, in (0, 1]; 1 is SCAFFOLD.
       server_lr: 1 replaces the model by the average; the paper's server step is gamma = server_lr lr K.
@@ -259,7 +259,7 @@ def scaffold_m_vr(
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, linear in small gradients (SGD, maybe with momentum, clipping, weight decay),
-        started anew in every round, or a function of the round giving one.
+        started anew in every round, or a function of the round, or of the round and the client's id, giving one.
       num_clients: size of the population, N.
       beta: weight of the fresh gradient, in (0, 1]; 1 is SCAFFOLD.
       server_lr: 1 replaces the model by the average; the paper's server step is gamma = server_lr lr K.

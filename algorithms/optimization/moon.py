@@ -67,7 +67,8 @@ def moon(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       features: `features(params, batch, key) -> float[B, ...]`, the representation of each example; all axes but the
         first are taken as one vector. With a model of `models` it is
         `lambda params, batch, key: model.features(params, batch["x"], key)`.

@@ -65,7 +65,8 @@ def scaffold(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       server_lr: 1 replaces the model by the average.
       option: "II" reuses the gradients of the local steps; "I" makes an extra pass over the client's examples at x.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fedjax_core import Array, Batch, Examples, Key, LossFn, Params, Scalar, batch_loss, checks, linalg
+from fedjax_core import Array, Batch, Examples, Key, LossFn, Params, Scalar, batch_loss, checks, linalg, sums
 
 Estimate = Callable[[Params, Batch], tuple[Array, Params]]
 """`(y, batch) -> (f_i(y), estimate of its gradient)`, from values of f_i alone."""
@@ -24,6 +24,23 @@ def query(loss_fn: LossFn, points: Array, unravel: Callable[[Array], Params], ba
     """
     values = jax.vmap(lambda x: batch_loss(loss_fn, unravel(x), batch))(points)
     return values.astype(points.dtype)
+
+
+def flatten(params: Params) -> tuple[Array, Callable[[Array], Params]]:
+    """Parameters end to end, float[d], and the way back to parameters of their own dtypes.
+
+    The vector is float32 at least, which decompositions and differences of values need.
+    """
+    x, unravel = ravel_pytree(sums.widen(params))
+    return x, lambda x: sums.cast_like(unravel(x), params)
+
+
+def settle(points: Array, params: Params) -> Array:
+    """Points float[Q, d] as parameters like `params` hold them: their values are those of rounded points."""
+    if all(jnp.result_type(leaf) == points.dtype for leaf in jax.tree.leaves(params)):
+        return points
+    unravel = flatten(params)[1]
+    return jax.vmap(lambda x: flatten(unravel(x))[0])(points)
 
 
 def uniform_box(key: Key, center: Array, radius: Scalar, count: int) -> Array:
@@ -51,11 +68,13 @@ def finite_differences(loss_fn: LossFn, *, num_directions: int, mu: Scalar) -> E
     """
 
     def estimate(y: Params, batch: Batch) -> tuple[Array, Params]:
-        x, unravel = ravel_pytree(y)
+        x, unravel = flatten(y)
         direction_key, loss_key = jax.random.split(batch.key)
         s = orthonormal_directions(direction_key, min(num_directions, x.size), x)
         step = jnp.asarray(mu, x.dtype)
-        points = jnp.concatenate([x[None], x + step * s])
+        points = settle(jnp.concatenate([x[None], x + step * s]), y)
+        if any(jnp.result_type(leaf) != x.dtype for leaf in jax.tree.leaves(y)):
+            s = (points[1:] - x) / step  # where the rounding of a short type has put the points
         f = query(loss_fn, points, unravel, batch._replace(key=loss_key))
         return f[0], unravel((f[1:] - f[0]) / step @ s / s.shape[0])
 

@@ -32,6 +32,7 @@ from fedjax_core import (
     optimizer_at,
     round_metrics,
     scatter,
+    sums,
 )
 
 
@@ -70,9 +71,9 @@ def fedzo(
       loss_fn: `loss_fn(params, batch, key) -> float[B]`; f_i is its mean over the batch. It need not have a gradient,
         nor be JAX (`algorithms.zeroth_order.estimators.host_loss`). For a function that is no mean over examples give
         each client one example, which holds whatever the function needs.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one. The mean
-        of g is grad f_i / d, with d parameters, so plain SGD wants d times the rate that it has with gradients; Adam
-        does not mind.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one. The mean of g is grad f_i / d, with d parameters, so plain SGD wants d times the
+        rate that it has with gradients; Adam does not mind.
       num_directions: q; at most d are used.
       mu: length of the difference.
       server_lr: 1 replaces the model by the average.
@@ -111,7 +112,8 @@ def fedprox_zo(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`; f_i is its mean over the batch; see `fedzo`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       proximal: weight of the pull back to x; 0 is FedZO. Note that g is about grad f_i / d.
       num_directions: q; at most d are used.
       mu: length of the difference.
@@ -196,7 +198,8 @@ def scaffold_zo(
 
     Args:
       loss_fn: `loss_fn(params, batch, key) -> float[B]`; f_i is its mean over the batch; see `fedzo`.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       option: "I" or "II". There is no correction in the first round with "II".
       num_directions: q; at most d are used.
@@ -221,7 +224,8 @@ def scaffold_zo(
 
     def init(params: Params) -> ScaffoldZOState:
         zeros = optax.tree.zeros_like(params) if option == "II" else ()
-        return ScaffoldZOState(params, zeros, client_table(num_clients, zeros), jnp.int32(0), jnp.int32(0))
+        control = sums.widen(zeros)
+        return ScaffoldZOState(params, control, client_table(num_clients, zeros), jnp.int32(0), jnp.int32(0))
 
     def round(state: ScaffoldZOState, cohort: Cohort, key: Key) -> tuple[ScaffoldZOState, Metrics]:
         control_key, key = jax.random.split(key)
@@ -238,7 +242,8 @@ def scaffold_zo(
             displacement, control_change = results.aggregate, ()
         else:
             given = gather(state.client_controls, cohort), ()
-            results = clients.run(program, (state.params, state.control), given, cohort, key)
+            sent = state.params, sums.cast_like(state.control, state.params)
+            results = clients.run(program, sent, given, cohort, key)
             displacement, control_change = results.aggregate
         params = move(state.params, server_lr, displacement)
         queries = (estimates + jnp.sum(results.steps, dtype=jnp.int32)) * num_queries(num_directions, state.params)

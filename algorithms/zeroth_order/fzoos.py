@@ -4,9 +4,8 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
-from algorithms.zeroth_order.estimators import query, uniform_box
+from algorithms.zeroth_order.estimators import flatten, query, settle, uniform_box
 from algorithms.zeroth_order.surrogate import (
     KERNELS,
     History,
@@ -139,7 +138,8 @@ def fzoos(
       loss_fn: `loss_fn(params, batch, key) -> float[B]`; f_i is its mean over the batch. It need not have a gradient,
         nor be JAX (`algorithms.zeroth_order.estimators.host_loss`). For a function that is no mean over examples give
         each client one example, which holds whatever the function needs.
-      client_optimizer: optax optimizer, started anew in every round, or a function of the round giving one.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
       num_clients: size of the population, N.
       capacity: queries that a client remembers, N capacity P numbers in all; the newest replaces the oldest.
       neighbors: nearest queries that the Gaussian process is given (all if there are fewer).
@@ -222,17 +222,18 @@ def fzoos(
         return x + z[jax.lax.top_k(variance, count)[1]], lengthscale
 
     def init(params: Params) -> FZooSState:
-        x, _ = ravel_pytree(params)
+        x, _ = flatten(params)
         memories = client_table(num_clients, Memory(empty_history(capacity, x), x))
         return FZooSState(params, memories, jnp.int32(0), jnp.int32(0))
 
     def round(state: FZooSState, cohort: Cohort, key: Key) -> tuple[FZooSState, Metrics]:
         optimizer = optimizer_at(client_optimizer, state.round)
-        x, unravel = ravel_pytree(state.params)
+        x, unravel = flatten(state.params)
         features = random_features(feature_seed, num_features, feature_lengthscale, x)
         survey_key, local_key, safeguard_key = jax.random.split(key, 3)
 
         def ask(history: History, points: Array, batch: Batch) -> tuple[History, Array]:
+            points = settle(points, state.params)
             values = query(loss_fn, points, unravel, batch)
             return push(history, points, values), values
 
@@ -276,7 +277,7 @@ def fzoos(
 
         def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
             params, opt_state, history, difference, value, accuracy = carry
-            y, _ = ravel_pytree(params)
+            y, _ = flatten(params)
             box_key, loss_key = jax.random.split(batch.key)
             batch = batch._replace(key=loss_key)
             points, lengthscale = most_uncertain(box_key, history, y, radius, active_candidates, active)
@@ -287,15 +288,15 @@ def fzoos(
             weight = (batch.step + 1).astype(y.dtype) ** -jnp.asarray(correction_decay, y.dtype)
             g = surrogate + weight * features_gradient(features, difference, y)
             if diagnose:
-                true, _ = ravel_pytree(gradient(params, batch)[1])
+                true, _ = flatten(gradient(params, batch)[1])
                 accuracy = jax.tree.map(jnp.add, accuracy, compare(surrogate, true))
             params, opt_state = descend(optimizer, params, opt_state, unravel(g))
-            history, values = ask(history, ravel_pytree(params)[0][None], batch)
+            history, values = ask(history, flatten(params)[0][None], batch)
             return (params, opt_state, history, difference, values[0], accuracy), value
 
         def client_final(shared: Any, carry: Any) -> Any:
             params, _, history, _, _, accuracy = carry
-            y, _ = ravel_pytree(params)
+            y, _ = flatten(params)
             return y - shared[0], (Memory(history, y), accuracy)
 
         def value_step(x: Array, carry: Any, batch: Batch) -> Any:

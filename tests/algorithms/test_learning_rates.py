@@ -150,3 +150,32 @@ def test_functions_of_the_round_with_more_optional_arguments_stay_functions_of_t
         np.testing.assert_allclose(update, -0.1)
     with pytest.raises(TypeError, match="client_optimizer must be an optax optimizer"):
         optimizer_at(lambda t, i: 0.1, jnp.int32(0)).init(jnp.ones(()))
+
+
+@pytest.mark.parametrize("rates", [RATES, np.array([0.0, 0.2, 0.05])])
+def test_fednova_remembers_gradients_times_steps_of_every_client_at_its_own_rate(rates):
+    """Client 0 decays on its own: its rate is nothing that the others' gradients could be divided by."""
+    own_decay = jnp.array([0.5, 1.0, 0.8])
+    steps, m = np.array([1, 2, 4]), 0.7
+
+    def optimizer(t, i):
+        return optax.sgd(jnp.asarray(rates)[i] * own_decay[i] ** t)
+
+    _, state = run("fednova", rounds=3, optimizer=optimizer, server_momentum=m)
+    x, v = Q3_START, 0
+    for t in range(3):
+        lr = rates * np.asarray(own_decay) ** t
+        moved = x - local_models(x, lr)
+        directions = moved / np.where(lr > 0, lr * steps, 1)[:, None]
+        common = (lr * steps).mean() / steps[lr > 0].sum() * 3
+        v = m * v + (lr * steps).mean() / common * directions.mean(0)
+        x = x - common * v
+    np.testing.assert_allclose(state.params, x, rtol=1e-12)
+
+
+def test_fednova_with_equal_rates_by_client_is_that_of_one_rate():
+    one, by_id = (
+        run("fednova", rounds=2, optimizer=optimizer, server_momentum=0.7)[1]
+        for optimizer in (optax.sgd(0.1), lambda t, i: optax.sgd(jnp.full(3, 0.1)[i]))
+    )
+    np.testing.assert_array_equal(one.params, by_id.params)
