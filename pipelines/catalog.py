@@ -1,12 +1,12 @@
 """Everything there is to choose from on the command line, by kind: for `fedjax-core list` and for shell completion."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from pipelines import cards, methods, own
-from pipelines.names import likeness
+from pipelines.names import likeness, shortened
 
 PLANS: Mapping[str, str] = MappingProxyType(
     {
@@ -19,6 +19,8 @@ PLANS: Mapping[str, str] = MappingProxyType(
     }
 )
 """How a run uses the hardware, which changes no number but for last bits; the fastest unless told otherwise."""
+
+_SHORT_KINDS = {"optimizer": "client optimizer", "skew": "feature skew", "algorithm": "method"}
 
 
 def kinds(data_dir: str | Path | None = None) -> dict[str, dict[str, Callable[[], str]]]:
@@ -54,6 +56,22 @@ def kinds(data_dir: str | Path | None = None) -> dict[str, dict[str, Callable[[]
     }
 
 
+def kind_called(name: str, there: Iterable[str]) -> str | None:
+    """The kind that a word means, "data set" for "datasets", "Data-Set" or "data_sets"; None if it means none.
+
+    Args:
+      name: what the user typed.
+      there: the kinds.
+    """
+    plain = _plain(name)
+    words = {_plain(kind): kind for kind in there} | _SHORT_KINDS
+    return words.get(plain) or words.get(plain.removesuffix("s"))
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
 def described(name: str, data_dir: str | Path | None = None) -> str:
     """The whole description of what is called `name`, whatever kind it is of.
 
@@ -68,6 +86,7 @@ def described(name: str, data_dir: str | Path | None = None) -> str:
     for entries in there.values():
         if name in entries:
             return entries[name]()
+    typed = name[:100]
     import tensorflow_datasets  # slow to import
 
     from pipelines import prepared
@@ -80,12 +99,13 @@ def described(name: str, data_dir: str | Path | None = None) -> str:
         except ValueError as error:
             raise ValueError(f"{error}; data sets with names like it are {', '.join(near)}") from None
     candidates = [(kind, each) for kind, entries in there.items() for each in entries]
+    candidates += [("heading", f"{kind}s") for kind in there]
     # What is here goes before what would have to be fetched.
-    scores = {(kind, each): 0.1 + likeness(name, each) for kind, each in candidates}
-    scores |= {("data set", each): likeness(name, each) for each in elsewhere if ("data set", each) not in scores}
+    scores = {(kind, each): 0.1 + likeness(typed, each) for kind, each in candidates}
+    scores |= {("data set", each): likeness(typed, each) for each in elsewhere if ("data set", each) not in scores}
     kind, near_by = max(scores, key=lambda pair: scores[pair])
     guess = f"did you mean {near_by!r}? That is a {kind}; " if scores[kind, near_by] >= 0.5 else ""
-    raise ValueError(f"unknown name {name!r}: {guess}`fedjax-core list` shows everything there is")
+    raise ValueError(f"unknown name {shortened(name)!r}: {guess}`fedjax-core list` shows everything there is")
 
 
 def first_paragraph(text: str) -> str:

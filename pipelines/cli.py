@@ -6,7 +6,7 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +315,14 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
 @_option("Local training", "--client-lr-decay", type=float, metavar="F", help="Factor on client_lr after every round.")
 @_option("Run", "--rounds", type=int, metavar="N", help="Number of rounds.")
 @_option("Run", "--eval-every", type=int, metavar="N", help="Rounds between evaluations.")
-@_option("Run", "--checkpoint-every", type=int, metavar="N", help="Rounds between checkpoints (a multiple of that).")
+@_option(
+    "Run",
+    "--checkpoint-every",
+    type=int,
+    metavar="N",
+    show_default="25, or the next multiple",
+    help="Rounds between checkpoints, a multiple of that.",
+)
 @_option("Run", "--seeds", type=int, metavar="N", help="Number of seeds, run at once.")
 @_option("Run", "--first-seed", type=int, metavar="SEED", help="Seeds are counted from here.")
 @_option(
@@ -435,6 +442,8 @@ def train(
             values["epochs"] = None
         if values["federation"] is not None:
             values |= _saved_federation(values, explicit)
+        if "checkpoint_every" not in explicit:
+            del values["checkpoint_every"]  # the default goes by eval_every
         chosen = list(values.pop("methods")) or list(_DEFAULTS.methods)
         for name in chosen:
             methods.describe(name)
@@ -510,6 +519,9 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             driver.claim(out, config, experiment.federation)
         for line in report.described(experiment):
             reporter.say(line)
+        for line in (setup.unlikely_classes(experiment.dataset), setup.much_local_work(experiment)):
+            if line:
+                reporter.say(f"note: {line}")
         for name in config.methods:
             parts = setup.predicted_memory(experiment, name)
             made_up = ", ".join(f"{part} {size(number)}" for part, number in parts.items())
@@ -727,34 +739,49 @@ def continual(ctx: click.Context, out: Path | None, save_every: int, **values: A
 
 
 @main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers, plans.")
-@click.argument("name", required=False, shell_complete=_names())
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_names())
 @click.option("--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
 @click.pass_context
-def list_(ctx: click.Context, name: str | None, data_dir: str | None) -> None:
-    """Show what there is: all of it, or everything about the one thing called NAME."""
+def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> None:
+    """Show all there is, all of one kind ("methods", "data sets"), or everything about the thing called NAME."""
     console = terminal.console()
     with usage_errors(ctx):
-        if name is not None and (name in methods.names() or methods.looks_own(name)):
-            _show_method(console, methods.describe(name))
-            return
-        if name is not None:
-            click.echo(catalog.described(name, data_dir))
-            return
         groups = catalog.kinds(data_dir)
-    table = _table("methods", "what it is", "paper")
-    for each in map(methods.describe, groups.pop("method")):
-        table.add_row(each.name, Text(each.title), Text(each.paper))
-    console.print(table)
-    for kind, entries in groups.items():
-        console.print()
-        table = _table(f"{kind}s", "what it is")
-        for entry, card in entries.items():
-            table.add_row(entry, Text(textwrap.shorten(catalog.first_paragraph(card()), 300, placeholder=" ...")))
-        console.print(table)
+        # "data sets" is two words for the shell.
+        whole = catalog.kind_called(" ".join(names), groups) if names else None
+        for i, name in enumerate(names if whole is None else [whole]):
+            if i:
+                click.echo()
+            kind = catalog.kind_called(name, groups)
+            if name in methods.names() or methods.looks_own(name):
+                _show_method(console, methods.describe(name))
+            elif kind is not None and not any(name in entries for entries in groups.values()):
+                console.print(_kind_table(kind, groups[kind]))
+            else:
+                click.echo(catalog.described(name, data_dir))
+    if names:
+        return
+    for i, (kind, entries) in enumerate(groups.items()):
+        if i:
+            console.print()
+        console.print(_kind_table(kind, entries))
     click.echo(
         "\n`fedjax-core list NAME` shows everything about one of them. Your own method, model or data set is named "
         "module:name."
     )
+
+
+def _kind_table(kind: str, entries: Mapping[str, Callable[[], str]]) -> Table:
+    """Everything of a kind, a line each."""
+    if kind == "method":
+        table = _table("methods", "what it is", "paper")
+        for each in map(methods.describe, entries):
+            table.add_row(each.name, Text(each.title), Text(each.paper))
+        return table
+    table = _table(f"{kind}s", "what it is")
+    for entry, card in entries.items():
+        table.add_row(entry, Text(textwrap.shorten(catalog.first_paragraph(card()), 300, placeholder=" ...")))
+    return table
 
 
 @main.command(short_help="Print what makes a shell complete commands, options and names.")

@@ -62,7 +62,7 @@ class Config:
       turn_off: probability of a present client to leave, for markov.
       rounds: number of rounds.
       eval_every: rounds between evaluations, and the rounds of one compiled call.
-      checkpoint_every: rounds between checkpoints, a multiple of eval_every.
+      checkpoint_every: rounds between checkpoints, a multiple of eval_every; the smallest from 25 on unless given.
       seeds: number of seeds, run at once.
       first_seed: the seeds are first_seed, first_seed + 1, ...
       batch_size: examples of a local step.
@@ -127,7 +127,7 @@ class Config:
     turn_off: float = 0.4
     rounds: int = 200
     eval_every: int = 5
-    checkpoint_every: int = 25
+    checkpoint_every: int = None  # type: ignore[assignment]  # until it is known what it has to be a multiple of
     seeds: int = 5
     first_seed: int = 0
     batch_size: int = 10
@@ -158,6 +158,9 @@ class Config:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_kinds(self)
+        if self.checkpoint_every is None:
+            every = count("eval_every", self.eval_every, _COUNTS["eval_every"])
+            object.__setattr__(self, "checkpoint_every", -(-_CHECKPOINT_EVERY // every) * every)
         for name, fix in _COUNTS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
@@ -376,6 +379,7 @@ REPORT_FIELDS = ("target", "checkpoint_every")
 """The fields of `Config` that change no number of a run: another value may be given to one that is there."""
 
 _PLACES = ("data_dir", "federation")
+_CHECKPOINT_EVERY = 25
 _COUNTS = {
     "sequence_length": "a window has at least one position",
     "clients": "a federation has at least one client",

@@ -101,6 +101,28 @@ def check(dataset: Dataset) -> Dataset:
     return dataset
 
 
+def fits_single(values: np.ndarray, where: str) -> None:
+    """Raises ValueError if a finite number would become infinite in single precision, and says which and where.
+
+    Args:
+      values: array of any shape; one that is not wider than single precision fits.
+      where: what it is, for the message.
+    """
+    if values.dtype.kind != "f" or values.dtype.itemsize <= 4 or not values.size:
+        return
+    most = float(np.finfo(np.float32).max)
+    for start in range(0, len(values), max(1, _BLOCK // max(1, values[0].size))):
+        block = values[start : start + max(1, _BLOCK // max(1, values[0].size))]
+        beyond = np.isfinite(block) & (np.abs(block) > most)
+        if beyond.any():
+            first = np.argwhere(beyond)[0]
+            index = (start + int(first[0]), *(int(i) for i in first[1:]))
+            raise ValueError(
+                f"{where} holds {block[tuple(first)]:g} at index {index}, which is finite but beyond single precision, "
+                f"in which inputs are kept (largest {most:g}): scale the inputs, for example to unit variance"
+            )
+
+
 def normalization(images: np.ndarray) -> Normalization:
     """The statistics per channel of images uint8[n, H, W, C], exact and in bounded memory.
 

@@ -20,9 +20,10 @@ _CGROUPS = (
 _FIXES = {
     "curves": "lower --rounds or --seeds, or raise --eval-every",
     "chunk": "lower --eval-every or --seeds",
-    "state": "take a smaller model, or lower --seeds",
-    "client state": "lower --seeds, or take a smaller model or a method without state of the clients",
-    "local training": "take a smaller model, or lower --batch-size",
+    "state": "{smaller}, or lower --seeds",
+    "client state": "{smaller}, or a method without state of the clients, or lower --seeds",
+    "local training": "{smaller}, or lower --batch-size",
+    "evaluation": "{smaller}, or lower --seeds",
     "cohorts": "lower --cohort-size or --seeds",
     "trials": "lower --trials, or what makes one large",
     "rounds": "lower --rounds or --trials",
@@ -43,19 +44,30 @@ def available() -> int:
     return max(free, 0)
 
 
-def refuse(what: str, parts: Mapping[str, float], have: float) -> None:
+def fix(parts: Mapping[str, float], smaller: str = "take a smaller model") -> str:
+    """How to need less memory, by what needs most of it.
+
+    Args:
+      parts: name, of `_FIXES`, to bytes.
+      smaller: how to make the model smaller.
+    """
+    return _FIXES[max(parts, key=lambda part: parts[part])].format(smaller=smaller)
+
+
+def refuse(what: str, parts: Mapping[str, float], have: float, smaller: str = "take a smaller model") -> None:
     """Raises ValueError if all parts together are more than there is; it tells them, and how to need less.
 
     Args:
       what: what needs them, for the message.
       parts: name, of `_FIXES`, to bytes that will be held at least.
       have: bytes there are.
+      smaller: how to make the model smaller, for the message.
     """
     need = sum(parts.values())
     if need <= have:
         return
     listing = ", ".join(f"{part} {size(number)}" for part, number in parts.items() if number > need / 100)
-    largest = max(parts, key=lambda part: parts[part])
     raise ValueError(
-        f"{what} would hold at least {size(need)} of memory ({listing}) and there are {size(have)}: {_FIXES[largest]}"
+        f"{what} would hold at least {size(need)} of memory ({listing}) and there are {size(have)}: "
+        f"{fix(parts, smaller)}"
     )

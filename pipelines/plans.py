@@ -23,7 +23,7 @@ from pipelines import cache, files, memory, processes
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.processes import cores
 from pipelines.progress import Reporter, size
-from pipelines.setup import Experiment, predicted_memory, prepare
+from pipelines.setup import Experiment, memory_fix, predicted_memory, prepare
 
 TRIAL_STEPS = 4
 LANES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -57,8 +57,8 @@ def fitted(experiment: Experiment, method: str, reporter: Reporter) -> Experimen
         less = smaller(experiment)
         if less is None:
             reporter.say(
-                f"warning: {method} needs about {size(need)} by prediction and the device has {size(limit)}: --staged "
-                "keeps examples and client state in host memory, a smaller --batch-size needs less"
+                f"warning: {method} needs about {size(need)} by prediction, which leans to the high side, and the "
+                f"device has {size(limit)}: {memory_fix(experiment, method)}"
             )
             break
         reporter.say(f"{method}: {described(experiment.plan)} would need about {size(need)} of {size(limit)}")

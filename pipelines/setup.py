@@ -35,12 +35,14 @@ from pipelines import data, memory, methods, own, own_model
 from pipelines import federation as federations
 from pipelines.config import LIMIT, Config
 from pipelines.data import Dataset
+from pipelines.dataset import fits_single
 from pipelines.federation import Federation
 from pipelines.names import pick
 
 EVAL_BATCH = 256
 _CSV_ROW = 100  # bytes of text for a round of a seed
 _EVALUATION = 100  # bytes of scores, and of the numbers of rounds, for an evaluation of a seed
+_MANY_STEPS = 10**9  # a thousand seconds of the very smallest
 _DRAWN = 16  # bytes of numbers from which an example of a batch is drawn
 ATTACK_STEPS = 10
 
@@ -244,8 +246,8 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     scalars = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     if scalars > LIMIT:
         raise ValueError(
-            f"model {config.model!r} has {scalars} parameters, and a method counts at most {LIMIT} of them: take a "
-            "smaller one"
+            f"model {config.model!r} has {scalars} parameters, and a method counts at most {LIMIT} of them: "
+            f"{_smaller_model(config, dataset)}"
         )
     largest = -(-int(np.max(population.sizes)) // config.batch_size)
     if (config.epochs or 0) * largest > LIMIT or int(np.max(population.sizes)) + config.batch_size > LIMIT:
@@ -272,13 +274,49 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
                 ) from None
             _check_round(name, traced)
         host, device = held_memory(experiment, name, traced[1][1])
+        smaller = _smaller_model(config, dataset)
         if jax.default_backend() == "cpu":
-            memory.refuse(name, host | device, memory.available())
+            memory.refuse(name, host | device, memory.available(), smaller)
         else:
-            memory.refuse(name, host, memory.available())
+            memory.refuse(name, host, memory.available(), smaller)
             limits = jax.local_devices()[0].memory_stats() or {}
-            memory.refuse(f"each device with {name}", device, limits.get("bytes_limit", math.inf))
+            memory.refuse(f"each device with {name}", device, limits.get("bytes_limit", math.inf), smaller)
     return experiment._replace(keys=jax.vmap(jax.random.key)(jnp.arange(seeds.start, seeds.stop)))
+
+
+def unlikely_classes(dataset: Dataset) -> str:
+    """What to know of a data set with more classes than examples; an empty string if it has not."""
+    examples = len(dataset.train["y"]) + len(dataset.test["y"])
+    if dataset.is_sequence or dataset.num_classes <= examples:
+        return ""
+    largest = max(int(part["y"].max()) for part in (dataset.train, dataset.test))
+    return (
+        f"{dataset.name} has {dataset.num_classes:,} classes for {examples:,} examples (the largest label is "
+        f"{largest:,}), and the model an output for each: number the classes from 0"
+    )
+
+
+def much_local_work(experiment: Experiment) -> str:
+    """What to know of a run that can hardly be waited for or stopped; an empty string if it is none."""
+    config = experiment.config
+    largest = int(np.max(experiment.population.sizes))
+    each = config.steps or (config.epochs or 0) * -(-largest // config.batch_size)
+    slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
+    steps = each * slots * config.seeds * min(config.eval_every, config.rounds)
+    if steps < _MANY_STEPS or not any(map(methods.takes_local_work, config.methods)):
+        return ""
+    return (
+        f"up to {steps:,} local steps lie between two evaluations ({each:,} of a client in a round), and a run stops "
+        "and saves at evaluations only: lower --epochs, --steps or --eval-every if that was not meant"
+    )
+
+
+def _smaller_model(config: Config, dataset: Dataset) -> str:
+    """What makes the model smaller, in words."""
+    if said := unlikely_classes(dataset):
+        return said
+    wide = f" (--hidden is {','.join(map(str, config.hidden))})" if config.model == "mlp" else ""
+    return f"take a smaller model{wide}"
 
 
 def held_memory(experiment: Experiment, method: str, metrics: Any) -> tuple[dict[str, int], dict[str, int]]:
@@ -438,9 +476,15 @@ def client_optimizer(config: Config, method: str, lr: Any = None) -> Any:
 
 
 def in_precision(dataset: Dataset) -> Dataset:
-    """The data set with float inputs in JAX's current default precision."""
+    """The data set with float inputs in JAX's current default precision.
+
+    Raises:
+      ValueError: if that makes a finite number infinite.
+    """
 
     def cast(part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for name, values in part.items() if jnp.result_type(float) == jnp.float32 else ():
+            fits_single(np.asarray(values), f"{dataset.name}[{name!r}]")
         return {
             k: v.astype(jnp.result_type(float)) if np.issubdtype(v.dtype, np.floating) else v for k, v in part.items()
         }
@@ -487,6 +531,21 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
         "local training": training,
         "evaluation": config.seeds * _traced_bytes(experiment.score_fn, params, test_batch),
     }
+
+
+def memory_fix(experiment: Experiment, method: str) -> str:
+    """How a run of a method needs less memory, by what it needs most of."""
+    config, parts = experiment.config, dict(predicted_memory(experiment, method))
+    smaller = _smaller_model(config, experiment.dataset)
+    if not config.staged and not hasattr(experiment.algorithms[method], "explore"):
+        states = jax.eval_shape(partial(initial_states, experiment, experiment.algorithms[method]), experiment.keys)
+        rows = num_bytes(jax.tree.leaves(split_tables(states)[1]))
+        if rows > parts["state"] / 2 and rows > parts["local training"] + parts["evaluation"]:
+            return f"keep the state of clients in host memory with --staged, or {smaller}"
+        if parts["data"] > sum(parts.values()) / 2:
+            return "keep the examples in host memory with --staged"
+    fix = memory.fix({name: parts[name] for name in ("state", "local training", "evaluation")}, smaller)
+    return f"{fix}, or lower --cohort-size" if config.staged else fix
 
 
 def _one_round(experiment: Experiment, algorithm: Algorithm, population: Population, keys: Key) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines import text
-from pipelines.dataset import Dataset, check, normalization
+from pipelines.dataset import Dataset, check, fits_single, normalization
 from pipelines.names import pick
 from pipelines.text import PAD_LABEL, SEQUENCE_LENGTH
 
@@ -429,8 +429,14 @@ def standardized(x: np.ndarray, training: np.ndarray) -> np.ndarray:
       x: float64[n, d].
       training: bool[n], the training rows.
     """
+    largest = np.abs(x[training]).max(axis=0, initial=0)
+    # Squares of such numbers overflow or vanish, and with them the deviation.
+    far = (largest > 1e100) | ((largest > 0) & (largest < 1e-100))
+    x = x / np.where(far, largest, 1)
     mean, std = x[training].mean(axis=0), x[training].std(axis=0)
-    return ((x - mean) / np.where(std > 0, std, 1)).astype(np.float32)
+    scaled = (x - mean) / np.where(std > 0, std, 1)
+    fits_single(scaled, "what is standardized")
+    return scaled.astype(np.float32)
 
 
 def read_npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -591,11 +597,16 @@ def _inputs(values: Any, where: str) -> np.ndarray:
             )
         x = x.astype(np.uint8)
     if x.ndim >= 1 and np.issubdtype(x.dtype, np.floating):
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is told with its place
-            return x.astype(np.float32, copy=False)
+        fits_single(x, where)
+        return x.astype(np.float32, copy=False)
     if x.dtype == np.uint8 and x.ndim in (3, 4):
         return x if x.ndim == 4 else x[..., None]
     if x.ndim == 2 and np.issubdtype(x.dtype, np.integer):
+        if x.size and not -(2**31) <= int(x.min()) <= int(x.max()) < 2**31:
+            raise ValueError(
+                f"{where} is {x.dtype}{list(x.shape)} and holds {int(x.max()) if x.max() >= 2**31 else int(x.min())}: "
+                "whole numbers of that shape are tokens, numbered from 0; scale measurements to floats"
+            )
         return x.astype(np.int32, copy=False)
     raise ValueError(
         f"{where} is {x.dtype}{list(x.shape)}: give floats [n, ...], images uint8[n, H, W, C], or tokens int[n, T]"

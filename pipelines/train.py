@@ -63,7 +63,7 @@ from pipelines.files import Unwritable as Unwritable
 from pipelines.history import History
 from pipelines.processes import Refused, sole_use
 from pipelines.progress import Progression, Reporter, Speed, duration, silent, size
-from pipelines.setup import EVAL_BATCH, Experiment, prepare
+from pipelines.setup import EVAL_BATCH, Experiment, memory_fix, prepare
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -395,10 +395,7 @@ def _run_batch(
             less, said = plans.smaller(experiment), str(error).splitlines()[0]
         # Outside of the except block, where the error would keep the arrays of the failed attempt alive.
         if less is None:
-            raise Refused(
-                f"{name} does not fit into memory ({said}): keep examples and client state in host memory with "
-                "--staged, or lower --batch-size, --cohort-size or --seeds"
-            )
+            raise Refused(f"{name} does not fit into memory ({said}): {memory_fix(experiment, name)}")
         reporter.say(f"{name}: {said}; going on with {plans.described(less)}")
         experiment = plans.with_plan(experiment, name, less)
 

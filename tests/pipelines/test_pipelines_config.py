@@ -97,7 +97,7 @@ def test_equal_settings_written_differently_are_equal():
         ({"client_lr": -1.0}, "client_lr must lie in"),
         ({"client_momentum": 1.0}, r"client_momentum must lie in \[0, 1\), got 1"),
         ({"client_lr_decay": 0.0}, r"client_lr_decay must lie in \(0, 1\], got 0"),
-        ({"eval_every": 10}, "checkpoint_every=25 is no multiple of eval_every=10: .* take 30"),
+        ({"eval_every": 10, "checkpoint_every": 25}, "checkpoint_every=25 is no multiple of eval_every=10: .* take 30"),
         ({"methods": ()}, "methods is empty"),
         ({"methods": ("fedavg", "fedavg")}, "names one twice"),
         ({"methods": ("fedavgg",)}, "did you mean 'fedavg'"),

@@ -173,6 +173,7 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
         ({"model": "mlp", "hidden": (2**31 - 1,)}, "model 'mlp' has 17179869179 parameters"),
         ({"epochs": 2**31 - 1}, "are more than 2147483647 steps"),
         ({"batch_size": 2**31 - 1}, "which devices cannot count"),
+        ({"model": "mlp", "hidden": (2 * 10**7,), "methods": ("fedavg",)}, r"smaller model \(--hidden is 20000000\)"),
     ],
 )
 def test_what_cannot_fit_is_refused_before_it_is_compiled(fields, said, small, monkeypatch):
