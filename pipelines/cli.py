@@ -6,7 +6,7 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +430,7 @@ def train(
 ) -> None:
     """Train and compare federated methods; the help text is given above."""
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    typed = frozenset(explicit)
     # Orbax tells of every step it takes through this logger.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if as_json:
@@ -477,6 +478,8 @@ def train(
     if logged is not None and several.is_first():
         said = reporter.finish
         reporter = reporter._replace(log=logged.log, finish=lambda: (said(), logged.finish())[0])
+    for line in _unused(config, typed):
+        reporter.say(f"note: {line}")
     try:
         status = _train(ctx, config, out, explicit, reporter)
     except files.Unwritable as error:
@@ -485,6 +488,12 @@ def train(
     if status == _LOST:
         several.leave(status)
     sys.exit(status)
+
+
+def _unused(config: Config, typed: Collection[str]) -> list[str]:
+    from pipelines import setup  # slow to import
+
+    return setup.unused(config, typed)
 
 
 def _error_as_json(ctx: click.Context) -> None:
@@ -612,6 +621,7 @@ def federate(
     from pipelines import portrait, setup
 
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    typed = frozenset(explicit)
     with _warnings_as_lines(), usage_errors(ctx):
         if config_file is not None:
             _from_file(config_file, values, explicit)
@@ -636,6 +646,8 @@ def federate(
     console.print()
     console.print(table)
     console.print()
+    for line in setup.unused(config, typed):
+        console.print(Text(f"note: {line}"))
     for line in saved["warnings"]:
         console.print(Text(f"warning: {line}"))
     console.print(Text(f"digest: {saved['digest']}"))

@@ -184,6 +184,9 @@ class Config:
         for name in _FINITE:
             finite(name, getattr(self, name))
         checks.one_of("best_by", self.best_by, ("accuracy", "loss"))
+        checks.one_of("split_by", self.split_by, ("random", "position"))
+        checks.one_of("order", self.order, ("shuffled", "replacement", "sequential"))
+        checks.one_of("weights", self.weights, ("uniform", "examples"))
         if self.stop_at is not None:
             checks.scalar("stop_at", self.stop_at, low=0, high=1)
         if self.validates and not self.validation_share:
@@ -208,7 +211,10 @@ class Config:
         for name in ("validation_share", "test_share"):
             checks.scalar(name, getattr(self, name), low=0, high=1, high_open=True)
         if self.clients is None and self.partition != "natural":
-            raise ValueError(f"clients=None with partition={self.partition!r}: only natural clients can be counted")
+            raise ValueError(
+                f"clients=None (all) with partition={self.partition!r}: only natural clients can be counted, give a "
+                "number, or partition natural"
+            )
         if self.checkpoint_every % self.eval_every:
             nearest = -(-self.checkpoint_every // self.eval_every) * self.eval_every
             raise ValueError(

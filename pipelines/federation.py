@@ -11,10 +11,11 @@ examples and of the assignments is checked when it is loaded.
     train.npz, validation.npz, ...      one `pipelines.assignment.Assignment` for each part
 """
 
+import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,15 @@ class Federation(NamedTuple):
         )
 
 
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Says of an error that the value is that of a field of the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
 def build(config: Config, dataset: Dataset) -> Federation:
     """Builds the federation that a configuration describes.
 
@@ -129,11 +139,13 @@ def build(config: Config, dataset: Dataset) -> Federation:
     seed = config.partition_seed
     rows = np.arange(len(dataset.train["y"]))
     if config.imbalance > 1:
-        rows = splits.long_tail(dataset.train["y"], config.imbalance, seed=seed)
+        with _named("imbalance"):
+            rows = splits.long_tail(dataset.train["y"], config.imbalance, seed=seed)
     train = _partition(config, dataset, rows).within(rows)
     parts: dict[str, Part] = {}
     if config.new_clients:
-        held = splits.hold_out_clients(train, config.new_clients, seed=seed)
+        with _named("new_clients"):
+            held = splits.hold_out_clients(train, config.new_clients, seed=seed)
         train = held.kept
         parts["new"] = Part("train", held.new)
     shares = config.validation_share, config.test_share

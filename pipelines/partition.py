@@ -559,7 +559,8 @@ def _check_holders(num_classes: int, num_clients: int, classes_per_client: int) 
 def _check_counts(total: int, num_clients: int, at_least: int) -> None:
     checks.positive_int("num_clients", num_clients, "a federation has at least one client")
     if num_clients * max(at_least, 1) > total and at_least > 0:
+        fewer = f"ask for at most {total // at_least} clients, or for fewer examples each"
         raise ValueError(
             f"num_clients={num_clients} with at least {at_least} examples each need {num_clients * at_least}, but "
-            f"there are {total}: ask for at most {total // at_least} clients, or for fewer examples each"
+            f"there are {total}: {fewer if total >= at_least else 'ask for fewer examples each'}"
         )

@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs, with every mistake found before anything is compiled."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -31,9 +31,9 @@ from fedjax_core import (
     samplers,
     split_tables,
 )
-from pipelines import data, memory, methods, own, own_model
+from pipelines import data, memory, methods, own, own_model, skew
 from pipelines import federation as federations
-from pipelines.config import LIMIT, Config
+from pipelines.config import FEDERATION_FIELDS, LIMIT, Config
 from pipelines.data import Dataset
 from pipelines.dataset import fits_single
 from pipelines.federation import Federation
@@ -294,6 +294,33 @@ def unlikely_classes(dataset: Dataset) -> str:
         f"{dataset.name} has {dataset.num_classes:,} classes for {examples:,} examples (the largest label is "
         f"{largest:,}), and the model an output for each: number the classes from 0"
     )
+
+
+def unused(config: Config, given: Collection[str]) -> list[str]:
+    """Of the options that a user has given, those that mean nothing beside the others, in words."""
+    samplers_of = {
+        "cohort_size": ("uniform", "weighted", "cyclic"),
+        "participation": ("bernoulli", "periodic"),
+        "period": ("periodic",),
+        "turn_on": ("markov",),
+        "turn_off": ("markov",),
+    }
+    partitions_of = {
+        field: tuple(name for name in federations.PARTITIONS if field in federations.options(name))
+        for field in FEDERATION_FIELDS
+    }
+    reading = [("sampler", field, names) for field, names in samplers_of.items()]
+    if config.federation is None:
+        reading += [("partition", field, names) for field, names in partitions_of.items() if names]
+        reading += [("feature_skew", "severity", tuple(skew.SKEWS))]
+    if not own.is_own(config.model):
+        reading += [("model", "hidden", ("mlp",))]
+    return [
+        f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {getattr(config, by)}: it is for "
+        f"{', '.join(names)}"
+        for by, field, names in reading
+        if field in given and getattr(config, by) not in names
+    ]
 
 
 def much_local_work(experiment: Experiment) -> str:

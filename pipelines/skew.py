@@ -93,9 +93,15 @@ def apply(
         rows = held[client]
         for start in range(0, len(rows), at_once):
             chosen = rows[start : start + at_once]
-            seen = skew.transform(x[chosen] / np.float32(255) if pixels else x[chosen], client, rng)
-            if images:
-                seen = np.clip(seen, 0, 1)
+            with np.errstate(over="ignore", invalid="ignore"):  # told below, in words
+                seen = skew.transform(x[chosen] / np.float32(255) if pixels else x[chosen], client, rng)
+                if images:
+                    seen = np.clip(seen, 0, 1)
+                seen = seen if pixels else seen.astype(x.dtype, copy=False)
+            if not np.isfinite(seen).all() and np.isfinite(x[chosen]).all():
+                raise ValueError(
+                    f"severity={severity:g} of the skew {kind!r} makes inputs that are not finite: lower it"
+                )
             result[chosen] = np.rint(255 * seen) if pixels else seen
     return result
 
@@ -282,7 +288,8 @@ def _draw(kind: str, input_shape: tuple[int, ...], num_clients: int, severity: f
     checks.positive_int("num_clients", num_clients, "a federation has at least one client")
     checks.scalar("severity", severity, low=0, high_open=True)
     # The name of the skew takes part, so that the draws of two skews on top of each other are unrelated.
-    return function(input_shape, num_clients, severity, np.random.default_rng([seed, zlib.crc32(kind.encode())]))
+    with np.errstate(over="ignore", invalid="ignore"):  # told where inputs become infinite by it
+        return function(input_shape, num_clients, severity, np.random.default_rng([seed, zlib.crc32(kind.encode())]))
 
 
 def _hue_matrix(degrees: float) -> np.ndarray:

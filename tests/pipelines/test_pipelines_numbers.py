@@ -103,3 +103,56 @@ def test_state_of_clients_can_be_staged(small, monkeypatch):
         predicted = {"data": 1, "state": 10**3, "local training": 1, "evaluation": 1}
         monkeypatch.setattr(setup, "predicted_memory", lambda experiment, method: predicted)
         assert "--staged" in setup.memory_fix(experiment, "scaffold")
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "said"),
+    [
+        ({}, ("cohort_size", "clients", "alpha"), []),
+        ({}, ("participation",), ["--participation means nothing to sampler uniform: it is for bernoulli, periodic"]),
+        ({"sampler": "bernoulli"}, ("participation",), []),
+        ({}, ("sigma",), ["--sigma means nothing to partition dirichlet: it is for lognormal"]),
+        (
+            {"partition": "iid"},
+            ("min_size", "severity"),
+            ["--min-size", "--severity means nothing to feature skew none"],
+        ),
+        ({"federation": "some/dir"}, ("sigma",), []),
+        ({"model": "cnn"}, ("hidden",), ["--hidden means nothing to model cnn: it is for mlp"]),
+        ({"model": "mine.py:net"}, ("hidden",), []),
+    ],
+)
+def test_options_that_mean_nothing_are_told(fields, given, said):
+    told = setup.unused(Config(**fields), given)
+    assert len(told) == len(said)
+    for line, beginning in zip(told, said, strict=True):
+        assert line.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"split_by": ""}, "split_by must be one of 'random', 'position'"),
+        ({"order": "Shuffled"}, "order must be one of"),
+        ({"weights": "size"}, "weights must be one of"),
+        ({"clients": None}, "give a number, or partition natural"),
+    ],
+)
+def test_words_are_checked_whether_they_are_used_or_not(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"min_size": 10**6}, "there are 120: ask for fewer examples each"),
+        ({"imbalance": 1e30}, "imbalance: factor=1e"),
+        ({"new_clients": 7}, "new_clients: number=7 of 6 clients"),
+        ({"feature_skew": "scale", "severity": 3e38}, r"severity=3e\+38 of the skew 'scale' makes inputs that are not"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_federation_says_which_option_is_the_matter(fields, said, small):
+    with jax.enable_x64(False), pytest.raises(ValueError, match=said):
+        setup.federate(dataclasses.replace(small, **fields))
