@@ -116,7 +116,11 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
     def checked(state: Any, cohort: Cohort, key: Key, *args: Any, **kwargs: Any) -> Any:
         check_state(state, "pass algorithm.init(params)")
         if not isinstance(cohort, Cohort):
-            raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
+            got = checks.misplaced(cohort) or type(cohort).__name__
+            raise TypeError(
+                f"cohort must be a Cohort, got {got}: pass population.cohort(ids); the order of arguments is (state, "
+                "cohort, key)"
+            )
         check_rounds(state.round, 1)
         check_tables(state, cohort)
         return round(state, cohort, keys.one(key), *args, **kwargs)
@@ -150,6 +154,11 @@ def check_algorithm(algorithm: Any) -> None:
     missing = [name for name in _Functions._fields[:3] if not callable(getattr(algorithm, name, None))]
     if not missing:
         return
+    other = checks.misplaced(algorithm)
+    if other is not None:
+        raise TypeError(
+            f"algorithm must be an Algorithm, got {other}: the order of arguments is (algorithm, sampler, num_rounds)"
+        )
     if callable(algorithm):
         name = getattr(algorithm, "__name__", type(algorithm).__name__)
         raise TypeError(

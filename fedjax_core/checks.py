@@ -110,7 +110,7 @@ _EXTENDED = tuple(
 )
 
 
-def finite(examples: Any, name: str = "examples") -> None:
+def finite(examples: Any, name: str = "examples", fix: str = "clean or drop those examples") -> None:
     """Raises ValueError if a float or complex leaf holds NaN or infinity, saying where the first one is."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(examples)[0]:
         if not is_concrete(leaf):
@@ -125,7 +125,7 @@ def finite(examples: Any, name: str = "examples") -> None:
             where = tuple(int(i) for i in bad[0])
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} holds {len(bad)} values that are NaN or infinite, the first "
-                f"at index {where}: clean or drop those examples"
+                f"at index {where}: {fix}"
             )
 
 
@@ -218,6 +218,12 @@ def params(params: Any, name: str = "params") -> Any:
         collections of state beside or among the parameters (flax `batch_stats`, nnx `BatchStat`, equinox `State`).
       ValueError: for no arrays at all, or a number that does not fit into the dtype it has on the device.
     """
+    other = misplaced(params)
+    if other is not None:
+        raise TypeError(
+            f"{name} must be a pytree of arrays, got {other}: pass the parameters of a model (those of a state are "
+            "algorithm.params(state)); the order of arguments is (params, population, key)"
+        )
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     _no_model_state(name, params)
     for path, leaf in leaves:
@@ -247,7 +253,21 @@ def params(params: Any, name: str = "params") -> Any:
         )
     fits(params, name)
     # With an explicit dtype: a weakly typed number would change its type inside a loop.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
+    if not all_finite(arrays):
+        finite(arrays, name, fix="a model that begins with them never recovers: initialize it anew")
+    return arrays
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether no float that can be looked at is NaN or infinite: one number a leaf comes from the device."""
+    with jax.ensure_compile_time_eval():  # also where a function that is compiled has closed over the arrays
+        looked = [
+            jnp.all(jnp.isfinite(leaf))
+            for leaf in jax.tree.leaves(tree)
+            if is_concrete(leaf) and jnp.issubdtype(leaf.dtype, np.inexact) and leaf.is_fully_addressable
+        ]
+        return all(map(bool, jax.device_get(looked)))
 
 
 def _instead_of(dtype: Any) -> str:
@@ -313,6 +333,40 @@ def function(name: str, value: Any, example: str) -> None:
         raise TypeError(f"{name} must be a function, got {_described(value)}: pass {example}")
 
 
+def takes(name: str, value: Any, arguments: tuple[str, ...], *, example: str, mask: bool = False) -> None:
+    """Raises TypeError unless `value` is a function that can be called with these arguments, by position.
+
+    Args:
+      name: what it is called in the message.
+      value: the function; one that does not tell its parameters passes.
+      arguments: names of the arguments that it is given.
+      example: what to pass instead.
+      mask: whether it is given a keyword argument `mask` besides.
+    """
+    function(name, value, example)
+    try:
+        # As Python would call it: what a decorator has wrapped may take other arguments.
+        signature = inspect.signature(value, follow_wrapped=False)
+    except (TypeError, ValueError):  # it does not tell
+        return
+    try:
+        signature.bind(*arguments, **({"mask": None} if mask else {}))
+    except TypeError:
+        raise TypeError(
+            f"{name} is called with ({', '.join(arguments)}), but its parameters are {signature}: pass {example}"
+        ) from None
+
+
+def misplaced(value: Any) -> str | None:
+    """What a value is that stands in the place of another argument: one of the library's own objects, or a key."""
+    if type(value).__module__.split(".")[0] in ("fedjax_core", "algorithms") and not inspect.isfunction(value):
+        is_state = hasattr(value, "round") and hasattr(value, "_fields") and not callable(value.round)
+        return f"the state {type(value).__name__}" if is_state else type(value).__name__
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return "a random key"
+    return None
+
+
 def options(given: Iterable[str], known: Collection[str]) -> None:
     """Raises TypeError for a keyword argument that is not known, naming the nearest one that is."""
     for name in given:
@@ -324,9 +378,15 @@ def options(given: Iterable[str], known: Collection[str]) -> None:
 
 def optimizer(name: str, value: Any) -> Any:
     """Returns `value` if it is an optax optimizer, or raises TypeError."""
-    if not (hasattr(value, "init") and hasattr(value, "update")):
+    if not is_optimizer(value):
         raise TypeError(f"{name} must be an optax optimizer, got {_described(value)}: pass for example optax.sgd(0.1)")
     return value
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether a value has the functions of an optax optimizer (a class that makes one has not)."""
+    made = not inspect.isclass(value)
+    return made and callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
 def not_called(optimizer: Callable[..., Any]) -> bool:

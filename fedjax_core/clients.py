@@ -102,6 +102,8 @@ def for_each_client(
     key = keys.one(key)
     work.check(cohort)
     aggregator = aggregator or weighted_mean()
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}: pass for example Plan(lanes=4)")
     plan = plan or Plan()
     weight = client_weights(weights, cohort)
     client_keys = keys.derive(key, jnp.maximum(cohort.ids, 0))
@@ -129,15 +131,15 @@ def for_each_client(
     asked: list[bool] = []
 
     def init(client: Array, shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
-        with as_client(client, asked):
+        with as_client(client, asked, cohort.population_size):
             return execution.strong(program.init(shared, client_input, key))
 
     def step(client: Array, shared: PyTree, carry: PyTree, batch: Batch) -> Any:
-        with as_client(client, asked):
+        with as_client(client, asked, cohort.population_size):
             return program.step(shared, carry, batch)
 
     def final(client: Array, shared: PyTree, carry: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
-        with as_client(client, asked):
+        with as_client(client, asked, cohort.population_size):
             upload, output = program.final(shared, carry)
         if isinstance(aggregator, Stacked):
             return (), execution.strong((upload, output))
@@ -176,13 +178,13 @@ def for_each_client(
     )
 
 
-_CLIENT: ContextVar[tuple[Array, list[bool]] | None] = ContextVar("client", default=None)
+_CLIENT: ContextVar[tuple[Array, list[bool], int | None] | None] = ContextVar("client", default=None)
 
 
 @contextmanager
-def as_client(client: Array, asked: list[bool] | None = None) -> Iterator[None]:
+def as_client(client: Array, asked: list[bool] | None = None, population_size: int | None = None) -> Iterator[None]:
     """While a client's functions are called: `current_client` is `client`, and `asked` is not empty once it was."""
-    token = _CLIENT.set((client, [] if asked is None else asked))
+    token = _CLIENT.set((client, [] if asked is None else asked, population_size))
     try:
         yield
     finally:
@@ -197,9 +199,15 @@ def current_client() -> Array:
     current = _CLIENT.get()
     if current is None:
         return jnp.int32(0)
-    client, asked = current
+    client, asked, _ = current
     asked.append(True)
     return client
+
+
+def current_population_size() -> int | None:
+    """Number of clients of the population that the client is of whose program is being called, if it is known."""
+    current = _CLIENT.get()
+    return None if current is None else current[2]
 
 
 def _with_client(init: Any, step: Any, final: Any, *, carried: bool) -> tuple[Any, Any, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from fedjax_core import checks, masks, sums
 from fedjax_core.batching import local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client
-from fedjax_core.population import Population
+from fedjax_core.population import Population, check_population
 from fedjax_core.types import Array, Examples, Params, PyTree
 
 MetricFn = Callable[..., PyTree]
@@ -29,7 +29,8 @@ class Weighted(NamedTuple):
 
     Attributes:
       value: [B, ...], one value per example.
-      weight: [B], how much each counts, at least 0.
+      weight: [B], how much each counts, at least 0. A negative one is an error in `evaluate` and `evaluate_clients`,
+        and makes the mean NaN in `evaluate_personal` and under `jax.jit`.
     """
 
     value: Array
@@ -61,6 +62,7 @@ def evaluate(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_s
         examples do not fit into 32 bits.
     """
     values = evaluate_examples(metric_fn, params, examples, batch_size=batch_size)
+    _check_weights(values)
 
     def mean(leaf: Weighted | Array) -> Array:
         part = _summand(leaf)
@@ -84,6 +86,7 @@ def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *
     Raises:
       TypeError, ValueError: as `evaluate`.
     """
+    _check_arguments(metric_fn, params)
     if hasattr(examples, "offsets"):
         raise TypeError(
             f"examples must be a pytree of arrays [n, ...], got a {type(examples).__name__}: pass its `examples`, or "
@@ -124,8 +127,10 @@ def evaluate_clients(metric_fn: MetricFn, params: Params, population: Population
     Batches go across clients: a metric that looks at the whole batch sees examples of several. Dtypes and errors are
     those of `evaluate`; a `HostPopulation` is refused by a TypeError.
     """
-    _check_population(population)
+    _check_arguments(metric_fn, params)
+    check_population(population, "pass population.to_device()")
     values = evaluate_examples(metric_fn, params, population.examples, batch_size=batch_size)
+    _check_weights(values)
 
     def mean(leaf: Weighted | Array) -> Array:
         part = _summand(leaf)
@@ -157,8 +162,16 @@ def evaluate_personal(
     Raises:
       ValueError: as `evaluate`.
     """
-    _check_population(population)
+    _check_arguments(metric_fn, client_params, "client_params")
+    check_population(population, "pass population.to_device()")
     cohort = population.cohort(ids)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(client_params)[0]:
+        if jnp.shape(leaf)[:1] != cohort.ids.shape:
+            raise ValueError(
+                f"client_params{jax.tree_util.keystr(path)} has shape {list(jnp.shape(leaf))}, but {len(cohort.ids)} "
+                "clients have a model each: pass algorithm.client_params(state, ids), leaves [C, ...], or use "
+                "evaluate_clients for one model"
+            )
 
     def row(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
@@ -232,11 +245,14 @@ def is_weighted(node: Any) -> bool:
     return getattr(type(node), "_fields", None) == Weighted._fields
 
 
-def _check_population(population: Any) -> None:
-    if not isinstance(population, Population):
+def _check_arguments(metric_fn: Any, params: Any, name: str = "params") -> None:
+    """Raises TypeError for a metric that is no function, and for another of the library's objects as a model."""
+    checks.function("metric_fn", metric_fn, "a function (params, batch) -> float[B]")
+    other = checks.misplaced(params)
+    if other is not None:
         raise TypeError(
-            f"population must be a Population, got {type(population).__name__}: pass population.to_device() for a "
-            "HostPopulation"
+            f"{name} must be a pytree of arrays, got {other}: pass the parameters of a model (those of a state are "
+            "algorithm.params(state)); the metric, the parameters and the examples come in this order"
         )
 
 
@@ -253,7 +269,7 @@ def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask:
       ValueError: for anything else, by an error that names the metric.
     """
     size = checks.leading_axis(examples)
-    values = masks.call(metric_fn, params, examples, mask=mask)
+    values = masks.call(metric_fn, params, examples, mask=mask, name="metric_fn")
     leaves = jax.tree_util.tree_flatten_with_path(values, is_leaf=lambda node: node is None or is_weighted(node))[0]
     if not leaves:
         raise ValueError(
@@ -284,10 +300,25 @@ def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask:
     return jax.tree_util.tree_map_with_path(checked, values, is_leaf=lambda node: node is None or is_weighted(node))
 
 
+def _check_weights(values: PyTree) -> None:
+    """Raises ValueError if a weight that can be looked at is negative; under jit the mean is NaN then."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(values, is_leaf=is_weighted)[0]:
+        if not is_weighted(leaf) or not checks.is_concrete(leaf.weight) or not leaf.weight.size:
+            continue
+        with jax.ensure_compile_time_eval():
+            least = float(jnp.min(leaf.weight))
+        if least < 0:
+            raise ValueError(
+                f"metric_fn must weigh every example by at least 0, but the weight of metric"
+                f"{jax.tree_util.keystr(path)} is {least:g} for one: return 0 for what does not count"
+            )
+
+
 def _summand(leaf: Any, mask: Array | None = None) -> Weighted:
     """(weight times value, weight) of every example, in the dtypes to sum in; zeros where the mask is False."""
     pair = leaf if is_weighted(leaf) else Weighted(leaf, jnp.ones(leaf.shape[0], sums.accumulator(leaf.dtype)))
     value, weight = sums.widen(pair.value), sums.widen(pair.weight)
+    weight = jnp.where(weight >= 0, weight, jnp.nan)
     if mask is not None:
         weight = jnp.where(mask, weight, 0)
     across = weight.reshape(-1, *[1] * (value.ndim - 1)).astype(value.dtype)
@@ -305,8 +336,17 @@ def _ratio(total: Array, weight: Array, leaf: Any) -> Array:
 def spread(values: Array, *, higher_is_better: bool = True) -> Spread:
     """Mean, standard deviation and worst decile over clients of float[num_clients]; NaN entries are left out.
 
-    Computed in float32 at least, in the dtype of the values.
+    Computed in float32 at least, in the dtype of the values. NaN where all are left out.
+
+    Raises:
+      ValueError: unless the values are real numbers, one for each client.
     """
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    if values.ndim != 1 or not (jnp.issubdtype(values.dtype, np.floating) or jnp.issubdtype(values.dtype, np.integer)):
+        raise ValueError(
+            f"values must be one real number for each client, float[num_clients], got {values.dtype}"
+            f"{list(values.shape)}: pass one metric of evaluate_clients"
+        )
     dtype = sums.mean_dtype(jnp.result_type(values))
     values = sums.widen(values)
     present = ~jnp.isnan(values)
@@ -317,5 +357,5 @@ def spread(values: Array, *, higher_is_better: bool = True) -> Spread:
     order = jnp.sort(jnp.where(present, values if higher_is_better else -values, jnp.inf))
     worst = jnp.maximum(-(-count // 10), 1)
     tail = sums.total(jnp.where(jnp.arange(values.shape[0]) < worst, order, 0)) / worst.astype(values.dtype)
-    tail = tail if higher_is_better else -tail
+    tail = jnp.where(count > 0, tail if higher_is_better else -tail, jnp.nan)
     return Spread(mean.astype(dtype), std.astype(dtype), tail.astype(dtype))

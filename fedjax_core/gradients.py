@@ -1,16 +1,20 @@
 """Masked mean losses, their gradients, and client optimizers."""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import optax
+from jax.experimental import checkify
 
 from fedjax_core import checks, masks, sums
 from fedjax_core.batching import Batch
-from fedjax_core.clients import ClientProgram, current_client
+from fedjax_core.clients import ClientProgram, current_client, current_population_size
+from fedjax_core.lengths import stand_in
 from fedjax_core.types import Array, Key, LossFn, Params, Scalar
 
 ClientOptimizer: TypeAlias = (
@@ -32,21 +36,37 @@ def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
     Raises:
       ValueError: if the loss function does not return one value per example.
     """
-    values = masks.call(loss_fn, params, batch.examples, batch.key, mask=batch.mask)
+    values = masks.call(loss_fn, params, batch.examples, batch.key, mask=batch.mask, name="loss_fn")
     size = batch.mask.shape[0]
     if not isinstance(values, jax.Array) or values.shape != (size,) or not jnp.issubdtype(values.dtype, jnp.floating):
-        got = f"{values.dtype}{list(values.shape)}" if isinstance(values, jax.Array) else type(values).__name__
         raise ValueError(
-            f"loss_fn must return one loss per example, float[{size}], but returned {got}: do not average over the "
-            "batch, the library does that with the padding masked out"
+            f"loss_fn must return one loss per example, float[{size}], but returned {_instead_of_losses(values, size)}"
         )
     total = jnp.sum(sums.widen(jnp.where(batch.mask, values, 0)))
     return (total / jnp.maximum(jnp.sum(batch.mask), 1).astype(total.dtype)).astype(values.dtype)
 
 
+def _instead_of_losses(values: Any, size: int) -> str:
+    """What a loss function has returned, and the fix."""
+    if not isinstance(values, jax.Array):
+        fix = "return the array of the losses alone, without other outputs beside it"
+        return f"{type(values).__name__}: {fix}"
+    got = f"{values.dtype}{list(values.shape)}"
+    if values.shape != (size,):
+        fix = "sum or average over all axes but the first" if values.shape[:1] == (size,) else ""
+        return f"{got}: {fix or 'do not average over the batch, the library does that with the padding masked out'}"
+    return f"{got}: a loss is a real float, cast it with astype(float) if that is meant"
+
+
 def value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Array, Params]]:
     """Mean loss over a batch and its gradient: `(params, batch) -> (float[], gradient)`."""
-    checks.function("loss_fn", loss_fn, "a function (params, batch, key) -> float[B]")
+    checks.takes(
+        "loss_fn",
+        loss_fn,
+        ("params", "batch", "key"),
+        example="a function (params, batch, key) -> float[B]",
+        mask=masks.takes_mask(loss_fn),
+    )
     return jax.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
 
 
@@ -68,18 +88,76 @@ def optimizer_at(optimizer: ClientOptimizer, round: Array) -> optax.GradientTran
         by_client: Any = optimizer
 
         def own() -> optax.GradientTransformation:
-            return optimizer_at(lambda t: by_client(t, current_client()), round)
+            size = current_population_size()
+            if size is not None:
+                _check_reach(by_client, size)
+            return optimizer_at(lambda t: _made(by_client, t, current_client()), round)
 
         return optax.GradientTransformation(
             lambda params: own().init(params), lambda updates, state, params=None: own().update(updates, state, params)
         )
-    chosen: Any = optimizer(round) if callable(optimizer) else optimizer  # type: ignore[call-arg]
-    if not (hasattr(chosen, "init") and hasattr(chosen, "update")):
+    chosen: Any = optimizer
+    if callable(optimizer):
+        example = "optax.sgd(0.1), lambda round: optax.sgd(0.1 * 0.99**round), or lambda round, client: ..."
+        checks.takes("client_optimizer", optimizer, ("round",), example=example)
+        chosen = _made(optimizer, round)
+    if not checks.is_optimizer(chosen):
         raise TypeError(
             f"client_optimizer must be an optax optimizer or a function of the round that returns one, got "
             f"{type(optimizer).__name__}: pass for example optax.sgd(0.1)"
         )
     return chosen
+
+
+def _made(optimizer: Any, *args: Array) -> Any:
+    """`optimizer(*args)`, which may compute with its arguments but not look at them."""
+    try:
+        return optimizer(*args)
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(_LOOKS) from error
+    except (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError) as error:
+        raise TypeError(_LOOKS) from error
+
+
+_LOOKS = (
+    "client_optimizer looks at the number of the round or of the client, which is not known while a round is compiled: "
+    "choose by jnp.where(round < 100, 0.1, 0.01) or jnp.asarray(rates)[client] in the place of if and of numpy arrays "
+    "and lists"
+)
+
+_reached: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
+
+
+def _check_reach(by_client: Any, num_clients: int) -> None:
+    """Raises ValueError if the optimizer of the last client reads beyond the end of an array.
+
+    JAX would give the last entry instead. What cannot be tried out passes.
+    """
+    try:
+        if num_clients in _reached.setdefault(by_client, set()):
+            return
+        _reached[by_client].add(num_clients)
+    except TypeError:  # no hash or no weak reference
+        pass
+
+    def step(client: Array) -> Any:
+        optimizer, zero = by_client(jnp.int32(0), client), jnp.zeros(())
+        return optimizer.update(jnp.ones(()), optimizer.init(zero), zero)[0]
+
+    try:
+        closed = jax.make_jaxpr(step)(jax.ShapeDtypeStruct((), jnp.int32))
+        with jax.ensure_compile_time_eval():
+            consts = [stand_in(const) for const in closed.consts]
+            tried = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, consts))
+            found = jax.jit(checkify.checkify(tried, errors=checkify.index_checks))(jnp.int32(num_clients - 1))[0].get()
+    except Exception:
+        return
+    if found:
+        _reached.pop(by_client, None)
+        raise ValueError(
+            f"client_optimizer of client {num_clients - 1}, the last of {num_clients}, reads beyond the end of an "
+            f"array ({str(found).strip().rstrip('.')}): give one entry for each client"
+        )
 
 
 def _takes_client(optimizer: Any) -> bool:

@@ -83,7 +83,7 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
             f"({type(error).__name__}): {fix}"
         ) from error
     with jax.ensure_compile_time_eval():
-        consts = [_stand_in(const) for const in closed.consts]
+        consts = [stand_in(const) for const in closed.consts]
         run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, consts))
 
         def tried(scale: float, p: float) -> np.ndarray:
@@ -105,7 +105,7 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
                 )
 
 
-def _stand_in(const: Any) -> Any:
+def stand_in(const: Any) -> Any:
     """The value, or some value of that shape in the place of a tracer."""
     if not isinstance(const, jax.core.Tracer):
         return const

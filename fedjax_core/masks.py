@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fedjax_core import checks
@@ -36,7 +37,9 @@ def takes_mask(function: Callable[..., Any]) -> bool:
     return hands_on and wrapped is not None and takes_mask(wrapped)
 
 
-def call(function: Callable[..., Any], params: Any, examples: Any, *rest: Any, mask: Array | None = None) -> Any:
+def call(
+    function: Callable[..., Any], params: Any, examples: Any, *rest: Any, mask: Array | None = None, name: str = ""
+) -> Any:
     """`function(params, examples, *rest)`, with the mask if the function takes one.
 
     Args:
@@ -45,12 +48,36 @@ def call(function: Callable[..., Any], params: Any, examples: Any, *rest: Any, m
       examples: its second, leaves [B, ...].
       *rest: further arguments, such as the key.
       mask: bool[B]; every row is an example unless given.
+      name: what the function is called in messages; its own name unless given.
+
+    Raises:
+      TypeError: if it is no function of these arguments. What it raises itself gets a note with what it was given.
     """
-    if not takes_mask(function):
-        return function(params, examples, *rest)
-    if mask is None:
+    masked = takes_mask(function)
+    name = name or getattr(function, "__name__", "function")
+    arguments = ("params", "batch", "key")[: 2 + len(rest)]
+    example = f"a function ({', '.join(arguments)}) of one value per example"
+    checks.takes(name, function, arguments, example=example, mask=masked)
+    if masked and mask is None:
         mask = jnp.ones(checks.leading_axis(examples), bool)
-    return function(params, examples, *rest, mask=mask)
+    try:
+        return function(params, examples, *rest, **({"mask": mask} if masked else {}))
+    except Exception as error:
+        note = f"{name} was called with params {_shapes(params)} and a batch {_shapes(examples)}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+def _shapes(tree: Any) -> str:
+    """The leaves of a pytree, as many as fit on a line."""
+
+    def one(path: Any, leaf: Any) -> str:
+        kind = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+        return f"{jax.tree_util.keystr(path)} {kind}".strip()
+
+    leaves = [one(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return "{" + ", ".join([*leaves[:8], *(["..."] if len(leaves) > 8 else [])]) + "}"
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -265,6 +265,20 @@ def offsets_of(sizes: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
+def check_population(population: Any, on_host: str) -> None:
+    """Raises TypeError unless `population` is a `Population`; `on_host` says what to do with a `HostPopulation`."""
+    if isinstance(population, Population):
+        return
+    if isinstance(population, Cohort):
+        fix = "pass the population that it was drawn from (a cohort goes to algorithm.round)"
+    elif type(population).__name__ == "HostPopulation":
+        fix = on_host
+    else:
+        fix = "make one of examples and sizes, Population.from_sizes(examples, sizes)"
+    got = checks.misplaced(population) or type(population).__name__
+    raise TypeError(f"population must be a Population, got {got}: {fix}")
+
+
 def check_client(index: Any, num_clients: int) -> None:
     """Raises ValueError unless `index` is an integer from 0 to num_clients - 1."""
     try:

@@ -32,11 +32,13 @@ class ValidSampler:
       sample: `sample(key, round) -> ids`, int32[C].
       num_clients: size of the population that it draws from; None for any of at least `least`.
       least: the smallest population that has all its clients.
+      num_rounds: rounds that it has cohorts for, from 0; None for any number.
     """
 
     sample: Sampler
     num_clients: int | None
     least: int = 1
+    num_rounds: int | None = None
 
     def __call__(self, key: Key, round: Array) -> Array:
         """The clients of a round, int32[C]."""
@@ -70,6 +72,37 @@ def valid(sampler: Sampler, num_clients: int) -> ValidSampler:
     return ValidSampler(sampler, checks.positive_int("num_clients", num_clients, "a population has a client"))
 
 
+def check_callable(sampler: Any) -> None:
+    """Raises TypeError unless a sampler is a function that can be called with (key, round)."""
+    if inspect.isfunction(sampler) and sampler.__module__ == __name__ and "<locals>" not in sampler.__qualname__:
+        raise TypeError(
+            f"sampler is the function samplers.{sampler.__name__} itself: call it first, "
+            f"samplers.{sampler.__name__}{inspect.signature(sampler)}".split(" ->")[0]
+        )
+    if not callable(sampler):
+        got = checks.misplaced(sampler) or type(sampler).__name__
+        raise TypeError(
+            f"sampler must be a function (key, round) -> ids, got {got}: pass for example "
+            "samplers.uniform(num_clients, cohort_size), or samplers.schedule(cohorts) for ids known beforehand"
+        )
+    if not isinstance(sampler, ValidSampler):
+        checks.takes("sampler", sampler, ("key", "round"), example="a function (key, round) -> ids, int32[C]")
+
+
+def check_length(sampler: Any, start: Any, num_rounds: int) -> None:
+    """Raises ValueError if a recorded schedule ends before a run of `num_rounds` rounds from round `start` does."""
+    promise = inspect.unwrap(sampler) if callable(sampler) else sampler
+    if not isinstance(promise, ValidSampler) or promise.num_rounds is None:
+        return
+    seen = checks.is_concrete(start) and getattr(start, "is_fully_addressable", True)
+    last = (int(np.max(start)) if seen else 0) + num_rounds
+    if last > promise.num_rounds:
+        raise ValueError(
+            f"the schedule has cohorts for {promise.num_rounds} rounds, but the run goes on to round {last - 1}: give "
+            "one for every round (rows of -1 where nobody comes), or schedule(cohorts, repeat=True) to begin it again"
+        )
+
+
 def check_sampler(sampler: Any, num_clients: int, key: Key) -> bool:
     """Checks a sampler for a population, while tracing; returns whether it promises to draw valid ids.
 
@@ -77,15 +110,21 @@ def check_sampler(sampler: Any, num_clients: int, key: Key) -> bool:
       TypeError: if it is no function (key, round) -> ids.
       ValueError: if it is made for another population, or its ids are not int[C] with C of at least 1.
     """
-    if not callable(sampler):
-        raise TypeError(
-            f"sampler must be a function (key, round) -> ids, got {type(sampler).__name__}: pass for example "
-            "samplers.uniform(num_clients, cohort_size), or samplers.schedule(cohorts) for ids known beforehand"
-        )
+    check_callable(sampler)
     promise = inspect.unwrap(sampler)  # behind jax.jit, say
     if isinstance(promise, ValidSampler):
         promise.check(num_clients)
-    ids = jax.eval_shape(sampler, key, jax.ShapeDtypeStruct((), jnp.int32))
+    try:
+        ids = jax.eval_shape(sampler, key, jax.ShapeDtypeStruct((), jnp.int32))
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        raise TypeError(
+            "the sampler looks at the key or the number of the round, which are not known while rounds are compiled: "
+            "draw with jax.random and index jax arrays, or record the ids beforehand in samplers.schedule(cohorts)"
+        ) from error
     if (
         not hasattr(ids, "shape")
         or len(ids.shape) != 1
@@ -232,13 +271,19 @@ def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Valid
     return ValidSampler(sample, len(on))
 
 
-def schedule(cohorts: Any, num_clients: int | None = None) -> ValidSampler:
-    """A recorded schedule: row t of `cohorts` in round t, nobody afterwards.
+def schedule(cohorts: Any, num_clients: int | None = None, *, repeat: bool = False) -> ValidSampler:
+    """A recorded schedule: row t of `cohorts` in round t.
+
+    A run of more rounds than there are rows is refused, unless the schedule repeats; under `jax.jit` only as far as the
+    round that it begins with is known, and nobody takes part in what lies beyond.
 
     Args:
       cohorts: int[rounds, C], client numbers, -1 for an empty slot.
       num_clients: size of the population; any that has these clients unless given.
+      repeat: begin again after the last row.
     """
+    if not isinstance(repeat, bool):
+        raise TypeError(f"repeat must be True or False, got {repeat!r:.60}: say whether the schedule begins again")
     if num_clients is not None:
         checks.positive_int("num_clients", num_clients, "a population has at least one client")
     try:
@@ -265,10 +310,12 @@ def schedule(cohorts: Any, num_clients: int | None = None) -> ValidSampler:
     rows = array.astype(np.int32)
 
     def sample(key: Key, round: Array) -> Array:
+        if repeat:
+            return jnp.asarray(rows)[round % len(rows)]
         row = jnp.asarray(rows)[jnp.minimum(round, len(rows) - 1)]
         return jnp.where(round < len(rows), row, -1)
 
-    return ValidSampler(sample, num_clients, 1 + int(rows.max()))
+    return ValidSampler(sample, num_clients, 1 + int(rows.max()), None if repeat else len(rows))
 
 
 class Deliveries(NamedTuple):

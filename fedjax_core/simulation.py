@@ -11,8 +11,8 @@ import numpy as np
 
 from fedjax_core import checks, keys
 from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
-from fedjax_core.population import Population, check_ids, repeated
-from fedjax_core.samplers import Sampler, check_sampler
+from fedjax_core.population import Population, check_ids, check_population, repeated
+from fedjax_core.samplers import Sampler, check_callable, check_length, check_sampler
 from fedjax_core.types import Array, Key, Metrics, Params
 
 
@@ -37,20 +37,19 @@ def continue_rounds(
         keys, or a sampler draws a client twice or one that is not there.
     """
     check_algorithm(algorithm)
+    check_callable(sampler)
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
 
     def run(state: Any, population: Population, key: Key) -> tuple[Any, Metrics]:
-        if not isinstance(population, Population):
-            raise TypeError(
-                f"population must be a Population, got {type(population).__name__}: use simulate_staged or "
-                "continue_staged for a HostPopulation"
-            )
+        check_population(population, "use simulate_staged or continue_staged for it")
         check_state(state, "use simulate to begin from parameters")
         check_rounds(state.round, num_rounds)
         sample_key, train_key = keys.split(keys.one(key))
         draw = sampler
         bad: Any = None
-        if not check_sampler(sampler, population.num_clients, sample_key):
+        promised = check_sampler(sampler, population.num_clients, sample_key)
+        check_length(sampler, state.round, num_rounds)
+        if not promised:
             bad = _first_bad_cohort(sampler, sample_key, state.round, num_rounds, population.num_clients)
             if checks.is_concrete(bad[0]):
                 _complain(population.num_clients, *bad)

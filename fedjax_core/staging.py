@@ -38,7 +38,7 @@ from fedjax_core.clients import join_tables, split_tables
 from fedjax_core.keys import derive, split, typed
 from fedjax_core.plans import auto_mesh
 from fedjax_core.population import Cohort, Population, check_client, check_ids, check_offsets, offsets_of
-from fedjax_core.samplers import Sampler, check_sampler
+from fedjax_core.samplers import Sampler, check_callable, check_length, check_sampler
 from fedjax_core.types import Array, Examples, Key, Metrics, Params
 
 _ALIGNMENT = 64  # the processor's backend takes memory aligned like this as it is, without a copy
@@ -178,8 +178,18 @@ def simulate_staged(
 
     def run(params: Params, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
         key = _one_or_row(key)
-        init = jax.vmap(algorithm.init) if key.ndim else algorithm.init
-        return run_rounds(init(checks.params(params)), population, key)
+        params = checks.params(params)
+        if not key.ndim:
+            return run_rounds(algorithm.init(params), population, key)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+            if jnp.shape(leaf)[:1] != key.shape:
+                raise ValueError(
+                    f"params{jax.tree_util.keystr(path)} has shape {list(jnp.shape(leaf))}, but there are "
+                    f"{key.shape[0]} keys, each for a simulation with parameters of its own: stack them to "
+                    f"[{key.shape[0]}, ...] (fedjax_core.global_client_params(params, jnp.arange({key.shape[0]})) "
+                    "repeats one model), or pass one key"
+                )
+        return run_rounds(jax.vmap(algorithm.init)(params), population, key)
 
     return run
 
@@ -210,6 +220,7 @@ def continue_staged(
       mesh: see `simulate_staged`.
     """
     check_algorithm(algorithm)
+    check_callable(sampler)
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
     if horizon is not None:
         checks.positive_int("horizon", horizon, "it is the number of rounds of the whole run")
@@ -222,10 +233,11 @@ def continue_staged(
 
     def run(state: Any, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
         if not isinstance(population, HostPopulation):
-            raise TypeError(
-                f"population must be a HostPopulation, got {type(population).__name__}: use simulate or "
-                "continue_rounds for a population on the device"
-            )
+            fix = "use simulate or continue_rounds for a population on the device"
+            if not isinstance(population, Population):
+                fix = "make one of examples and sizes, HostPopulation.from_sizes(examples, sizes)"
+            got = checks.misplaced(population) or type(population).__name__
+            raise TypeError(f"population must be a HostPopulation, got {got}: {fix}")
         check_state(state, "use simulate_staged to begin from parameters")
         key = _one_or_row(key)
         batched = key.ndim == 1
@@ -243,6 +255,7 @@ def continue_staged(
         check_rounds(done, num_rounds)
         first, last = int(done[0]), int(done[0]) + num_rounds
         check_sampler(sampler, population.num_clients, keys[0])
+        check_length(sampler, done, num_rounds)
         cohorts.prepare(population, keys, range(first, max(last, horizon or 0)))
         on_host = _has_host_tables(state)
         device, tables = split_tables(state) if on_host else (state, None)
