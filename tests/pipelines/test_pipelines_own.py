@@ -336,3 +336,16 @@ def test_a_run_of_ones_own_goes_on_and_tells_of_an_edit(here):
     assert again.exit_code == 0, again.output
     assert "my_methods.py, which my_methods:shrunk is of, has been edited" in again.output
     assert "complete, 2 rounds" in again.output
+
+
+def test_a_run_of_ones_own_grows_by_rounds_and_seeds_to_the_bit(here):
+    name = "my_methods:strict"
+    common = {"methods": (name,), "model": "models:linear", "mesh": 1}
+    long = small(**common, rounds=4, seeds=2)
+    train.train(small(**common, rounds=2, seeds=1), here / "grown")
+    train.train(long, here / "grown")
+    train.train(long, here / "whole")
+    grown, whole = (jax.tree.leaves(train.final_params(here / out, name)) for out in ("grown", "whole"))
+    assert len(grown) == 2
+    for one, other in zip(grown, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
