@@ -22,7 +22,7 @@ from pipelines import cache as kept
 from pipelines import catalog, continual_config, files, heterogeneity, logs, methods, progress, terminal
 from pipelines import config_file as config_files
 from pipelines import processes as several
-from pipelines.config import CLIENT_SETTINGS, Config, count
+from pipelines.config import CLIENT_SETTINGS, MOST_DEVICES, Config, count
 from pipelines.names import pick
 from pipelines.own import short
 from pipelines.progress import duration, size
@@ -32,7 +32,6 @@ from pipelines.zeroth_order_command import zeroth_order
 
 _DEFAULTS = Config()
 _LOST = 3
-_MOST_DEVICES = 128  # for which cores may stand in; with JAX_NUM_CPU_DEVICES as many as one asks for
 
 
 class _Option(click.Option):
@@ -460,8 +459,8 @@ def train(
             return
         out = out or Path("runs") / config.slug()
         files.check_directory(out)
-        # Of very many none is made, and the mesh is refused: XLA ends a process in which so many wait for each other.
-        several.cores_as_devices(None if processes or (config.mesh or 1) > _MOST_DEVICES else config.mesh)
+        # Of very many none is made, and the mesh is refused (`config.MOST_DEVICES`).
+        several.cores_as_devices(None if processes or (config.mesh or 1) > MOST_DEVICES else config.mesh)
         if processes and not several.is_supervised():
             sys.exit(_supervised(out))
         if processes:

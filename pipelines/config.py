@@ -423,6 +423,9 @@ _FINITE = (
     "client_lr",
 )
 
+MOST_DEVICES = 128
+"""Devices for which cores may stand in; XLA ends a process in which thousands of them wait for each other."""
+
 LIMIT = 2**31 - 1
 """The largest number of anything that is counted: devices count clients, examples, steps and rounds in 32 bits."""
 

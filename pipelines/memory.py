@@ -25,7 +25,7 @@ _FIXES = {
     "local training": "{smaller}, or lower --batch-size",
     "evaluation": "{smaller}, or lower --seeds",
     "cohorts": "lower --cohort-size or --seeds",
-    "trials": "lower --trials, or what makes one large",
+    "trials": "lower --trials, or what makes one large: --clients, --dim",
     "rounds": "lower --rounds or --trials",
     "data": "leave out --mesh, or keep the examples in host memory with --staged",
 }

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pipelines import terminal
+from pipelines.config import LIMIT
 from pipelines.terminal import usage_errors
 
 _RUN = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
@@ -160,7 +161,7 @@ def _ids(text: str | None) -> list[int] | None:
         ids = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         ids = []
-    if not ids:
+    if not ids or max(map(abs, ids)) > LIMIT:
         raise ValueError(f"--client {text!r} is no list of client numbers: write for example 0,3,7")
     return ids
 

@@ -33,7 +33,7 @@ from fedjax_core import (
 )
 from pipelines import data, memory, methods, own, own_model, skew
 from pipelines import federation as federations
-from pipelines.config import FEDERATION_FIELDS, LIMIT, Config
+from pipelines.config import FEDERATION_FIELDS, LIMIT, MOST_DEVICES, Config
 from pipelines.data import Dataset
 from pipelines.dataset import fits_single
 from pipelines.federation import Federation
@@ -633,9 +633,10 @@ def _mesh(num_devices: int | None, model_parallel: int) -> Mesh | None:
         return None
     devices = jax.devices()
     if num_devices is not None and num_devices > len(devices):
+        stand_in = f" (the processor can stand in for several with JAX_NUM_CPU_DEVICES={num_devices})"
         raise ValueError(
-            f"mesh={num_devices} but there are {len(devices)} {devices[0].platform} devices: lower it (the processor "
-            f"can stand in for several with JAX_NUM_CPU_DEVICES={num_devices})"
+            f"mesh={num_devices} but there are {len(devices)} {devices[0].platform} devices: lower it"
+            f"{stand_in if num_devices <= MOST_DEVICES else ''}"
         )
     return client_mesh(num_devices, model=model_parallel)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipelines import files, progress, terminal
+from pipelines import files, memory, progress, terminal
 
 _STUDY = (
     click.option("--rounds", type=int, default=50, show_default=True, help="Rounds of each method."),
@@ -101,6 +101,10 @@ def _compare(ctx: click.Context, task: str, values: dict[str, Any]) -> None:
     reporter = terminal.going_on(progress.plain(), out)
     with terminal.usage_errors(ctx):
         files.check_directory(out)
+        experiments.check(study)
+        # What a synthetic task draws at least: two numbers for each dimension of each client, in double precision.
+        drawn = 16 * values.get("dim", 1) * values["clients"]
+        memory.refuse("the functions of the clients", {"trials": drawn}, memory.available())
         terminal.check_jax()
         experiments.compare(study, out, reporter.say)
     reporter.say(f"written: {out / 'summary.md'}, results.tex, curves.png and .pdf, curves.csv")

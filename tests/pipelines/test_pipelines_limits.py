@@ -133,6 +133,49 @@ def test_names_are_shown_in_part():
         names.pick("method", "x" * 5000, ["fedavg"])
 
 
+def test_no_more_cores_than_can_be_are_advised(small):
+    with jax.enable_x64(False):
+        for mesh, advised in ((100, True), (999, False), (2**31 - 1, False)):
+            with pytest.raises(ValueError, match=f"mesh={mesh} but there are") as error:
+                setup.prepare(dataclasses.replace(small, mesh=mesh))
+            assert ("JAX_NUM_CPU_DEVICES" in str(error.value)) == advised
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", ""], "is no run directory"),
+        (["evaluate", "/dev/null"], "is no run directory"),
+        (["evaluate", "x" * 5000], "Error: "),
+        (["evaluate", "RUN", "--seed", "1" + "0" * 20], "is none of this run: it has 0, 1"),
+        (["evaluate", "RUN", "--method", ""], "unknown method of this run ''"),
+        (["evaluate", "RUN", "--split", "\u4e2d"], "unknown split"),
+        (["export", "RUN", "--format", ""], "unknown format ''"),
+        (["export", "RUN", "--format", "npz", "--client", "-1"], "client -1 is none of this run"),
+        (["export", "RUN", "--format", "npz", "--client", "1" + "0" * 20], "is no list of client numbers"),
+        (["export", "RUN", "--format", "npz", "--client", ","], "is no list of client numbers"),
+        (["export", "RUN", "--out", "/dev/null/x.npz"], "is a file: choose a directory"),
+        (["completion", ""], "is not one of"),
+        (["zeroth-order", "synthetic", "--clients", "2147483647"], "the functions of the clients would hold at least"),
+        (["zeroth-order", "metric", "--clients", "2147483647"], "the functions of the clients would hold at least"),
+        (["train", "--config", "/dev/null"], "is of no kind that a configuration can be"),
+        (["train", "--federation", ""], "holds no federation"),
+        (["train", "--log", ""], "unknown log ''"),
+        (["train", "--set", "fedavg.server_lr=1e400"], "must be finite"),
+        (["train", "--set", ".=1"], "unknown method among those of this run ''"),
+        (["federate", "--compare", "\u4e2d"], "unknown partition to compare with"),
+    ],
+)
+def test_so_do_the_other_commands(words, said, request, tmp_path, monkeypatch):
+    run = str(request.getfixturevalue("finished")) if "RUN" in words else ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "available", lambda: 10**9)
+    result = CliRunner().invoke(cli.main, [run if word == "RUN" else word for word in words])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("mesh", "made"), [("2", 2), ("999", None)])
 def test_cores_do_not_stand_in_for_a_thousand_devices(mesh, made, monkeypatch, tmp_path):
     asked = []
@@ -205,8 +248,8 @@ def test_what_is_held_counts_what_is_there(small):
 
 
 HOSTILE = {
-    int: ["0", "-1", "2147483647", "2147483648", "9223372036854775808", "1" + "0" * 20],
-    float: ["-1", "1e308", "1e-320", "nan", "inf", "-inf", "1e39"],
+    int: ["", "0", "-1", "1e3", "1.5", "nan", "2147483647", "2147483648", "9223372036854775808", "1" + "0" * 20],
+    float: ["-1", "1e308", "1e-320", "nan", "inf", "-inf", "1e39", "1e400", "", "0,5"],
     str: ["", "\u4e2d\U0001f600", "x" * 5000, "/dev/null", "../", "a+b"],
 }
 
@@ -233,6 +276,41 @@ def hostile_calls():
                 continue
             for value in HOSTILE[kinds.get(type(option.type), str)]:
                 yield [*name.split(), *base[name], option.opts[0], value]
+
+
+@pytest.mark.slow
+def test_no_command_line_that_is_built_ends_in_a_traceback(tmp_path, monkeypatch):
+    """As below, but federations, models and rounds are built and traced: everything but the training."""
+
+    def stop(*args, **kwargs):
+        raise driver.Refused("work would begin here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(driver, "run", stop)
+    monkeypatch.setattr("pipelines.federation.save", stop)
+    monkeypatch.setattr("pipelines.continual.run", stop)
+    monkeypatch.setattr("pipelines.zeroth_order._trials", stop)
+    mattering = [[], *([word, value] for word, values in MATTERING.items() for value in values)]
+    bad, begun = [], 0
+    with jax.enable_x64(False):
+        for number, words in enumerate(hostile_calls()):
+            for more in mattering if words[0] == "federate" else [[]]:
+                result = CliRunner().invoke(cli.main, [*words, *more, "--out", f"out{number}"])
+                begun += "work would begin here" in result.output
+                if result.exit_code != 2 or "Error: " not in result.output or "Traceback" in result.output:
+                    bad.append((shlex.join([*words, *more])[-100:], result.exit_code, result.output[-300:]))
+    assert not bad, json.dumps(bad, indent=1)
+    assert begun > 100
+    assert not list(tmp_path.glob("fedjax-core-*")), "no error was unexpected"
+
+
+# With these other options have a meaning.
+MATTERING = {
+    "--partition": ["shards", "classes", "partial_classes", "lognormal", "power_law", "clusters"],
+    "--feature-skew": ["noise", "scale"],
+    "--test-share": ["0.2"],
+}
 
 
 def test_no_command_line_ends_in_a_traceback(tmp_path, monkeypatch):
