@@ -1,12 +1,10 @@
 """The command line: `fedjax-core train`, `federate`, `continual`, `list`, `zeroth-order`, `evaluate` and `export`."""
 
-import contextlib
 import dataclasses
 import logging
 import sys
 import textwrap
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import cache as kept
 from pipelines import catalog, continual_config, files, heterogeneity, logs, methods, progress, terminal
 from pipelines import config_file as config_files
 from pipelines import processes as several
@@ -434,7 +431,7 @@ def train(
     logging.getLogger("absl").setLevel(logging.ERROR)
     if as_json:
         ctx.call_on_close(lambda: _error_as_json(ctx))
-    with _warnings_as_lines(), usage_errors(ctx):
+    with terminal.warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
         filed = {} if config_file is None else _from_file(config_file, values, explicit)
@@ -515,7 +512,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
     from pipelines import early, plans, report, setup
     from pipelines import train as driver
 
-    with jax.enable_x64(config.x64), _warnings_as_lines():
+    with jax.enable_x64(config.x64), terminal.warnings_as_lines():
         with usage_errors(ctx):
             # A run that goes on keeps its plan, and with it its numbers to the last bit.
             saved = driver.saved_config(out)
@@ -540,7 +537,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
         reporter.say(f"results: {out}")
         try:
             results = driver.run(experiment, out, reporter=reporter)
-        except driver.Refused as error:
+        except (driver.Refused, driver.checkpoint.OtherRun) as error:
             return _failed(reporter, error, 2)
         except several.Lost as error:
             return _failed(reporter, error, _LOST)
@@ -621,7 +618,7 @@ def federate(
 
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     typed = frozenset(explicit)
-    with _warnings_as_lines(), usage_errors(ctx):
+    with terminal.warnings_as_lines(), usage_errors(ctx):
         if config_file is not None:
             _from_file(config_file, values, explicit)
         config = Config(**values)
@@ -720,7 +717,8 @@ Examples:
 
 In the run directory are accuracy.png and .pdf, the test accuracy on every task after every task, the same as
 accuracy.csv, results.tex and summary.json. A run that was stopped goes on when the same command is given again, and
-other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments.
+other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments, 5 the run
+directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 """,
 )
 @continual_config.options
@@ -735,7 +733,7 @@ def continual(ctx: click.Context, out: Path | None, save_every: int, **values: A
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     several.cores_as_devices()
-    with _warnings_as_lines(), usage_errors(ctx):
+    with terminal.warnings_as_lines(), terminal.stops(ctx), usage_errors(ctx):
         config = continual_config.from_options(values)
         out = out or Path("runs") / slug(config)
         count("save_every", save_every, "1 saves after every round")
@@ -861,26 +859,3 @@ def _table(*headings: str) -> Table:
     for i, heading in enumerate(headings):
         table.add_column(heading, no_wrap=i == 0)
     return table
-
-
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Warnings of this package in one line, without the source line."""
-    from pipelines.checkpoint import CheckpointWarning
-
-    ours = (CheckpointWarning, kept.CacheWarning, files.RecordWarning)
-    show = warnings.showwarning
-
-    def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        said = terminal.repaired(str(message))
-        if said or issubclass(category, ours):
-            click.echo(f"Warning: {said or message}", err=True)
-        else:
-            show(message, category, *args, **kwargs)
-
-    with warnings.catch_warnings():
-        for category in ours:
-            warnings.simplefilter("always", category)
-        warnings.filterwarnings("always", "Error reading persistent compilation cache")
-        warnings.showwarning = line
-        yield

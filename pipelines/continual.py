@@ -10,8 +10,8 @@ A method is trained for `rounds` rounds on every task, at whose end a method wit
 tested on all of them, learned or not. "joint" is FedAvg on the examples of all tasks together, for as many rounds and
 local steps as the others have in all: about what could be reached at best, if nothing were forgotten.
 
-A run directory holds config.json and checkpoints/<method>, and accuracy.csv, accuracy.png and .pdf, results.tex and
-summary.json of the methods that are finished.
+A run directory (`pipelines.run_directory`) holds config.json and checkpoints/<method>, and accuracy.csv, accuracy.png
+and .pdf, results.tex and summary.json of the methods that are finished.
 """
 
 import csv
@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +45,12 @@ from fedjax_core import (
     samplers,
     shardings,
 )
-from pipelines import checkpoint, data, figures, files, growth, latex, methods, partition
+from pipelines import checkpoint, continual_config, data, figures, files, growth, identity, latex, methods, partition
+from pipelines.assignment import Assignment
 from pipelines.continual_config import Continual
 from pipelines.data import Dataset
-from pipelines.processes import sole_use
 from pipelines.progress import Reporter, duration, silent
+from pipelines.run_directory import Kind, Work, at_work, claim, interruption, read, waited_for
 
 
 class Scenario(NamedTuple):
@@ -60,6 +62,7 @@ class Scenario(NamedTuple):
       population: `population(t)`, the clients' training examples of task t.
       joint: `joint()`, those of all tasks.
       test: `test(t)`, the test examples of task t.
+      identity: `identity()`, what a run must find again to go on (`pipelines.identity`).
     """
 
     model: models.Model
@@ -67,6 +70,7 @@ class Scenario(NamedTuple):
     population: Callable[[int], Population]
     joint: Callable[[], Population]
     test: Callable[[int], Examples]
+    identity: Callable[[], dict[str, str]]
 
 
 class Scores(NamedTuple):
@@ -130,7 +134,8 @@ def _permuted(config: Continual, dataset: Dataset) -> Scenario:
         return {**examples, "x": x.reshape(len(x), size)[:, order(t)].reshape(x.shape)}
 
     model = data.normalized(_model(config, dataset, dataset.num_classes), dataset.normalization)
-    return _scenario(config, model, lambda t: part(dataset.train, t), lambda t: part(dataset.test, t), heads=False)
+    train, test = (lambda t: part(dataset.train, t)), (lambda t: part(dataset.test, t))
+    return _scenario(config, dataset, model, train, test, lambda t: dataset.train["y"], heads=False)
 
 
 def _split(config: Continual, dataset: Dataset) -> Scenario:
@@ -156,7 +161,8 @@ def _split(config: Continual, dataset: Dataset) -> Scenario:
     train, test = parts(dataset.train), parts(dataset.test)
     model = data.normalized(_model(config, dataset, each * config.tasks), dataset.normalization)
     model = models.heads.multi_head(model, config.tasks)
-    return _scenario(config, model, train.__getitem__, test.__getitem__, heads=True)
+    labels = lambda t: train[t]["y"]  # noqa: E731
+    return _scenario(config, dataset, model, train.__getitem__, test.__getitem__, labels, heads=True)
 
 
 def _model(config: Continual, dataset: Dataset, outputs: int) -> models.Model:
@@ -169,20 +175,24 @@ def _model(config: Continual, dataset: Dataset, outputs: int) -> models.Model:
 
 def _scenario(
     config: Continual,
+    dataset: Dataset,
     model: models.Model,
     train: Callable[[int], Any],
     test: Callable[[int], Any],
+    labels: Callable[[int], np.ndarray],
     *,
     heads: bool,
 ) -> Scenario:
-    """`train(t)` and `test(t)` are the examples of task t; `heads`: each task has its own."""
+    """`train(t)` and `test(t)` are the examples of task t, `labels(t)` train's; `heads`: each task has its own."""
+
+    def assignment(t: int) -> Assignment:
+        deal = partition.iid if config.partition == "iid" else partition.shards
+        return deal(labels(t), config.clients, seed=config.seed + t)
 
     def clients(t: int) -> list[Examples]:
         """The examples of each client."""
         examples = train(t)
-        deal = partition.iid if config.partition == "iid" else partition.shards
-        assignment = deal(examples["y"], config.clients, seed=config.seed + t)
-        return [jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples) for rows in assignment]
+        return [jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples) for rows in assignment(t)]
 
     def joint() -> Population:
         tasks = [clients(t) for t in range(config.tasks)]
@@ -197,6 +207,7 @@ def _scenario(
         population=lambda t: Population.from_clients(clients(t)),
         joint=joint,
         test=lambda t: jax.tree.map(jnp.asarray, test(t)),
+        identity=lambda: identity.of(dataset, (assignment(t).digest() for t in range(config.tasks))),
     )
 
 
@@ -227,7 +238,7 @@ def run(
     config: Continual,
     out: str | Path,
     *,
-    save_every: int = 50,
+    save_every: int = continual_config.SAVE_EVERY,
     plan: Plan | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Scores]:
@@ -241,26 +252,44 @@ def run(
       reporter: where words go; nowhere unless given.
 
     Raises:
+      Interrupted: after SIGINT or SIGTERM, once the chunk is done and saved. A second signal ends the process.
       Unwritable: if the directory cannot be written to; what was saved is whole.
-      ValueError: if something is wrong with the configuration, the directory holds another one's run, or another
-        process is at work in it.
+      ValueError: if something is wrong with the configuration, the directory holds another one's run or one of other
+        examples, or another process is at work in it.
     """
     checks.positive_int("save_every", save_every, "save after every round at most")
     reporter = reporter or silent()
-    config = _joined(config, Path(out))
-    tasks, out = scenario(config), Path(out)
-    with files.told(out):
-        _claim(out, config)
+    out = Path(out)
+    config = _joined(config, out)
+    tasks, content = scenario(config), json.loads(json.dumps(asdict(config)))
+    pinned = tasks.identity()
+
+    def check(there: Any) -> None:
+        growth.check(out, content, there, _GROWS, "configuration", "more methods")
+
+    claim(out, KIND, content, check, pinned, identity.place(config.dataset, config.data_dir))
     if plan is None:
         plan = Plan(mesh=client_mesh() if len(jax.devices()) > 1 else None)
     results = {}
-    with files.told(out), sole_use(out):
+    with at_work(out, KIND, reporter.say, lambda there: {"config": content}, pinned) as work:
         for name in config.methods:
-            results[name] = _run_method(config, name, tasks, out / "checkpoints" / name, save_every, plan, reporter)
-            write(out, results)
+            folder = out / "checkpoints" / name
+            with files.told(out, partial(_saved, name, folder)):
+                results[name] = _run_method(config, name, tasks, folder, save_every, plan, reporter, work)
+            if work.may_write:
+                with files.told(out, f"{name} is done and saved, and the report is not"):
+                    write(out, results)
             shown = {key: f"{100 * value:.2f} %" for key, value in measures(*results[name][:2]).items()}
             reporter.say(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}")
+        if not work.may_write:
+            reporter.say(f"{out} is read-only, so its report stays as it is")
     return results
+
+
+def _saved(name: str, folder: Path) -> str:
+    """What is saved of a method, in words."""
+    round = checkpoint.latest_round(folder)
+    return f"{name} is saved after round {round}" if round else f"Nothing of {name} is saved yet"
 
 
 def write(out: Path, results: Mapping[str, Scores]) -> None:
@@ -334,6 +363,7 @@ def _run_method(
     save_every: int,
     plan: Plan,
     reporter: Reporter,
+    work: Work,
 ) -> Scores:
     """Trains and tests one method; a checkpoint after the last round of a task holds the state after its end."""
     everything, steps = None, None
@@ -363,9 +393,14 @@ def _run_method(
 
     def save(state: Any) -> None:
         arrays = {"accuracy": accuracy, "untrained": untrained}
-        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": seconds})
+        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": seconds}, run=work.run)
 
-    saved = checkpoint.restore_latest(folder, shapes, f"the state of {name}")
+    def stop_if_asked(done: int) -> None:
+        if stop := work.stop():
+            where = f"after round {done} of {name}, which is saved" if done else f"before {name} began"
+            raise interruption(stop, where, continual_config.command(config, save_every, work.out))
+
+    saved = checkpoint.restore_latest(folder, shapes, f"the state of {name}", run=work.run)
     state = initial(init_key) if saved is None else jax.tree.map(jnp.asarray, saved.state)
     if kept is not None:
         state = place(state, kept)
@@ -376,6 +411,9 @@ def _run_method(
         accuracy, untrained = saved.arrays["accuracy"], saved.arrays["untrained"]
         reporter.say(f"{name}: {saved.round} of {config.tasks * config.rounds} rounds are done")
 
+    if len(accuracy) < config.tasks:
+        work.check_writable()
+        stop_if_asked(0 if saved is None else saved.round)
     for t in range(len(accuracy), config.tasks):
         population, end = spread(everything or tasks.population(t)), (t + 1) * config.rounds
         while (done := int(state.round)) < end:
@@ -385,7 +423,7 @@ def _run_method(
                 rounds = jax.jit(continue_rounds(method, sampler, length), out_shardings=results)
                 chunks[length] = rounds.lower(state, population, run_key).compile()
             begin = time.monotonic()
-            state, metrics = jax.block_until_ready(chunks[length](state, population, run_key))
+            state, metrics = waited_for(chunks[length](state, population, run_key))
             seconds += time.monotonic() - begin
             if not (np.isfinite(metrics.loss) | (metrics.participants == 0)).all():
                 raise FloatingPointError(
@@ -394,6 +432,7 @@ def _run_method(
                 )
             if done + length < end:
                 save(state)
+                stop_if_asked(done + length)
         if hasattr(method, "end_task"):
             ids = sampler(jax.random.split(run_key)[0], state.round - 1)  # the cohort of the last round
             event = alone((state, population.cohort(ids), jax.random.fold_in(end_key, t)))
@@ -402,7 +441,7 @@ def _run_method(
                 ending = build(config, name, tasks, num_steps=steps, plan=replace(plan, mesh=None))
                 end_task = jax.jit(ending.end_task).lower(*event).compile()
             begin = time.monotonic()
-            state = jax.block_until_ready(end_task(*event))
+            state = waited_for(end_task(*event))
             seconds += time.monotonic() - begin
             if kept is not None:
                 state = place(state, kept)
@@ -412,6 +451,8 @@ def _run_method(
         reporter.say(f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)})")
         if directions := _directions(state):
             reporter.say("directions taken: " + ", ".join(f"{path} {k} of {d}" for path, (k, d) in directions.items()))
+        if t + 1 < config.tasks:
+            stop_if_asked(end)
     return Scores(accuracy, untrained, seconds, _directions(state))
 
 
@@ -420,15 +461,7 @@ def _directions(state: Any) -> dict[str, tuple[int, int]]:
     return {path: (int(rank), len(columns)) for path, (columns, rank) in getattr(state, "bases", {}).items()}
 
 
-def _claim(out: Path, config: Continual) -> None:
-    """Makes `out` the run directory of `config`, or raises ValueError if it is that of another or of something else."""
-    path, content = out / "config.json", json.dumps(asdict(config), indent=2) + "\n"
-    if files.run_directory(out):
-        there, here = json.loads(path.read_text()), json.loads(content)
-        growth.check(out, here, there, _GROWS, "configuration", "more methods")
-    files.write_text(path, content)
-
-
+KIND = Kind("continual", continual_config.check)
 _GROWS = {"methods": growth.contains, "data_dir": growth.free}
 
 
@@ -440,6 +473,5 @@ def slug(config: Continual) -> str:
 
 def _joined(config: Continual, out: Path) -> Continual:
     """The configuration with the methods that the run in `out` has already: others join them and none leaves."""
-    path = out / "config.json"
-    there = json.loads(path.read_text()).get("methods", []) if path.is_file() else []
+    there = read(out, KIND)["config"]["methods"] if files.has_record(out / KIND.marker) else []
     return replace(config, methods=(*there, *(name for name in config.methods if name not in there)))

@@ -1,7 +1,8 @@
 """Every choice of a run over several tasks, and the options of the command line that make it."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,8 +11,10 @@ from fedjax_core import checks
 from pipelines import cards
 from pipelines.config import LIMIT, at_least_zero, count, finite
 from pipelines.names import pick
+from pipelines.run_directory import command_line
 
 SCENARIOS = ("permuted", "split")
+SAVE_EVERY = 50
 METHODS = ("fot", "fedavg", "ewc", "fedprox", "joint")
 
 
@@ -128,3 +131,19 @@ def from_options(values: dict[str, Any]) -> Continual:
             raise ValueError(f"{flag} {text} is no list of numbers: write for example 200,200 or 0.2,0.5") from None
 
     return Continual(**{k: listed(k, v) if k in read and v is not None else v for k, v in values.items()})
+
+
+def command(config: Continual, save_every: int, out: Path) -> str:
+    """The command line that runs a configuration in the directory `out`."""
+    usual = asdict(Continual()) | {"save_every": SAVE_EVERY}
+    return command_line(["continual"], asdict(config) | {"save_every": save_every}, usual, out)
+
+
+def check(content: Any) -> Continual:
+    """The configuration that JSON values say.
+
+    Raises:
+      ValueError, TypeError or AttributeError: if it is none.
+    """
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    return Continual(**values)

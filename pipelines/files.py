@@ -18,6 +18,8 @@ _ROOM = 200  # bytes that names of files in a run directory may add to a path
 _LONGEST_PATH = 4096 - _ROOM
 COPIES = "checkpoints"
 """Folder of a run directory in which its record is kept a second time."""
+LOCK = ".lock"
+"""File in that folder which the process that is at work holds."""
 
 
 class Unwritable(Exception):  # noqa: N818 (named for what happened)
@@ -37,12 +39,15 @@ def unwritable(out: Path, error: OSError, saved: str = "") -> Unwritable:
 
 
 @contextlib.contextmanager
-def told(out: Path) -> Iterator[None]:
-    """Turns what the system says of a file into the sentence of `unwritable`."""
+def told(out: Path, saved: str | Callable[[], str] = "") -> Iterator[None]:
+    """Turns what the system says of a file into the sentence of `unwritable`; `saved`, what is saved, or what says so.
+
+    An error that is told already, of something within, stays as it is.
+    """
     try:
         yield
     except OSError as error:
-        raise unwritable(out, error) from error
+        raise unwritable(out, error, saved if isinstance(saved, str) else saved()) from error
 
 
 _ADVICE = {
@@ -138,15 +143,20 @@ def append_text(path: Path, text: str) -> None:
 
 
 def has_record(path: Path) -> bool:
-    """Whether `write_record` has been called for a path, even if the record is lost."""
+    """Whether `write_record` has been called for a path, even if the record is lost.
+
+    A copy is none: the folder that it is in is no run directory.
+    """
+    if path.parent.name == COPIES and os.path.lexists(path.parent.parent / path.name):
+        return False
     return os.path.lexists(path) or (path.parent / COPIES / path.name).exists()
 
 
 def _is_empty(path: Path) -> bool:
     """Whether there is nothing at a path but folders of a run that was killed as it was made."""
-    return (
-        path.name == COPIES and path.is_dir() and all(each.name.endswith(TEMPORARY_SUFFIX) for each in path.iterdir())
-    )
+    if path.name != COPIES or not path.is_dir():
+        return False
+    return all(each.name == LOCK or each.name.endswith(TEMPORARY_SUFFIX) for each in path.iterdir())
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
@@ -160,61 +170,102 @@ def write_record(path: Path, content: dict[str, Any]) -> None:
         write(target, lambda temporary: _write_to_disk(temporary, text))
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path, check: Callable[[Any], object] = lambda config: None) -> dict[str, Any]:
     """What `write_record` wrote; from the copy where the record is damaged, which is written again then.
 
-    Records of before there were digests are taken as they are.
+    Whoever edits a record by hand does not know its digest. So what is under "config" is taken as it is now, unless
+    it is a single bit away from the copy or `check(config)` raises an error; all else comes from the copy. Records of
+    before there were digests, which have no copy, are taken as they are.
 
     Raises:
       ValueError: if both are damaged, or it was never there.
     """
     copy = path.parent / COPIES / path.name
-    found = _sound(path)
+    found = _content(path)
+    if isinstance(found, dict) and (_is_whole(found) or ("sha256" not in found and not os.path.lexists(copy))):
+        return _without_digest(found)
+    kept = _content(copy) if os.path.lexists(copy) else "there is no copy of it"
     if isinstance(found, dict):
-        return found
-    kept = _sound(copy) if copy.exists() else "there is no copy of it"
-    if isinstance(kept, dict):
-        warnings.warn(f"{path} is damaged ({found}): it is taken from its copy {copy}", RecordWarning, stacklevel=2)
-        if not path.is_dir():
-            with contextlib.suppress(OSError):
-                write_text(path, copy.read_text(encoding="utf-8"))
-        return kept
-    raise ValueError(
-        f"{path} cannot be read ({found}), nor its copy {copy} ({kept}): put one of them back from a backup, or choose "
-        "another --out"
-    )
+        found = found if isinstance(kept, dict) and _is_edited(path, found, kept, check) else _DAMAGE
+    if not (isinstance(kept, dict) and _is_whole(kept)):
+        kept = kept if isinstance(kept, str) else _DAMAGE
+        raise ValueError(
+            f"{path} cannot be read ({found if isinstance(found, str) else _DAMAGE}), nor its copy {copy} ({kept}): "
+            "put one of them back from a backup, or choose another --out"
+        )
+    kept = _without_digest(kept)
+    if isinstance(found, dict):
+        warnings.warn(
+            f"{path} was edited by hand: its configuration is taken as it is now ({_edits(found, kept)}), and all "
+            f"else from its copy {copy}",
+            RecordWarning,
+            stacklevel=2,
+        )
+        return {**kept, "config": found["config"]}
+    warnings.warn(f"{path} is damaged ({found}): it is taken from its copy {copy}", RecordWarning, stacklevel=2)
+    if not path.is_dir():
+        with contextlib.suppress(OSError):
+            write_text(path, copy.read_text(encoding="utf-8"))
+    return kept
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a record and its copy are there, whole and the same."""
+    found, kept = (_content(each) for each in (path, path.parent / COPIES / path.name))
+    return isinstance(found, dict) and _is_whole(found) and found == kept
 
 
 class RecordWarning(UserWarning):
     """What says what a run is was damaged, and its copy is used."""
 
 
-def _sound(path: Path) -> dict[str, Any] | str:
-    """The content of a record, or what is wrong with it."""
+_DAMAGE = "it is not what was written, its sha256 differs"
+
+
+def _content(path: Path) -> dict[str, Any] | str:
+    """The content of a record with its digest, or why it cannot be read."""
     try:
-        text = path.read_bytes()
-        content = json.loads(text)
+        content = json.loads(path.read_bytes())
     except OSError as error:
         return error.strerror or str(error)
-    except ValueError as error:  # also where bytes are no text
+    except (ValueError, RecursionError) as error:  # also where bytes are no text
         return str(error)
-    if not isinstance(content, dict):
-        return "it is no JSON object"
-    digest = content.pop("sha256", None)
-    # Whoever edits the file by hand does not know the digest; that is no damage, unless it is a single bit.
-    if digest != _digest(content) and _is_one_bit_apart(text, path.parent / COPIES / path.name):
-        return "one bit of it is not what was written"
-    return content
+    return content if isinstance(content, dict) else "it is no JSON object"
 
 
-def _is_one_bit_apart(text: bytes, copy: Path) -> bool:
+def _without_digest(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != "sha256"}
+
+
+def _is_whole(content: dict[str, Any]) -> bool:
+    return content.get("sha256") == _digest(_without_digest(content))
+
+
+def _is_edited(path: Path, found: dict[str, Any], kept: dict[str, Any], check: Callable[[Any], object]) -> bool:
+    """Whether the configuration of a record, whose digest does not fit, can be what somebody wanted it to be."""
+    if "config" not in found or found["config"] == kept.get("config"):
+        return False
+    if _is_one_bit_apart(path, path.parent / COPIES / path.name):
+        return False
     try:
-        kept = copy.read_bytes()
-    except OSError:
+        check(found["config"])
+    except Exception:  # whatever the user's own method or model says of it
         return False
-    if len(kept) != len(text):
-        return False
-    return sum((a ^ b).bit_count() for a, b in zip(text, kept, strict=True)) == 1
+    return True
+
+
+def _edits(found: dict[str, Any], kept: dict[str, Any]) -> str:
+    """What was edited, in words."""
+    now, then = found["config"], kept["config"]
+    if not (isinstance(now, dict) and isinstance(then, dict)):
+        return "all of it"
+    names = [name for name in {**then, **now} if now.get(name) != then.get(name)]
+    return ", ".join(f"{name} {now.get(name)!r}, which was {then.get(name)!r}" for name in names)
+
+
+def _is_one_bit_apart(path: Path, copy: Path) -> bool:
+    text, kept = path.read_bytes(), copy.read_bytes()
+    return len(kept) == len(text) and sum((a ^ b).bit_count() for a, b in zip(text, kept, strict=True)) == 1
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a run must find again to go on: the examples that it was begun with, and the kind of random keys."""
 
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -8,36 +9,58 @@ import jax
 import numpy as np
 
 from pipelines import cache
-from pipelines.config import Config
+from pipelines.dataset import Dataset
 from pipelines.federation import Federation
 
 
 def identity(federation: Federation) -> dict[str, str]:
-    """ "examples": digest of the data set, "clients": of who holds which of them, "keys": the kind of random keys, and
-    "partitionable": whether they draw by partitionable threefry (`jax_threefry_partitionable`), which changes them.
+    """What `of` says of a federation."""
+    parts = sorted(federation.parts.items())
+    return of(federation.dataset, (f"{name} {source} {assignment.digest()}" for name, (source, assignment) in parts))
+
+
+def of(dataset: Dataset, owners: Iterable[str]) -> dict[str, str]:
+    """ "examples": digest of the data set, "clients": of who holds which of them, and those of `keys`.
 
     The digest of an array that is mapped from the cache of decoded data is the one that is kept there and was looked at
     when it was loaded, so that large data sets are not read for it.
+
+    Args:
+      dataset: what is trained and tested on.
+      owners: digests of the assignments of its examples to clients.
     """
-    hashed = sha256()
+    hashed, clients = sha256(), sha256()
     for part in ("train", "test"):
-        for name, leaf in sorted(getattr(federation.dataset, part).items()):
+        for name, leaf in sorted(getattr(dataset, part).items()):
             hashed.update(f"{part} {name} {_digest(leaf)}".encode())
-    clients = sha256()
-    for name, (source, assignment) in sorted(federation.parts.items()):
-        clients.update(f"{name} {source} {assignment.digest()}".encode())
+    for each in owners:
+        clients.update(each.encode())
+    return {"examples": hashed.hexdigest(), "clients": clients.hexdigest(), **keys()}
+
+
+def keys() -> dict[str, str]:
+    """ "keys": the kind of random keys, and "partitionable": whether they draw by partitionable threefry
+    (`jax_threefry_partitionable`), which changes them.
+    """
     kind = str(getattr(jax.config, "jax_default_prng_impl"))  # noqa: B009 (not in its type stub)
     partitionable = str(bool(getattr(jax.config, "jax_threefry_partitionable")))  # noqa: B009
-    return {
-        "examples": hashed.hexdigest(),
-        "clients": clients.hexdigest(),
-        "keys": kind,
-        "partitionable": partitionable,
-    }
+    return {"keys": kind, "partitionable": partitionable}
 
 
-def check(then: dict[str, str], now: dict[str, str], config: Config, out: Path) -> None:
-    """Raises ValueError if a run was begun with something else, with both digests and what to do."""
+def place(dataset: str, data_dir: str | None) -> str:
+    """A data set and where it is, for messages."""
+    return dataset if data_dir is None else f"{dataset} in {data_dir}"
+
+
+def check(then: Mapping[str, str], now: Mapping[str, str], where: str, out: Path) -> None:
+    """Raises ValueError if a run was begun with something else, with both digests and what to do.
+
+    Args:
+      then: what the run of the directory was begun with.
+      now: what is there now; what either does not name is not compared.
+      where: the data set, as `place` names it.
+      out: the directory.
+    """
     for name, before in then.items():
         here = now.get(name, before)
         if here == before:
@@ -52,7 +75,6 @@ def check(then: dict[str, str], now: dict[str, str], config: Config, out: Path) 
                 f"{out} was begun with jax_threefry_partitionable={before} and it is {here} now, which draws other "
                 f"numbers: set JAX_THREEFRY_PARTITIONABLE={before}, or choose another --out"
             )
-        where = config.dataset if config.data_dir is None else f"{config.dataset} in {config.data_dir}"
         if name == "examples":
             what, remedy = f"the examples of {where} have changed", "bring back the data that it was begun with"
         else:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,26 +185,29 @@ def sole_use(out: Path) -> Iterator[bool]:
       Refused: if there is one already.
       Unwritable: if the lock cannot be made for another reason.
     """
-    folder = out / "checkpoints"
-    lock = FileLock(folder / ".lock")
+    with ExitStack() as stack:
+        yield bool(first_does(lambda: stack.enter_context(locked(out))))
 
-    def acquire() -> bool:
-        try:
-            folder.mkdir(exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise Refused(
-                f"another process is at work in {out}: wait until it has ended, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                return False
-            raise files.unwritable(out, error) from error
-        return True
 
-    may_write = first_does(acquire)
+@contextmanager
+def locked(out: Path) -> Iterator[bool]:
+    """`sole_use` by this process, whatever the others do."""
+    folder = out / files.COPIES
+    lock = FileLock(folder / files.LOCK)
+    may_write = True
     try:
-        yield bool(may_write)
+        folder.mkdir(exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Refused(
+            f"another process is at work in {out}: wait until it has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise files.unwritable(out, error) from error
+        may_write = False
+    try:
+        yield may_write
     finally:
         lock.release()
 

@@ -61,7 +61,7 @@ def evaluate(
     """Test the models of a run; the help text is given above."""
     from pipelines import loading, scoring
 
-    with usage_errors(ctx):
+    with terminal.warnings_as_lines(), usage_errors(ctx):
         terminal.check_jax()
         loaded = loading.load_run(run, methods=methods or None, with_data=dataset is None)
         examples, note = scoring.examples_of(loaded, dataset, data_dir, split)
@@ -117,7 +117,7 @@ def export(
     from pipelines import export as files_of_models
     from pipelines import files, loading
 
-    with usage_errors(ctx):
+    with terminal.warnings_as_lines(), usage_errors(ctx):
         ending = "" if out is None else out.suffix.removeprefix(".")
         as_file = ending in files_of_models.FORMATS
         if kind is None and not as_file:

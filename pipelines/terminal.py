@@ -163,6 +163,42 @@ def usage_errors(ctx: click.Context) -> Iterator[None]:
     ctx.exit(2)
 
 
+@contextlib.contextmanager
+def stops(ctx: click.Context) -> Iterator[None]:
+    """A run that was stopped by a signal says how to go on, with the exit code of that signal."""
+    from pipelines.run_directory import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        _say(stop.message)
+        ctx.exit(128 + stop.signal)
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Warnings of this package in one line, without the source line, and each once."""
+    from pipelines.checkpoint import CheckpointWarning
+
+    ours = (CheckpointWarning, cache.CacheWarning, files.RecordWarning)
+    show, said = warnings.showwarning, set[str]()
+
+    def line(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        found = repaired(str(message))
+        if not (found or issubclass(category, ours)):
+            show(message, category, *args, **kwargs)
+        elif (text := f"Warning: {found or message}") not in said:
+            said.add(text)
+            _say(text)
+
+    with warnings.catch_warnings():
+        for category in ours:
+            warnings.simplefilter("always", category)
+        warnings.filterwarnings("always", "Error reading persistent compilation cache")
+        warnings.showwarning = line
+        yield
+
+
 def check_jax() -> None:
     """Looks whether JAX can do what a run needs; to be called before JAX computes anything.
 

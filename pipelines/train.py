@@ -22,21 +22,13 @@ A run directory:
 """
 
 import dataclasses
-import errno
 import json
-import os
-import secrets
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -55,28 +47,17 @@ from pipelines import (
     plans,
     processes,
     report,
+    run_directory,
 )
 from pipelines.config import MACHINE_FIELDS, Config
 from pipelines.description import Description, described
 from pipelines.federation import Federation
 from pipelines.files import Unwritable as Unwritable
 from pipelines.history import History
-from pipelines.processes import Refused, sole_use
+from pipelines.processes import Refused
 from pipelines.progress import Progression, Reporter, Speed, duration, silent, size
+from pipelines.run_directory import Interrupted, Kind, Work, versions, waited_for
 from pipelines.setup import EVAL_BATCH, Experiment, memory_fix, prepare
-
-
-class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
-    """The run was asked to stop and has saved what it had.
-
-    Attributes:
-      signal: number of the signal that asked.
-      message: where it stopped, and how to go on.
-    """
-
-    def __init__(self, signal: int, message: str) -> None:
-        super().__init__(message)
-        self.signal, self.message = signal, message
 
 
 class Diverged(Exception):  # noqa: N818 (named for what happened)
@@ -128,38 +109,34 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
     reporter = (reporter if processes.is_first() else None) or silent()
     out = Path(out)
     claim(out, experiment.config, experiment.federation)
-    with sole_use(out) as may_write, _all_processes(out):
-        if may_write:
-            processes.first_does(lambda: _record(out, experiment))
-        return _run(experiment, out, reporter, may_write)
+    machine = {name: getattr(experiment.config, name) for name in MACHINE_FIELDS}
+    pinned = identity.identity(experiment.federation)
+    grown = partial(_grown, experiment)
+    with _all_processes(out), run_directory.at_work(out, KIND, reporter.say, grown, pinned, machine) as work:
+        return _run(experiment, reporter, work)
 
 
-def _run(experiment: Experiment, out: Path, reporter: Reporter, may_write: bool) -> dict[str, Result]:
+def _run(experiment: Experiment, reporter: Reporter, work: Work) -> dict[str, Result]:
+    out = work.out
     for name, file in _edited(out, experiment.config):
         reporter.say(
             f"note: {file}, which {name} is of, has been edited since this run was begun: what comes now may be "
             "another method, model or data set than what was run before"
         )
-    for name, then, now in _changed(out, experiment.config):
-        reporter.say(f"note: this run was begun with {name} {then} and goes on with {now}: last bits may differ")
     results: dict[str, Result] = {}
-    with _stop_requests(reporter) as stop_signal:
-        for name in experiment.algorithms:
-            try:
-                results[name] = _run_method(experiment, name, out, results, reporter, stop_signal, may_write)
-            except OSError as error:
-                raise files.unwritable(out, error, _saved(out, name)) from error
-            finally:
-                reporter.finish()
+    for name in experiment.algorithms:
+        try:
+            with files.told(out, partial(_saved, out, name)):
+                results[name] = _run_method(experiment, name, results, reporter, work)
+        finally:
+            reporter.finish()
     histories = {name: result.history for name, result in results.items()}
     info = {name: result.info for name, result in results.items()}
-    if not may_write:
+    if not work.may_write:
         reporter.say(f"{out} is read-only, so its report stays as it is")
     elif processes.is_first():
-        try:
+        with files.told(out, "All rounds are done and saved, and the report is not"):
             report.write(out, experiment, histories, info, versions())
-        except OSError as error:
-            raise files.unwritable(out, error, "All rounds are done and saved, and the report is not") from error
     processes.wait_for_all("report")
     return results
 
@@ -185,31 +162,20 @@ def final_params(out: str | Path, method: str) -> Any:
         return jax.vmap(trained.algorithm.params)(split_tables(trained.state)[0])
 
 
-def versions() -> dict[str, str]:
-    """Versions that can change a number, and the device."""
-    found = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **found, "device": jax.devices()[0].device_kind}
-
-
 def read_config(out: Path) -> Config:
     """The configuration of a run directory.
 
     Raises:
       ValueError: if it is none.
     """
-    path = out / "config.json"
-    if not files.has_record(path):
-        raise ValueError(f"{out} is no run directory, it has no config.json: give the --out of a run")
-    content = files.read_record(path)
-    if "config" not in content:
-        raise ValueError(
-            f"{out} holds a run of another command, such as `fedjax-core continual` or `zeroth-order`: give the --out "
-            "of a run of `fedjax-core train`"
-        )
-    try:
-        return Config.from_json(json.dumps(content["config"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): choose another --out") from None
+    return _config(run_directory.read(out, KIND)["config"])
+
+
+def _config(content: Any) -> Config:
+    return Config.from_json(json.dumps(content))
+
+
+KIND = Kind("train", _config)
 
 
 def saved_config(out: Path) -> Config | None:
@@ -238,71 +204,45 @@ def claim(out: Path, config: Config, federation: Federation | None = None) -> No
       Unwritable: if it cannot be written to.
     """
 
-    def action() -> None:
-        try:
-            _claim(out, config, {} if federation is None else identity.identity(federation))
-        except OSError as error:
-            raise files.unwritable(out, error, "Nothing was run") from error
-
-    processes.first_does(action)
-
-
-def _claim(out: Path, config: Config, pinned: dict[str, str]) -> None:
-    path = out / "config.json"
-    if files.run_directory(out):
-        config.check_grown_from(read_config(out), out)
-        content = files.read_record(path)
-        identity.check(content.get("identity", {}), pinned, config, out)
-        if pinned and not content.get("identity"):
-            with suppress(OSError):  # a finished run may be looked at in a place that is read-only
-                files.write_record(path, {"run": secrets.token_hex(8), **content, "identity": pinned})
-        return
-    content = {"config": json.loads(config.to_json()), "versions": versions(), "sources": config.sources()}
-    files.write_record(path, {**content, "run": secrets.token_hex(8), "identity": pinned})
+    run_directory.claim(
+        out,
+        KIND,
+        json.loads(config.to_json()),
+        lambda there: config.check_grown_from(_config(there), out),
+        {} if federation is None else identity.identity(federation),
+        identity.place(config.dataset, config.data_dir),
+        sources=config.sources(),
+    )
 
 
 def run_name(out: Path) -> str:
     """The name that the run in a directory has given its checkpoints; empty for one of before there were names."""
-    return processes.first_does(lambda: str(files.read_record(out / "config.json").get("run", "")))
+    return str(run_directory.read(out, KIND).get("run", ""))
 
 
-def _record(out: Path, experiment: Experiment) -> None:
-    """Writes down what the run is now, if it has grown, and what is needed to use it without its data."""
-    path, config = out / "config.json", experiment.config
-    content, saved = files.read_record(path), read_config(out)
-    batches = content.get("batches", [saved.seeds])
+def _grown(experiment: Experiment, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the run as it is now, and what is needed to use it without its data."""
+    config, saved = experiment.config, _config(content["config"])
     # How the machine was used when it began stays on record: another plan changes last bits.
     kept = {name: getattr(saved, name) for name in MACHINE_FIELDS}
-    now = {
-        **content,
+    return {
         "sources": {**config.sources(), **content.get("sources", {})},
         "config": json.loads(dataclasses.replace(config, **kept).to_json()),
-        "batches": batches + [config.seeds - saved.seeds] * (config.seeds > saved.seeds),
+        "batches": content.get("batches", [saved.seeds]) + [config.seeds - saved.seeds] * (config.seeds > saved.seeds),
         "data": described(experiment),
     }
-    if now != content:
-        files.write_record(path, now)
 
 
 def read_description(out: Path) -> Description | None:
     """What the run directory says of its data, or None if it is of a version that said nothing."""
-    found: Description | None = files.read_record(out / "config.json").get("data")
+    found: Description | None = run_directory.read(out, KIND).get("data")
     return found
 
 
 def seed_batches(out: Path) -> list[int]:
     """The numbers of seeds that were run at once, in the order in which they joined the run in `out`."""
-    content = files.read_record(out / "config.json")
+    content = run_directory.read(out, KIND)
     return list(content.get("batches", [content["config"]["seeds"]]))
-
-
-def _changed(out: Path, config: Config) -> list[tuple[str, Any, Any]]:
-    """(name, version or setting that began the run, the one now) of everything that has changed since."""
-    content = files.read_record(out / "config.json")
-    machine = {name: (content["config"].get(name), getattr(config, name)) for name in MACHINE_FIELDS}
-    then = content.get("versions", {})
-    pairs = {name: (then.get(name), now) for name, now in versions().items()} | machine
-    return [(name, before, now) for name, (before, now) in pairs.items() if before is not None and before != now]
 
 
 class _Batch(NamedTuple):
@@ -325,7 +265,7 @@ class _Batch(NamedTuple):
 
 def _edited(out: Path, config: Config) -> list[tuple[str, str]]:
     """(name, file) of the user's own code whose file is another than the one that began the run."""
-    then = files.read_record(out / "config.json").get("sources", {})
+    then = run_directory.read(out, KIND).get("sources", {})
     now = config.sources()
     return [
         (name, source["file"]) for name, source in now.items() if then.get(name, source)["sha256"] != source["sha256"]
@@ -335,19 +275,17 @@ def _edited(out: Path, config: Config) -> list[tuple[str, str]]:
 def _run_method(
     experiment: Experiment,
     name: str,
-    out: Path,
     finished: dict[str, Result],
     reporter: Reporter,
-    stop_signal: Callable[[], int],
-    may_write: bool,
+    work: Work,
 ) -> Result:
     """Runs a method, one batch of seeds after the other."""
     results: list[Result] = []
-    for first, part in batches_of(experiment, processes.first_does(lambda: seed_batches(out))):
-        folder = folder_of(out, name, first)
+    for first, part in batches_of(experiment, processes.first_does(lambda: seed_batches(work.out))):
+        folder = folder_of(work.out, name, first)
         label = name if not first else f"{name}, seeds {part.seeds[0]} to {part.seeds[-1]}"
         batch = _Batch(part, experiment.config, label, folder, results)
-        results = [*results, _run_batch(batch, name, out, finished, reporter, stop_signal, may_write)]
+        results = [*results, _run_batch(batch, name, finished, reporter, work)]
     return _merged(results)
 
 
@@ -377,18 +315,16 @@ def _merged(results: Sequence[Result]) -> Result:
 def _run_batch(
     batch: _Batch,
     name: str,
-    out: Path,
     finished: dict[str, Result],
     reporter: Reporter,
-    stop_signal: Callable[[], int],
-    may_write: bool,
+    work: Work,
 ) -> Result:
     """Runs a method with the plan of the experiment, or with the first smaller one that memory suffices for."""
     experiment = plans.fitted(batch.experiment, name, reporter)
     while True:
         try:
             part = batch._replace(experiment=experiment)
-            return _run_with_plan(part, name, out, finished, reporter, stop_signal, may_write)
+            return _run_with_plan(part, name, finished, reporter, work)
         except (_OutOfMemory, jax.errors.JaxRuntimeError) as error:
             if not (isinstance(error, _OutOfMemory) or out_of_memory(error)) or jax.process_count() > 1:
                 raise
@@ -403,15 +339,13 @@ def _run_batch(
 def _run_with_plan(
     batch: _Batch,
     name: str,
-    out: Path,
     finished: dict[str, Result],
     reporter: Reporter,
-    stop_signal: Callable[[], int],
-    may_write: bool,
+    work: Work,
 ) -> Result:
     experiment, label, folder = batch.experiment, batch.label, batch.folder
     config, algorithm = experiment.config, experiment.algorithms[name]
-    engine, run = engines.engine(experiment, algorithm), run_name(out)
+    engine, out, run = engines.engine(experiment, algorithm), work.out, work.run
     eval_rounds = history.evaluated_rounds(config.rounds, config.eval_every)
     last_but_end = config.rounds // config.eval_every * config.eval_every
 
@@ -430,18 +364,17 @@ def _run_with_plan(
     round, info, mark = saved.round, saved.info, saved.mark
     if round >= config.rounds or np.all(early.stopped(state)):
         reporter.say(f"{label}: complete, {round} rounds")
-        if may_write:
+        if work.may_write:
             stops = early.last_rounds(config, saved.arrays, eval_rounds, len(experiment.seeds))
             reporter.log(name, experiment.seeds, 0, saved.arrays, stops)
         reporter.event("finished", {"method": name, "seeds": experiment.seeds, "rounds": round})
         return Result(saved.arrays, info)
-    if not may_write:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(out))
+    work.check_writable()
     measured = history.Growing(history.growing(saved.arrays))
     if not mark.length:
         measured.unsave()
     del saved
-    if stop := processes.highest(stop_signal()):
+    if stop := work.stop():
         raise _interruption(batch, out, round, stop)
     if round:
         reporter.say(f"{label}: going on after round {round}")
@@ -497,7 +430,7 @@ def _run_with_plan(
         if after <= round:
             continue
         since = time.monotonic()
-        state, metrics, scores, is_finite = _wait(chunks[after - before].run(state))
+        state, metrics, scores, is_finite = waited_for(chunks[after - before].run(state))
         new, going = history.from_rounds(metrics, scores), ends > round
         if history.first_bad_round(history.of_seeds(new, going)) or not bool(is_finite):
             good_round, good = round, measured.whole()
@@ -536,7 +469,7 @@ def _run_with_plan(
             if (models := early.split(state)[1]) is not None:
                 best = _per_client(experiment, models.best)
                 ending |= {f"best/{key}": value for key, value in best.items() if key.startswith("client/")}
-        stop = processes.highest(stop_signal())
+        stop = work.stop()
         # From the last evaluation before an end between two a longer run can go on.
         if round % config.checkpoint_every == 0 or round == last_but_end or ended or stop:
             save(ending)
@@ -759,9 +692,9 @@ def _numbers(experiment: Experiment, name: str) -> dict[str, float]:
 
 
 def _interruption(batch: _Batch, out: Path, round: int, number: int) -> Interrupted:
-    command, name = batch.whole.command(str(out)), batch.label
-    where = f"stopped before {name} began" if round == 0 else f"stopped after round {round} of {name}, which is saved"
-    return Interrupted(number, f"{where}. The same command goes on from there:\n  {command}")
+    name = batch.label
+    where = f"before {name} began" if round == 0 else f"after round {round} of {name}, which is saved"
+    return run_directory.interruption(number, where, batch.whole.command(str(out)))
 
 
 @contextmanager
@@ -773,42 +706,6 @@ def _all_processes(out: Path) -> Iterator[None]:
         if jax.process_count() == 1 or out_of_memory(error):
             raise
         raise processes.lost(out, str(error).splitlines()[0][:200]) from None
-
-
-@contextmanager
-def _stop_requests(reporter: Reporter) -> Iterator[Callable[[], int]]:
-    """Turns SIGINT and SIGTERM into a wish to stop: yields a function that returns the signal's number, or 0.
-
-    The second signal has its usual effect, at once, even inside a compiled call.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # only the main thread may handle signals
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each in previous:
-            signal.signal(each, signal.SIG_DFL)
-        reporter.say("stopping: finishing this chunk and saving it (once more to abort)")
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _wait(outputs: Any) -> Any:
-    """Waits for a computation in Python, so that signals are handled meanwhile, and returns it."""
-    on_device: list[Any] = [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
-    for leaf in on_device:
-        while not leaf.is_ready():
-            time.sleep(0.002)
-    return outputs
 
 
 def _folder(out: Path, method: str) -> Path:

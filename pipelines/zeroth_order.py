@@ -6,16 +6,21 @@ Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the sa
 functions and start anew. Where functions have gradients, FedAvg and SCAFFOLD are there with them: what the best of
 estimates would do, in local minima and with clients that drift apart. As many trials run at once as there are devices
 (from the command line, cores). Every (method, trial) is saved when it is done, so that the same command goes on where
-it was stopped. What comes out: curves.csv, curves.png and .pdf, summary.md and results.tex.
+it was stopped (`pipelines.run_directory`; the record is study.json). What comes out: curves.csv, curves.png and .pdf,
+summary.md and results.tex.
 """
 
 import csv
+import inspect
 import io
 import json
+import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +34,13 @@ from threadpoolctl import threadpool_limits
 
 import algorithms
 from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, masks, num_bytes, samplers
-from pipelines import files, growth, memory
+from pipelines import files, growth, identity, memory, run_directory
+from pipelines.assignment import Assignment
+from pipelines.checkpoint import CheckpointWarning, OtherRun
 from pipelines.config import count, finite
+from pipelines.dataset import Dataset
 from pipelines.names import pick
+from pipelines.run_directory import Kind, Work
 
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "FZooS": ("fzoos", {}),
@@ -282,6 +291,20 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
     return run
 
 
+def of_json(content: Any) -> Study:
+    """The study that JSON values say.
+
+    Raises:
+      ValueError, TypeError or AttributeError: if they say none.
+    """
+    study = Study(**{**content, "options": tuple(content["options"].items())})
+    check(study)
+    return study
+
+
+KIND = Kind("zeroth-order", of_json, "study.json", "group of trials")
+
+
 def check(study: Study) -> None:
     """Raises ValueError for numbers that make no sense whatever the task."""
     pick("task", study.task, TASKS)
@@ -301,6 +324,24 @@ def check(study: Study) -> None:
     finite("heterogeneity", options.get("heterogeneity", 0.0))
 
 
+def identity_of(study: Study) -> dict[str, str]:
+    """What a study must find again to go on: its data, if it has some, and the kind of random keys."""
+    if study.task == "synthetic":
+        return identity.keys()
+    defaults = {name: each.default for name, each in inspect.signature(TASKS[study.task]).parameters.items()}
+    own = defaults | dict(study.options)
+    dataset, assignment = _dealt(own["dataset"], own["data_dir"], own["clients"], own["alpha"])
+    return identity.of(dataset, [assignment.digest()])
+
+
+def command(study: Study, out: Path) -> str:
+    """The command line that runs a study in the directory `out`."""
+    own = {name: each.default for name, each in inspect.signature(TASKS[study.task]).parameters.items()}
+    usual = Study("")._asdict() | own
+    values = {k: v for k, v in study._asdict().items() if k not in ("task", "options")}
+    return run_directory.command_line(["zeroth-order", study.task], values | dict(study.options), usual, out)
+
+
 def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, np.ndarray]]:
     """Runs what is not yet there of a study, and writes its report into the directory `out`.
 
@@ -308,7 +349,10 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
       Name of a method to its curves, each [trials, rounds + 1] (see `curve`).
 
     Raises:
-      ValueError: if something is wrong with the study, or the directory holds another one.
+      Interrupted: after SIGINT or SIGTERM, once the trials at work are saved. A second signal ends the process.
+      Unwritable: if the directory cannot be written to; what was saved is whole.
+      ValueError: if something is wrong with the study, the directory holds another one or one of other examples, or
+        another process is at work in it.
     """
     check(study)
     # Mistakes show in building a task, before the directory is there.
@@ -318,64 +362,142 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
         "rounds": study.trials * study.rounds * _ROUND,
     }
     memory.refuse("the study", held, memory.available())
+    pinned = identity_of(study)
+    claim(study, out, pinned)
     tasks = [first, *(TASKS[study.task](trial, **dict(study.options)) for trial in range(1, study.trials))]
-    with files.told(out):
-        claim(study, out)
     names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]
+    at_work = run_directory.at_work(out, KIND, say, lambda there: {"config": _content(study)}, pinned)
     # Systems of 150 unknowns are solved one after the other: a second thread has nothing to do but to wait loudly.
-    with threadpool_limits(1, user_api="blas"), files.told(out):
-        results = {name: _trials(name, study, tasks, out, say) for name in names}
-        report(study, results, tasks[0].optimum, out)
+    with threadpool_limits(1, user_api="blas"), at_work as work:
+        results = {name: _trials(name, study, tasks, work, say) for name in names}
+        if work.may_write:
+            with files.told(out, "All trials are done and saved, and the report is not"):
+                report(study, results, tasks[0].optimum, out)
+        else:
+            say(f"{out} is read-only, so its report stays as it is")
     return results
 
 
 def _trials(
-    name: str, study: Study, tasks: Sequence[Task], out: Path, say: Callable[[str], None]
+    name: str, study: Study, tasks: Sequence[Task], work: Work, say: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
     """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there, one a device."""
     run = jax.jit(curve(name, study, tasks[0]))
-    paths = [out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz" for trial in range(len(tasks))]
-    missing = [trial for trial, path in enumerate(paths) if _stored(path) is None]
+    parts = [_stored(work, name, trial) for trial in range(len(tasks))]
+    missing = [trial for trial, part in enumerate(parts) if part is None]
     devices = jax.devices()
+    done = len(parts) - len(missing)
+
+    def saved() -> str:
+        return f"{done} of {len(parts)} trials of {name} are saved"
+
+    if missing:
+        with files.told(work.out, saved):
+            work.check_writable()
     for group in (missing[i : i + len(devices)] for i in range(0, len(missing), len(devices))):
+        if stop := work.stop():
+            begun = f"after {done} of {len(parts)} trials of {name}, which are saved"
+            where = begun if done else f"before {name} began"
+            raise run_directory.interruption(stop, where, command(study, work.out))
         # Calls return before they are done, so that all devices are at work; the first result is waited for.
         results = [
             run(*jax.device_put((tasks[trial].population, tasks[trial].start, jax.random.key(trial)), device))
             for trial, device in zip(group, devices, strict=False)
         ]
         for trial, result in zip(group, results, strict=True):
-            saved = {k: np.asarray(v) for k, v in result.items()}
-            files.write(paths[trial], partial(_save, arrays=saved))
-            after = f"{saved['queries'][-1]:g} queries a client" if "queries" in saved else f"{study.rounds} rounds"
-            say(f"{name}, trial {trial}: F = {saved['value'][-1]:.5g} after {after}")
-    parts = [_stored(path) or {} for path in paths]
-    return {k: np.stack([part[k] for part in parts]) for k in parts[0]}
+            values = {k: np.asarray(v) for k, v in run_directory.waited_for(result).items()}
+            with files.told(work.out, saved):
+                _store(work, name, trial, values)
+            parts[trial], done = values, done + 1
+            after = f"{values['queries'][-1]:g} queries a client" if "queries" in values else f"{study.rounds} rounds"
+            say(f"{name}, trial {trial}: F = {values['value'][-1]:.5g} after {after}")
+    whole = [part for part in parts if part is not None]
+    return {k: np.stack([part[k] for part in whole]) for k in whole[0]}
 
 
-def _stored(path: Path) -> dict[str, np.ndarray] | None:
-    """The curves of a trial; None if they are not there or damaged, which their checksums tell."""
-    if not path.is_file():
+def _path(work: Work, name: str, trial: int) -> Path:
+    return work.out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
+
+
+_OF = "of"
+"""Name in a file of curves of what they are of, as JSON text."""
+
+
+def _stored(work: Work, name: str, trial: int) -> dict[str, np.ndarray] | None:
+    """The curves of a trial; None if they are not there or damaged, which a digest tells.
+
+    Raises:
+      OtherRun: if they are of another study.
+    """
+    path = _path(work, name, trial)
+    if not os.path.lexists(path):
         return None
     try:
         with np.load(path) as stored:
-            return dict(stored)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+            curves = dict(stored)
+        of = json.loads(str(curves.pop(_OF))) if _OF in curves else {}  # earlier versions did not say
+        damage = "it is not what was written, its sha256 differs" if of and of["sha256"] != _digest(curves) else ""
+        whose, what = of.get("run", ""), [of.get("method", name), of.get("trial", trial)]
+    except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
+        damage = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        damage = str(error)
+    if damage:
+        warnings.warn(f"{path} is damaged ({damage}): the trial is run again", CheckpointWarning, stacklevel=2)
         return None
+    if work.run and whose and whose != work.run:
+        raise OtherRun(
+            f"{path} was written by another study ({whose}, and this one is {work.run}): put this study's own curves "
+            "back, or remove that file to have the trial run again"
+        )
+    if what != [name, trial]:
+        raise OtherRun(
+            f"{path} is of {what[0]}, trial {what[1]}: put the curves of {name}, trial {trial}, back, or remove that "
+            "file to have the trial run again"
+        )
+    return curves
 
 
-def claim(study: Study, out: Path) -> None:
-    """Writes study.json, or checks that the directory holds the same study, or one with fewer trials.
+def _store(work: Work, name: str, trial: int, curves: Mapping[str, np.ndarray]) -> None:
+    path = _path(work, name, trial)
+    of = json.dumps({"run": work.run, "method": name, "trial": trial, "sha256": _digest(curves)})
+    path.parent.mkdir(exist_ok=True)
+    files.write(path, partial(_save, arrays={**curves, _OF: np.asarray(of)}))
+
+
+def _digest(curves: Mapping[str, np.ndarray]) -> str:
+    hashed = sha256()
+    for name, values in sorted(curves.items()):
+        hashed.update(f"{name} {values.dtype} {values.shape}".encode())
+        hashed.update(np.ascontiguousarray(values).tobytes())
+    return hashed.hexdigest()
+
+
+def claim(study: Study, out: Path, pinned: Mapping[str, str] | None = None) -> None:
+    """Makes `out` the directory of a study, or checks that it holds the same one, or one with fewer trials.
+
+    Args:
+      study: the study.
+      out: the directory.
+      pinned: what `identity_of` says of it; not compared unless given.
 
     Raises:
-      ValueError: if it holds another one (with what differs), or something else.
+      ValueError: if it holds another one (with what differs), one of other examples, or something else.
+      Unwritable: if it cannot be written to.
     """
-    text = json.dumps(study._asdict() | {"options": dict(study.options)}, indent=2) + "\n"
-    path = out / "study.json"
-    if files.run_directory(out, path.name):
-        here, there = (_flat(json.loads(each)) for each in (text, path.read_text()))
-        growth.check(out, here, there, _GROWS, "study", "more trials")
-    files.write_text(path, text)
-    (out / "curves").mkdir(exist_ok=True)
+    own, content = dict(study.options), _content(study)
+
+    def check(there: Any) -> None:
+        growth.check(out, _flat(content), _flat(there), _GROWS, "study", "more trials")
+
+    where = identity.place(str(own.get("dataset", study.task)), own.get("data_dir"))
+    run_directory.claim(out, KIND, content, check, pinned or {}, where)
+
+
+def _content(study: Study) -> dict[str, Any]:
+    """A study as JSON values."""
+    content: dict[str, Any] = json.loads(json.dumps(study._asdict() | {"options": dict(study.options)}))
+    return content
 
 
 _GROWS = {"trials": growth.at_least, "data_dir": growth.free}
@@ -508,6 +630,8 @@ def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str, 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _quadratic(u: Array, first: Array, second: Array) -> Array:
@@ -551,9 +675,7 @@ def _federated(
     import models
     from pipelines import data, partition, setup
 
-    loaded = data.load(dataset, data_dir)
-    if loaded.is_sequence:
-        raise ValueError(f"dataset {dataset!r} is text: take images or a table, such as digits or breast_cancer")
+    loaded, assignment = _dealt(dataset, data_dir, clients, alpha)
     if loaded.normalization is not None:  # bytes
         parts = ({**part, "x": part["x"].astype(np.float32) / 255} for part in (loaded.train, loaded.test))
         loaded = loaded._replace(train=next(parts), test=next(parts), normalization=None)
@@ -561,9 +683,18 @@ def _federated(
         parts = ({**part, "x": _pooled(dataset, part["x"], pool)} for part in (loaded.train, loaded.test))
         loaded = loaded._replace(train=next(parts), test=next(parts))
     loaded = setup.in_precision(loaded)
-    assignment = partition.dirichlet(loaded.train["y"], clients, alpha=alpha, min_size=20)
     model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
     return loaded, partition.federate(loaded, assignment), model, data.normalized(model, loaded.normalization)
+
+
+def _dealt(dataset: str, data_dir: str | None, clients: int, alpha: float) -> tuple[Dataset, Assignment]:
+    """The data set as it is loaded, and who holds which of its examples."""
+    from pipelines import data, partition
+
+    loaded = data.load(dataset, data_dir)
+    if loaded.is_sequence:
+        raise ValueError(f"dataset {dataset!r} is text: take images or a table, such as digits or breast_cancer")
+    return loaded, partition.dirichlet(loaded.train["y"], clients, alpha=alpha, min_size=20)
 
 
 def _pooled(dataset: str, x: np.ndarray, pool: int) -> np.ndarray:

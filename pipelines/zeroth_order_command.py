@@ -35,7 +35,8 @@ _HELP = """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: functi
 
 F against rounds and against queries, means and standard deviations over trials, as curves.png and .pdf,
 curves.csv, summary.md and results.tex. Every core, or other device, has a trial of its own. A study that was
-stopped goes on when the same command is given again.
+stopped goes on when the same command is given again. Exit codes: 0 done, 2 a mistake in the arguments, 5 the
+directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 
 \b
 fedjax-core zeroth-order synthetic --function quadratic --heterogeneity 5
@@ -99,7 +100,7 @@ def _compare(ctx: click.Context, task: str, values: dict[str, Any]) -> None:
     study = experiments.Study(task, tuple(sorted(values.items())), **own)
     out = given or Path("runs") / experiments.slug(study)
     reporter = terminal.going_on(progress.plain(), out)
-    with terminal.usage_errors(ctx):
+    with terminal.warnings_as_lines(), terminal.stops(ctx), terminal.usage_errors(ctx):
         files.check_directory(out)
         experiments.check(study)
         # What a synthetic task draws at least: two numbers for each dimension of each client, in double precision.

@@ -141,8 +141,8 @@ def test_a_run_that_was_stopped_twice_goes_on_to_the_same_numbers(whole, tmp_pat
     save = continual.checkpoint.save
 
     def run(stop):
-        def stopping(folder, round, *args):
-            save(folder, round, *args)
+        def stopping(folder, round, *args, **options):
+            save(folder, round, *args, **options)
             if round == stop:
                 raise KeyboardInterrupt
 
@@ -192,7 +192,7 @@ def test_another_configuration_is_refused_and_other_methods_may_join(whole, monk
     monkeypatch.setattr(continual, "write", lambda out, results: None)
     continual.run(Continual(**{**vars(TINY), "methods": ("fot", "ewc")}), out)
     assert ran == [*TINY.methods, "ewc"], "what is there stays, and stays in the report"
-    assert json.loads((out / "config.json").read_text())["methods"] == ran
+    assert json.loads((out / "config.json").read_text())["config"]["methods"] == ran
     with pytest.raises(ValueError, match=r"no config\.json"):
         continual.run(TINY, out / "checkpoints")
 

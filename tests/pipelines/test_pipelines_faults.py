@@ -307,11 +307,44 @@ def test_every_flipped_bit_of_a_config_is_noticed(tmp_path):
         assert path.read_bytes() == content
 
 
-def test_a_config_that_was_edited_by_hand_is_taken_as_it_is(tmp_path):
+def edited(path, *pairs):
+    text = path.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "config", "said"),
+    [
+        ([('"rounds": 4', '"rounds": 7')], {"rounds": 7, "name": "a"}, "edited by hand.*rounds 7, which was 4"),
+        ([('"rounds": 4', '"rounds": 70'), ("0.10.2", "0.9.1")], {"rounds": 70, "name": "a"}, "edited by hand"),
+        ([("0.10.2", "0.9.1")], {"rounds": 4, "name": "a"}, "is damaged"),
+        ([('"rounds": 4', '"rounds": -1')], {"rounds": 4, "name": "a"}, "is damaged"),
+        ([('"rounds"', '"sdnuor"')], {"rounds": 4, "name": "a"}, "is damaged"),
+        ([('"config"', '"gifnoc"')], {"rounds": 4, "name": "a"}, "is damaged"),
+        ([('"sha256"', '"md5"')], {"rounds": 4, "name": "a"}, "is damaged"),
+    ],
+)
+def test_of_a_record_that_is_another_only_a_configuration_that_could_be_one_is_taken(tmp_path, pairs, config, said):
+    def check(config):
+        if config["rounds"] < 1:
+            raise ValueError("rounds")
+
     path = tmp_path / "config.json"
-    files.write_record(path, {"versions": {"jax": "0.10.2"}})
-    path.write_text(path.read_text().replace("0.10.2", "0.9.1"))
-    assert files.read_record(path) == {"versions": {"jax": "0.9.1"}}
+    content = {"config": {"rounds": 4, "name": "a"}, "versions": {"jax": "0.10.2"}}
+    files.write_record(path, content)
+    assert files.is_kept(path)
+    edited(path, *pairs)
+    assert not files.is_kept(path)
+    with pytest.warns(files.RecordWarning, match=said):
+        assert files.read_record(path, check) == {**content, "config": config}
+    assert files.is_kept(path) == ("damaged" in said)  # what was edited stays so until a run goes on with it
+    (tmp_path / "checkpoints" / "config.json").unlink()
+    edited(path, ('"name": "a"', '"name": "bc"'))
+    with pytest.raises(ValueError, match=r"sha256 differs.* nor its copy"):
+        files.read_record(path, check)
 
 
 def npz(path, order):

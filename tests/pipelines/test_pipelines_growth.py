@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from pipelines import Config, growth, loading, train, zeroth_order
+from pipelines import Config, growth, loading, run_directory, train, zeroth_order
 from pipelines.progress import Reporter
 
 # It ends between two evaluations of a longer run.
@@ -151,8 +151,11 @@ def test_methods_join_those_that_are_there_with_their_settings():
 def test_a_study_can_be_given_more_trials_and_nothing_else(tmp_path):
     study = zeroth_order.Study("synthetic", (("dim", 4), ("function", "levy")), rounds=2, trials=2)
     zeroth_order.claim(study, tmp_path / "study")
-    zeroth_order.claim(study._replace(trials=3), tmp_path / "study")
-    assert json.loads((tmp_path / "study" / "study.json").read_text())["trials"] == 3
+    larger = study._replace(trials=3)
+    zeroth_order.claim(larger, tmp_path / "study")
+    grown = {"config": zeroth_order._content(larger)}
+    with run_directory.at_work(tmp_path / "study", zeroth_order.KIND, print, lambda there: grown, {}):
+        assert json.loads((tmp_path / "study" / "study.json").read_text())["config"]["trials"] == 3
     other = study._replace(rounds=4, trials=3, options=(("dim", 5), ("function", "levy")))
     with pytest.raises(ValueError, match="another study") as refused:
         zeroth_order.claim(other, tmp_path / "study")

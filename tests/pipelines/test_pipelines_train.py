@@ -13,7 +13,7 @@ import pytest
 
 from algorithms.optimization.fal import pgd
 from fedjax_core import evaluate, simulate
-from pipelines import Config, checkpoint, engines, setup, train
+from pipelines import Config, checkpoint, engines, files, run_directory, setup, train
 from pipelines.progress import Reporter
 
 
@@ -101,7 +101,7 @@ def test_other_versions_than_began_the_run_are_told(finished, small, tmp_path):
     shutil.copytree(finished, out)
     content = json.loads((out / "config.json").read_text())
     content["versions"]["optax"] = "0.0.1"
-    (out / "config.json").write_text(json.dumps(content))
+    files.write_record(out / "config.json", content)
     said, reporter = recorder()
     train.train(small, out, reporter=reporter)
     notes = [line for line in said if "begun with" in line]
@@ -143,7 +143,7 @@ def test_stopped_by_sigint_and_gone_on_is_to_the_bit_the_same(finished, small, t
 def test_the_second_signal_is_not_caught():
     said, reporter = recorder()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with train._stop_requests(reporter) as stop_signal:
+    with run_directory.stop_requests(reporter.say) as stop_signal:
         assert stop_signal() == 0
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_signal() == signal.SIGTERM

@@ -110,7 +110,7 @@ def test_a_study_from_the_command_line_that_goes_on_where_it_stopped(tmp_path):
     first = call(*words)
     assert first.exit_code == 0, first.output
     assert {p.name for p in out.iterdir()} == {
-        *("study.json", "curves", "curves.csv", "curves.png", "curves.pdf", "summary.md", "results.tex")
+        *("study.json", "checkpoints", "curves", "curves.csv", "curves.png", "curves.pdf", "summary.md", "results.tex")
     }
     rows = list(csv.DictReader((out / "curves.csv").open()))
     assert len(rows) == (5 + 2) * 2 * 4
