@@ -1,10 +1,13 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from click.testing import CliRunner
 
 import algorithms
-from pipelines import Config, methods, setup
+from pipelines import Config, cli, methods, setup
 
 
 def loss_fn(params, batch, key):
@@ -116,3 +119,16 @@ def test_local_work_is_kept_from_the_single_step_method():
     build("fedsgd", num_epochs=3, order="shuffled")
     with pytest.raises(ValueError, match="num_epochs"):
         algorithms.fedsgd(loss_fn, optax.sgd(0.1), num_epochs=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in methods._WITHOUT_GRADIENTS])
+def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path):
+    """Those without gradients take minutes for a round of so large a model, which `methods.advice` says."""
+    words = f"train --method {name} --rounds 2 --seeds 1 --eval-every 2 --mesh 1 --no-cache --out {tmp_path / 'run'}"
+    result = CliRunner().invoke(cli.main, words.split())
+    assert result.exit_code == 0, result.output
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert all(math.isfinite(float(last[score])) for score in ("loss", "update_norm", "test_loss"))
+    assert float(last["test_accuracy"]) > 0.1
