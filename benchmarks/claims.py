@@ -27,9 +27,8 @@ import algorithms
 import models
 from algorithms.optimization.autoflip import masked
 from algorithms.optimization.fal import pgd, robust
-from algorithms.optimization.fedavg import FedAvgState
 from benchmarks import _measure
-from fedjax_core import Population, continue_rounds, evaluate, samplers
+from fedjax_core import ModelState, Population, continue_rounds, evaluate, samplers
 from models import losses, metrics
 from pipelines import continual, data, partition
 from pipelines.continual_config import Continual
@@ -285,7 +284,7 @@ def shift_loss(lam, rounds=30, clients=10):
     test = jax.tree.map(jnp.asarray, dict(dataset.test))
 
     def loss(population, key):
-        start, _ = run(FedAvgState(model.init(key), jnp.int32(0)), population, key)
+        start, _ = run(ModelState(model.init(key), jnp.int32(0)), population, key)
 
         def of_client(i):
             after, _ = algorithm.round(algorithm.init(start.params), population.cohort(i[None]), key)

@@ -22,9 +22,8 @@ import numpy as np
 import optax
 
 import models
-from algorithms.optimization.fedavg import displacement_program, plain_gradient
 from benchmarks import _measure
-from fedjax_core import Plan, Population, local_work, shuffle
+from fedjax_core import Plan, Population, local_descent, local_work, shuffle, value_and_grad
 from fedjax_core.batching import draw_batch
 from fedjax_core.clients import for_each_client
 from models import losses
@@ -74,7 +73,7 @@ def bare(program, lanes, steps):
 def useful_share(lanes: int, seeds: range) -> dict:
     """Of a queue in lanes, longest client first, and of padding, over federations of several seeds."""
     # The queue's own count: a model of one number makes the steps cheap.
-    program = displacement_program(plain_gradient(lambda w, batch, key: w * batch["x"][:, 0, 0, 0]), optax.sgd(0.0))
+    program = local_descent(optax.sgd(0.0), value_and_grad(lambda w, batch, key: w * batch["x"][:, 0, 0, 0]))
     shares, padding, best = [], [], []
     run, rows = packed(program, Plan(lanes=lanes)), 2000 * lanes * PER_LANE
     for seed in seeds:
@@ -105,7 +104,7 @@ def cost(name: str, lanes: int, repeats: int) -> dict:
     """Seconds of a packed round and of the bare loop with as many steps."""
     shape = (28, 28, 1)
     model = models.logistic_regression(shape, 10) if name == "logistic" else models.mlp(shape, 10)
-    program = displacement_program(plain_gradient(losses.cross_entropy(model)), optax.sgd(0.05))
+    program = local_descent(optax.sgd(0.05), value_and_grad(losses.cross_entropy(model)))
     population = population_of(_measure.log_normal_sizes(np.random.default_rng(0), lanes * PER_LANE))
     cohort, key = population.cohort(np.arange(population.num_clients)), jax.random.key(1)
     params = model.init(jax.random.key(0))

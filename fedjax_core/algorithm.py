@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys
-from fedjax_core.clients import check_tables
+from fedjax_core.clients import check_tables, join_tables, round_metrics, split_tables
 from fedjax_core.population import Cohort
-from fedjax_core.types import Array, Key, Metrics, Params, PyTree
+from fedjax_core.types import Array, Counter, Key, Metrics, Params, PyTree
 
 MOST_ROUNDS = 2**31 - 1
 """What the counter of a state can hold."""
@@ -22,6 +22,13 @@ class _Functions(NamedTuple):
     round: Callable[[Any, Any, Key], tuple[Any, Metrics]]
     params: Callable[[Any], Params]
     client_params: Callable[[Any, Array], Params]
+
+
+class ModelState(NamedTuple):
+    """The state of a method that keeps nothing but the global model x, and the number of rounds done."""
+
+    params: Params
+    round: Counter = 0
 
 
 class Algorithm(_Functions):
@@ -69,6 +76,50 @@ def global_algorithm(
 ) -> Algorithm:
     """A method without a personal part: every client would use the global model."""
     return Algorithm(init, round, params, lambda state, ids: global_client_params(params(state), ids))
+
+
+def federated(
+    init: Callable[[Params], Any],
+    update: Callable[[Any, Cohort, Key], Any],
+    params: Callable[[Any], Params] = lambda state: state.params,
+    *,
+    skip_empty: bool = True,
+) -> Algorithm:
+    """A method from what is its own: how its state begins, and what a round makes of it.
+
+    What all methods share is done here: the counter of rounds, the metrics, and the rule that a round without
+    participants changes nothing but the counter. Every client would use the global model.
+
+    Args:
+      init: `init(params) -> state`, a NamedTuple with a field `params`, the model that the server moves, and a field
+        `round` that begins at 0 (`round: Counter = 0`).
+      update: `update(state, cohort, key) -> (state, results)` or `(state, results, extra)`: the state after a round,
+        whose counter is not its business; the `ClientResults` of the pass whose loss and scalars the metrics report;
+        and the method's own metrics.
+      params: `params(state)`, the global model; the field of that name unless given.
+      skip_empty: whether a round without participants leaves the state as it is.
+    """
+
+    def begin(params: Params) -> Any:
+        return init(params)._replace(round=jnp.int32(0))
+
+    def round(state: Any, cohort: Cohort, key: Key) -> tuple[Any, Metrics]:
+        new, results, *extra = update(state, cohort, key)
+        if skip_empty:
+            new = _where_anybody(cohort, new, state)
+        metrics = round_metrics(results, cohort, state.params, new.params, *extra)
+        return new._replace(round=state.round + 1), metrics
+
+    return global_algorithm(begin, round, params)
+
+
+def _where_anybody(cohort: Cohort, new: Any, old: Any) -> Any:
+    """`new` if anybody takes part, else `old`; tables of per-client state, written by participants alone, are `new`."""
+    anybody = cohort.num_participants > 0
+    new, rows = split_tables(new)
+    old, _ = split_tables(old)
+    kept = jax.tree.map(lambda n, o: n if n is o else jnp.where(anybody, n, o), new, old)
+    return join_tables(kept, rows)
 
 
 def checked_init(init: Callable[..., Any]) -> Callable[..., Any]:

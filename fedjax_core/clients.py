@@ -248,6 +248,14 @@ class LocalTraining(NamedTuple):
     weights: Any
     plan: Plan | None
 
+    def full_pass(self) -> "LocalTraining":
+        """The same for one pass over all examples of a client, in stored order."""
+        return self._replace(work=local_work(self.work.batch_size, order="sequential"))
+
+    def one_step(self) -> "LocalTraining":
+        """The same for a single local step."""
+        return self._replace(work=self.work._replace(num_epochs=None, num_steps=1))
+
     def run(
         self,
         program: ClientProgram,
@@ -270,6 +278,11 @@ class LocalTraining(NamedTuple):
             aggregator=aggregator,
             plan=self.plan,
         )
+
+
+def kept_by_client(program: ClientProgram) -> ClientProgram:
+    """The program with its upload as output instead: nothing is sent."""
+    return program._replace(final=lambda shared, carry: ((), program.final(shared, carry)[0]))
 
 
 def local_training(*, weights: Any = "uniform", plan: Plan | None = None, **work: Any) -> LocalTraining:

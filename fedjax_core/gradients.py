@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.extend.core
@@ -15,12 +15,12 @@ from fedjax_core import checks, masks, sums
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client, current_population_size
 from fedjax_core.lengths import stand_in
-from fedjax_core.types import Array, Key, LossFn, Params, Scalar
+from fedjax_core.types import Array, Counter, Key, LossFn, Params, Scalar
 
 ClientOptimizer: TypeAlias = (
     optax.GradientTransformation
-    | Callable[[Array], optax.GradientTransformation]
-    | Callable[[Array, Array], optax.GradientTransformation]
+    | Callable[[Counter], optax.GradientTransformation]
+    | Callable[[Counter, Array], optax.GradientTransformation]
 )
 """An optax optimizer; or a function of the round (int32[]) that gives one, for learning rates that decay over rounds:
 `lambda t: optax.sgd(0.1 * 0.998**t)`; or of the round and the client's id (int32[] both), for learning rates that
@@ -58,8 +58,11 @@ def _instead_of_losses(values: Any, size: int) -> str:
     return f"{got}: a loss is a real float, cast it with astype(float) if that is meant"
 
 
-def value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Array, Params]]:
-    """Mean loss over a batch and its gradient: `(params, batch) -> (float[], gradient)`."""
+def value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[Array, Params]]:
+    """Mean loss over a batch and its gradient: `(params, batch) -> (float[], gradient)`.
+
+    Anything more that it is given is ignored, so that it is a direction for `local_descent`.
+    """
     checks.takes(
         "loss_fn",
         loss_fn,
@@ -67,10 +70,11 @@ def value_and_grad(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[Array, Pa
         example="a function (params, batch, key) -> float[B]",
         mask=masks.takes_mask(loss_fn),
     )
-    return jax.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
+    gradient = jax.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
+    return lambda params, batch, *_: gradient(params, batch)
 
 
-def optimizer_at(optimizer: ClientOptimizer, round: Array) -> optax.GradientTransformation:
+def optimizer_at(optimizer: ClientOptimizer, round: Counter) -> optax.GradientTransformation:
     """The client optimizer of a round: in a client's program that client's, elsewhere that of client 0.
 
     Raises:
@@ -172,7 +176,74 @@ def _takes_client(optimizer: Any) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
 
 
-def descend(
+class Descent(NamedTuple):
+    """Where a client's local descent is, and at its end what it has come to.
+
+    Attributes:
+      params: the local model y.
+      opt_state: of the client's optimizer.
+      own: the client's input, as `for_each_client` was given it.
+      mean: mean over the local steps of what a direction returns in the third place; while they are taken its sum;
+        () where directions return nothing there.
+      steps: int32[], local steps taken; () where there is no mean to take.
+    """
+
+    params: Params
+    opt_state: Any
+    own: Any
+    mean: Any = ()
+    steps: Any = ()
+
+
+def first_part(shared: Any, own: Any) -> Params:
+    """The first part of what the server has sent: where a client starts that is sent the model and more."""
+    return shared[0]
+
+
+def local_descent(
+    optimizer: optax.GradientTransformation,
+    direction: Callable[..., Any],
+    *,
+    start: Callable[[Any, Any], Params] = lambda shared, own: shared,
+    upload: Callable[[Descent, Any], tuple[Any, Any]] | None = None,
+    with_mean: bool = False,
+) -> ClientProgram:
+    """A client that descends, step by step, along a direction of its own: y <- y - lr d(y), from y = start.
+
+    Args:
+      optimizer: the client's optimizer of this round; it decides what a step along d is.
+      direction: `direction(y, batch, shared, own) -> (loss, d)` with loss float[], uphill as a gradient is; `shared` is
+        what the server has sent, and `own` the client's input. With `with_mean` a third value beside them, a pytree
+        with the structure and shapes of the model.
+      start: `start(shared, own)`, the model to start from; what the server has sent unless given.
+      upload: `upload(done, shared) -> (upload, output)` from the finished `Descent`; the displacement y - start and
+        nothing to keep unless given.
+      with_mean: whether the mean of the third values over the local steps is wanted.
+    """
+
+    def init(shared: Any, own: Any, key: Key) -> Descent:
+        y = start(shared, own)
+        running = (sums.start_tree(y), jnp.int32(0)) if with_mean else ()
+        return Descent(y, optimizer.init(y), own, *running)
+
+    def step(shared: Any, now: Descent, batch: Batch) -> tuple[Descent, Array]:
+        loss, d, *observed = direction(now.params, batch, shared, now.own)
+        y, opt_state = optimizer_step(optimizer, now.params, now.opt_state, d)
+        now = now._replace(params=y, opt_state=opt_state)
+        if with_mean:
+            now = now._replace(mean=sums.add_tree(now.mean, observed[0]), steps=now.steps + 1)
+        return now, loss
+
+    def final(shared: Any, done: Descent) -> tuple[Any, Any]:
+        begun = start(shared, done.own)
+        if with_mean:
+            done = done._replace(mean=sums.mean_tree(done.mean, done.steps, begun))
+        return (optax.tree.sub(done.params, begun), ()) if upload is None else upload(done, shared)
+
+    return ClientProgram(init, step, final)
+
+
+def optimizer_step(
     optimizer: optax.GradientTransformation, params: Params, opt_state: Any, direction: Params
 ) -> tuple[Params, Any]:
     """One optimizer step against `direction` (a gradient, corrected or not): returns (params, opt_state)."""
@@ -180,7 +251,7 @@ def descend(
     return optax.apply_updates(params, updates), opt_state
 
 
-def move(params: Params, scale: Scalar, direction: Params) -> Params:
+def add_scaled(params: Params, scale: Scalar, direction: Params) -> Params:
     """`params + scale * direction`, in the dtype of the parameters and rounded once."""
 
     def one(p: Array, d: Array) -> Array:
@@ -188,6 +259,11 @@ def move(params: Params, scale: Scalar, direction: Params) -> Params:
         return (p.astype(wide) + jnp.asarray(scale, wide) * d.astype(wide)).astype(p.dtype)
 
     return jax.tree.map(one, params, direction)
+
+
+def scale(factor: Scalar, tree: Params) -> Params:
+    """`factor * tree`, every leaf in its own dtype."""
+    return jax.tree.map(lambda leaf: jnp.asarray(factor, leaf.dtype) * leaf, tree)
 
 
 def full_gradient_program(loss_fn: LossFn) -> ClientProgram:

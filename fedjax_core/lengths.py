@@ -15,38 +15,67 @@ _UNIT = 2.0**-10
 rounding."""
 
 
-class Length(NamedTuple):
-    """A scalar z trained beside the model on the gradient 1, from z = 0: -z is the length of the local work.
+class Measured(NamedTuple):
+    """State of a `measured` optimizer.
 
-    For an optimizer that is linear in the gradients, displacement = -sum_k a_k g_k with a_k >= 0, and -z is the sum
-    of the a_k: K lr for plain SGD. It covers momentum and learning rates that change without a formula for each.
-    Clipping and weight decay have no part in it: they change the gradients (g_k is then what is left of the gradient
-    after clipping, or the gradient with the decay added), not the weights a_k.
+    Attributes:
+      inner: state of the optimizer itself.
+      length: float[], of the steps so far.
+      damped_length: float[], the same where a proximal term shrinks what earlier steps have moved; () without one.
+      probe, damped_probe: states of the optimizer on the scalars that the lengths are read from.
     """
 
-    z: Array
-    opt_state: Any
+    inner: Any
+    length: Array
+    damped_length: Any
+    probe: Any
+    damped_probe: Any
 
-    @classmethod
-    def start(cls, optimizer: optax.GradientTransformation) -> "Length":
-        """No local work yet.
 
-        Raises:
-          ValueError: if the optimizer is not linear in small gradients, as Adam is not.
-        """
+def measured(optimizer: optax.GradientTransformation, mu: Scalar | None = None) -> optax.GradientTransformation:
+    """The same optimizer, which also measures how long its steps are in the units of a gradient.
+
+    A scalar z is trained beside the model on the gradient 1, from z = 0: -z is the length. For an optimizer that is
+    linear in the gradients, displacement = -sum_k a_k g_k with a_k >= 0, and -z is the sum of the a_k: K lr for plain
+    SGD. It covers momentum and learning rates that change without a formula for each. Clipping and weight decay have no
+    part in it: they change the gradients (g_k is then what is left of the gradient after clipping, or the gradient with
+    the decay added), not the weights a_k.
+
+    Args:
+      optimizer: the optimizer.
+      mu: weight of a proximal term (mu / 2) ||y - x||^2 in what it descends on, for `damped_length`.
+
+    Raises:
+      ValueError: when its state is made, if the optimizer is not linear in small gradients, as Adam is not.
+    """
+
+    def init(params: Params) -> Measured:
         _check_linear(optimizer)
-        z = jnp.zeros(())
-        return cls(z, optimizer.init(z))
+        zero = jnp.zeros(())
+        damped = ((), ()) if mu is None else (zero, optimizer.init(zero))
+        return Measured(optimizer.init(params), zero, damped[0], optimizer.init(zero), damped[1])
 
-    def extend(self, optimizer: optax.GradientTransformation, mu: Scalar = 0.0) -> "Length":
-        """One more step, with a proximal term of weight `mu` if the model has one."""
+    def longer(length: Array, probe: Any, gradient: Scalar) -> tuple[Array, Any]:
         # The optimizer sees a parameter of 0, which weight decay leaves alone.
-        update, opt_state = optimizer.update(_UNIT * (1 + mu * self.z), self.opt_state, jnp.zeros_like(self.z))
-        return Length(self.z + (update / _UNIT).astype(self.z.dtype), opt_state)
+        update, probe = optimizer.update(jnp.asarray(_UNIT * gradient, length.dtype), probe, jnp.zeros_like(length))
+        return length - (update / _UNIT).astype(length.dtype), probe
 
-    def normalize(self, displacement: Params) -> Params:
-        """`displacement` in the units of a gradient, pointing downhill (as it is while nothing has moved)."""
-        return per_length(displacement, -self.z)
+    def update(gradient: Params, state: Measured, params: Params | None = None) -> tuple[Params, Measured]:
+        steps, inner = optimizer.update(gradient, state.inner, params)
+        length, probe = longer(state.length, state.probe, 1.0)
+        damped = state.damped_length, state.damped_probe
+        if mu is not None:
+            damped = longer(*damped, 1 - mu * state.damped_length)
+        return steps, Measured(inner, length, damped[0], probe, damped[1])
+
+    return optax.GradientTransformation(init, update)
+
+
+def first_length(optimizer: optax.GradientTransformation) -> Array:
+    """float[], the length of a first step: lr for plain SGD."""
+    measuring = measured(optimizer)
+    zero = jnp.zeros(())
+    return measuring.update(zero, measuring.init(zero), zero)[1].length
 
 
 def per_length(displacement: Params, length: Array) -> Params:

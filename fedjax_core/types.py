@@ -16,6 +16,9 @@ Examples = Any
 Scalar = float | jax.Array
 """A Python float or a (possibly traced) 0-d array."""
 
+Counter = int | jax.Array
+"""A number of rounds: 0 at the beginning, int32[] from then on."""
+
 LossFn = Callable[..., Array]
 """`loss_fn(params, batch, key) -> float[B]`: one value per example of the batch.
 

@@ -6,52 +6,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import fedjax_core as fc
 from algorithms.continual.tasks import ContinualAlgorithm
-from fedjax_core import (
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    Cohort,
-    Examples,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checked_round,
-    checks,
-    descend,
-    global_algorithm,
-    local_training,
-    local_work,
-    masks,
-    move,
-    optimizer_at,
-    round_metrics,
-    sums,
-    value_and_grad,
-)
 
 
 class EWCState(NamedTuple):
     """Global model x, every parameter's importance F and center c, the number of tasks ended and of rounds done."""
 
-    params: Params
-    importance: Params
-    center: Params
-    task: Array
-    round: Array
+    params: fc.Params
+    importance: fc.Params
+    center: fc.Params
+    task: fc.Array
+    round: fc.Counter = 0
 
 
 def ewc(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    lam: Scalar = 1.0,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
+    lam: fc.Scalar = 1.0,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
 ) -> ContinualAlgorithm:
     """EWC: FedAvg in which parameters that earlier tasks depend on are held where those tasks have left them.
 
@@ -79,42 +54,26 @@ def ewc(
 
     Paper: Kirkpatrick et al., "Overcoming Catastrophic Forgetting in Neural Networks", 2017, equation 3.
     """
-    checks.scalar("lam", lam, low=0)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-    gradient = value_and_grad(loss_fn)
+    fc.checks.scalar("lam", lam, low=0)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> EWCState:
-        return EWCState(params, sums.wide_zeros(params), params, jnp.int32(0), jnp.int32(0))
+    def init(params: fc.Params) -> EWCState:
+        return EWCState(params, fc.sums.wide_zeros(params), params, jnp.int32(0))
 
-    def round(state: EWCState, cohort: Cohort, key: Key) -> tuple[EWCState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def direction(y, batch, shared, _):
+        _, F, c = shared
+        loss, g = gradient(y, batch)
+        return loss, jax.tree.map(lambda g, F, y, c: (g + lam * F * (y - c)).astype(g.dtype), g, F, y, c)
 
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, _, _ = shared
-            return x, optimizer.init(x)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            _, F, c = shared
-            y, opt_state = carry
-            loss, g = gradient(y, batch)
-            g = jax.tree.map(lambda g, F, y, c: (g + lam * F * (y - c)).astype(g.dtype), g, F, y, c)
-            return descend(optimizer, y, opt_state, g), loss
-
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _, _ = shared
-            y, _ = carry
-            return optax.tree.sub(y, x), ()
-
-        program = ClientProgram(client_init, client_step, client_final)
+    def update(state: EWCState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, start=fc.first_part)
         results = clients.run(program, (state.params, state.importance, state.center), (), cohort, key)
-        params = move(state.params, server_lr, results.aggregate)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return state._replace(params=params, round=state.round + 1), metrics
+        return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
-    def end_task(state: EWCState, cohort: Cohort, key: Key) -> EWCState:
-        F_t = whole.run(fisher_program(loss_fn), state.params, (), cohort, key).aggregate
+    def end_task(state: EWCState, cohort: fc.Cohort, key: fc.Key) -> EWCState:
+        F_t = clients.full_pass().run(fisher_program(loss_fn), state.params, (), cohort, key).aggregate
         total = optax.tree.add(state.importance, F_t)
         # (F c + F_t x) / (F + F_t), and c where nothing is known.
         share = jax.tree.map(lambda F_t, F: F_t / jnp.where(F > 0, F, 1), F_t, total)
@@ -123,34 +82,34 @@ def ewc(
         )
         return state._replace(importance=total, center=center, task=state.task + 1)
 
-    return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=checked_round(end_task))
+    return ContinualAlgorithm(**fc.federated(init, update)._asdict(), end_task=fc.checked_round(end_task))
 
 
-def fisher_program(loss_fn: LossFn) -> ClientProgram:
+def fisher_program(loss_fn: fc.LossFn) -> fc.ClientProgram:
     """Uploads the mean of a client's squared gradients, one an example, at the shared params; run it for one epoch."""
 
-    def client_init(x: Params, client_input: Any, key: Key) -> Any:
-        return sums.start_tree(x), jnp.int32(0)
+    def client_init(x: fc.Params, client_input: Any, key: fc.Key) -> Any:
+        return fc.sums.start_tree(x), jnp.int32(0)
 
-    def client_step(x: Params, carry: Any, batch: Batch) -> Any:
+    def client_step(x: fc.Params, carry: Any, batch: fc.Batch) -> Any:
         total, n = carry
 
-        def loss(x: Params, example: Examples, number: Array) -> Array:
+        def loss(x: fc.Params, example: fc.Examples, number: fc.Array) -> fc.Array:
             alone = jax.tree.map(lambda leaf: leaf[None], example)
-            return masks.call(loss_fn, x, alone, jax.random.fold_in(batch.key, number))[0]
+            return fc.masks.call(loss_fn, x, alone, jax.random.fold_in(batch.key, number))[0]
 
         size = batch.mask.shape[0]
         losses, g = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(x, batch.examples, jnp.arange(size))
-        squares = jax.tree.map(jnp.square, sums.widen(g))
-        total = sums.add_tree(total, sums.weighted(batch.mask, squares))
+        squares = jax.tree.map(jnp.square, fc.sums.widen(g))
+        total = fc.sums.add_tree(total, fc.sums.weighted(batch.mask, squares))
         count = jnp.sum(batch.mask, dtype=jnp.int32)
-        summed = jnp.sum(sums.widen(jnp.where(batch.mask, losses, 0)))
+        summed = jnp.sum(fc.sums.widen(jnp.where(batch.mask, losses, 0)))
         mean = (summed / jnp.maximum(count, 1).astype(summed.dtype)).astype(losses.dtype)
         return (total, n + count), mean
 
-    def client_final(x: Params, carry: Any) -> Any:
+    def client_final(x: fc.Params, carry: Any) -> Any:
         total, n = carry
         # As wide as it is summed: the square of a small gradient is 0 in float16.
-        return sums.mean_tree(total, n, sums.widen(x)), ()
+        return fc.sums.mean_tree(total, n, fc.sums.widen(x)), ()
 
-    return ClientProgram(client_init, client_step, client_final)
+    return fc.ClientProgram(client_init, client_step, client_final)

@@ -7,51 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import fedjax_core as fc
 from algorithms.continual.tasks import ContinualAlgorithm
-from algorithms.optimization.fedavg import displacement_program, plain_gradient
-from fedjax_core import (
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    Cohort,
-    Examples,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checked_round,
-    checks,
-    global_algorithm,
-    linalg,
-    local_training,
-    local_work,
-    masks,
-    move,
-    optimizer_at,
-    round_metrics,
-    sums,
-    weighted_sum,
-)
 
 
 class Basis(NamedTuple):
     """Orthonormal basis U of what a layer of width d has had as inputs: float[d, d], zeros from column `rank` on."""
 
-    columns: Array
-    rank: Array
+    columns: fc.Array
+    rank: fc.Array
 
 
 class FOTState(NamedTuple):
     """Global model x, the basis U_l of every protected layer, the energy eps to keep, tasks ended, rounds done."""
 
-    params: Params
+    params: fc.Params
     bases: dict[str, Basis]
-    energy: Array
-    task: Array
-    round: Array
+    energy: fc.Array
+    task: fc.Array
+    round: fc.Counter = 0
 
 
 class Sketch(NamedTuple):
@@ -60,23 +34,23 @@ class Sketch(NamedTuple):
     While it is being collected, and under the rule "squared", part and whole are ||R||^2 and ||A||^2.
     """
 
-    Y: Array
-    part: Array
-    whole: Array
+    Y: fc.Array
+    part: fc.Array
+    whole: fc.Array
 
 
 def fot(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    inputs: Callable[[Params, Examples], Mapping[str, Array]],
+    inputs: Callable[[fc.Params, fc.Examples], Mapping[str, fc.Array]],
     layers: Mapping[str, int],
-    energy: Scalar = 0.95,
-    energy_step: Scalar = 0.0,
+    energy: fc.Scalar = 0.95,
+    energy_step: fc.Scalar = 0.0,
     rule: str = "norm",
     oversampling: int = 1,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
 ) -> ContinualAlgorithm:
     """FOT: updates of the global model stay orthogonal to what earlier tasks have put into its layers.
 
@@ -122,46 +96,45 @@ def fot(
     Paper: Bakman, Yaldiz, Ezzeldin, Avestimehr, "Federated Orthogonal Training: Mitigating Global Catastrophic
     Forgetting in Continual Federated Learning", 2024, algorithms 1 and 2.
     """
-    checks.scalar("energy", energy, low=0, high=1, low_open=True)
-    checks.scalar("energy_step", energy_step, low=0)
-    checks.one_of("rule", rule, ("norm", "squared"))
-    checks.positive_int("oversampling", oversampling, "1 sketches a layer of width d in d columns")
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"), weights="uniform")
-    gradient = plain_gradient(loss_fn)
+    fc.checks.scalar("energy", energy, low=0, high=1, low_open=True)
+    fc.checks.scalar("energy_step", energy_step, low=0)
+    fc.checks.one_of("rule", rule, ("norm", "squared"))
+    fc.checks.positive_int("oversampling", oversampling, "1 sketches a layer of width d in d columns")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    all_alike = clients.full_pass()._replace(weights="uniform")
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FOTState:
+    def init(params: fc.Params) -> FOTState:
         check_layers(params, layers)
         # No decomposition is made in fewer bits than float32 has, and sketches are sums.
-        dtype = sums.accumulator(jnp.result_type(*jax.tree.leaves(params)))
+        dtype = fc.sums.accumulator(jnp.result_type(*jax.tree.leaves(params)))
         bases = {path: Basis(jnp.zeros((d, d), dtype), jnp.int32(0)) for path, d in layers.items()}
-        return FOTState(params, bases, jnp.asarray(energy, float), jnp.int32(0), jnp.int32(0))
+        return FOTState(params, bases, jnp.asarray(energy, float), jnp.int32(0))
 
-    def round(state: FOTState, cohort: Cohort, key: Key) -> tuple[FOTState, Metrics]:
-        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
+    def update(state: FOTState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
         results = clients.run(program, state.params, (), cohort, key)
-        params = move(state.params, server_lr, project(results.aggregate, state.bases))
-        metrics = round_metrics(results, cohort, state.params, params)
-        return state._replace(params=params, round=state.round + 1), metrics
+        D = project(results.aggregate, state.bases)
+        return state._replace(params=fc.add_scaled(state.params, server_lr, D)), results
 
-    def end_task(state: FOTState, cohort: Cohort, key: Key) -> FOTState:
+    def end_task(state: FOTState, cohort: fc.Cohort, key: fc.Key) -> FOTState:
         program = sketch_program(inputs, layers, oversampling, squared=rule == "squared")
         shared = state.params, {path: basis.columns for path, basis in state.bases.items()}
-        results = whole.run(program, shared, (), cohort, key, aggregator=weighted_sum())
+        results = all_alike.run(program, shared, (), cohort, key, aggregator=fc.weighted_sum())
         bases = {
             path: expand(basis, results.aggregate[path], state.energy, squared=rule == "squared")
             for path, basis in state.bases.items()
         }
         return state._replace(bases=bases, energy=state.energy + energy_step, task=state.task + 1)
 
-    return ContinualAlgorithm(**global_algorithm(init, round)._asdict(), end_task=checked_round(end_task))
+    return ContinualAlgorithm(**fc.federated(init, update)._asdict(), end_task=fc.checked_round(end_task))
 
 
-def project(direction: Params, bases: Mapping[str, Basis]) -> Params:
+def project(direction: fc.Params, bases: Mapping[str, Basis]) -> fc.Params:
     """The direction without the part D_l of each protected weight that lies in the span of U_l."""
 
-    def one(path: Any, leaf: Array) -> Array:
+    def one(path: Any, leaf: fc.Array) -> fc.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in bases:
             return leaf
@@ -171,21 +144,21 @@ def project(direction: Params, bases: Mapping[str, Basis]) -> Params:
     return jax.tree_util.tree_map_with_path(one, direction)
 
 
-def residual(U: Array, A: Array) -> Array:
+def residual(U: fc.Array, A: fc.Array) -> fc.Array:
     """A - U U' A, in full precision: what accelerators make of float32 products by default leaves a thousandth in."""
     return A - jnp.matmul(U, jnp.matmul(U.T, A, precision="highest"), precision="highest")
 
 
 def sketch_program(
-    inputs: Callable[[Params, Examples], Mapping[str, Array]],
+    inputs: Callable[[fc.Params, fc.Examples], Mapping[str, fc.Array]],
     layers: Mapping[str, int],
     oversampling: int,
     *,
     squared: bool,
-) -> ClientProgram:
+) -> fc.ClientProgram:
     """One pass over a client's examples, batch by batch; uploads a `Sketch` of each layer. `shared` is (x, the U_l)."""
 
-    def client_init(shared: Any, client_input: Any, key: Key) -> Any:
+    def client_init(shared: Any, client_input: Any, key: fc.Key) -> Any:
         _, bases = shared
 
         def zeros(d: int, dtype: Any) -> Sketch:
@@ -193,12 +166,12 @@ def sketch_program(
 
         return {path: zeros(d, bases[path].dtype) for path, d in layers.items()}, jnp.int32(0)
 
-    def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
+    def client_step(shared: Any, carry: Any, batch: fc.Batch) -> Any:
         x, bases = shared
         sketches, n = carry
-        found = check_inputs(masks.call(inputs, x, batch.examples, mask=batch.mask), layers, batch.mask.shape[0])
+        found = check_inputs(fc.masks.call(inputs, x, batch.examples, mask=batch.mask), layers, batch.mask.shape[0])
 
-        def add(sketch: Sketch, U: Array, samples: Array, key: Key) -> Sketch:
+        def add(sketch: Sketch, U: fc.Array, samples: fc.Array, key: fc.Key) -> Sketch:
             mask = jnp.repeat(batch.mask, samples.shape[0] // batch.mask.shape[0])
             A = jnp.where(mask, samples.T.astype(U.dtype), 0)
             R = residual(U, A)
@@ -224,10 +197,10 @@ def sketch_program(
 
         return sketches if squared else {path: weighted(sketch) for path, sketch in sketches.items()}, ()
 
-    return ClientProgram(client_init, client_step, client_final)
+    return fc.ClientProgram(client_init, client_step, client_final)
 
 
-def expand(basis: Basis, sketch: Sketch, energy: Array, *, squared: bool) -> Basis:
+def expand(basis: Basis, sketch: Sketch, energy: fc.Array, *, squared: bool) -> Basis:
     """The basis with the directions added that bring the share of energy in its span to `energy`.
 
     Args:
@@ -240,7 +213,7 @@ def expand(basis: Basis, sketch: Sketch, energy: Array, *, squared: bool) -> Bas
     U, rank = basis
     d = U.shape[0]
     r = jnp.where(sketch.whole > 0, sketch.part / jnp.where(sketch.whole > 0, sketch.whole, 1), 0)
-    Q, S, _ = linalg.svd(sketch.Y)
+    Q, S, _ = fc.linalg.svd(sketch.Y)
     total = jnp.sum(S**2)
     # 1 - eps of the whole may be lost, which is this share of the residual: 1 - (r - (1 - eps)) / r.
     lost = (1 - energy.astype(U.dtype)) / jnp.where(r > 0, r, 1)
@@ -257,11 +230,11 @@ def expand(basis: Basis, sketch: Sketch, energy: Array, *, squared: bool) -> Bas
     added = jnp.take(Q, jnp.clip(column - rank, 0, Q.shape[1] - 1), axis=1)
     joined = jnp.where(column < rank, U, jnp.where(column < rank + k, added, 0))
     # Householder's QR gives d orthonormal columns of which the first span those of `joined`; the rest is not kept.
-    orthonormal = jnp.where(column < rank + k, linalg.qr(joined)[0], 0)
+    orthonormal = jnp.where(column < rank + k, fc.linalg.qr(joined)[0], 0)
     return Basis(jnp.where(k > 0, orthonormal, U), rank + k)
 
 
-def check_layers(params: Params, layers: Mapping[str, int]) -> None:
+def check_layers(params: fc.Params, layers: Mapping[str, int]) -> None:
     """Raises ValueError unless every layer is a weight of the parameters with first axes that make up its width."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf) for path, leaf in leaves}
@@ -278,7 +251,7 @@ def check_layers(params: Params, layers: Mapping[str, int]) -> None:
             )
 
 
-def check_inputs(found: Mapping[str, Array], layers: Mapping[str, int], size: int) -> Mapping[str, Array]:
+def check_inputs(found: Mapping[str, fc.Array], layers: Mapping[str, int], size: int) -> Mapping[str, fc.Array]:
     """Returns what `inputs` gave for `size` examples, or raises ValueError unless it fits the layers."""
     for path, width in layers.items():
         if path not in found:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fedjax_core import Array, Cohort, Key, Metrics, Params
+import fedjax_core as fc
 
 
 class ContinualAlgorithm(NamedTuple):
@@ -18,8 +18,8 @@ class ContinualAlgorithm(NamedTuple):
         that ends, at the global model. The model stays as it is, and so does what is remembered if nobody takes part.
     """
 
-    init: Callable[[Params], Any]
-    round: Callable[[Any, Any, Key], tuple[Any, Metrics]]
-    params: Callable[[Any], Params]
-    client_params: Callable[[Any, Array], Params]
-    end_task: Callable[[Any, Cohort, Key], Any]
+    init: Callable[[fc.Params], Any]
+    round: Callable[[Any, Any, fc.Key], tuple[Any, fc.Metrics]]
+    params: Callable[[Any], fc.Params]
+    client_params: Callable[[Any, fc.Array], fc.Params]
+    end_task: Callable[[Any, fc.Cohort, fc.Key], Any]

@@ -5,54 +5,30 @@ from typing import NamedTuple, Unpack
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import plain_gradient
-from algorithms.optimization.fedfix import FedFixState, stale_metrics, stale_program
-from algorithms.optimization.fedstale import remember
-from fedjax_core import (
-    Algorithm,
-    Array,
-    ClientOptimizer,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LocalWork,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    gather,
-    global_algorithm,
-    global_client_params,
-    local_training,
-    move,
-    round_metrics,
-    scatter,
-    stacked,
-    sums,
-)
+import fedjax_core as fc
+from algorithms.optimization.fedfix import FedFixState
+from algorithms.parts import stale
+from algorithms.parts.memory import remember
 
 
 class AFACSState(NamedTuple):
     """Global model x, the model x_i that each client received last, its last G_i, their mean, and the steps done."""
 
-    params: Params
-    starts: ClientTable
-    updates: ClientTable
-    mean: Params
-    round: Array
+    params: fc.Params
+    starts: fc.ClientTable
+    updates: fc.ClientTable
+    mean: fc.Params
+    round: fc.Counter = 0
 
 
 def afa_cd(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """AFA-CD: clients come when they like, with as many local steps as they like, from the model they had.
 
     Client, from y = x_i:  y <- y - lr g_i(y), K_i times;  G_i = (y_i - x_i) / K_i;  x_i is the model that it received
@@ -79,34 +55,32 @@ def afa_cd(
 
     Paper: Yang, Zhang, Khanduri, Liu, "Anarchic Federated Learning", 2022, AFA-CD.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    gradient = plain_gradient(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedFixState:
-        return FedFixState(params, client_table(num_clients, params), jnp.int32(0))
+    def init(params: fc.Params) -> FedFixState:
+        return FedFixState(params, fc.client_table(num_clients, params))
 
-    def round(state: FedFixState, cohort: Cohort, key: Key) -> tuple[FedFixState, Metrics]:
-        program = stale_program(gradient, client_optimizer, state.round)
-        inputs = gather(state.starts, cohort), one_over_steps(clients.work, cohort)
-        results = clients.run(program, (), inputs, cohort, key)
-        params = move(state.params, server_lr, results.aggregate)
-        starts = scatter(state.starts, cohort, global_client_params(params, cohort.ids))
-        metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
-        return FedFixState(params, starts, state.round + 1), metrics
+    def update(state: FedFixState, cohort: fc.Cohort, key: fc.Key):
+        program = stale.descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        own = fc.gather(state.starts, cohort), one_over_steps(clients.work, cohort)
+        results = clients.run(program, (), own, cohort, key)
+        params = fc.add_scaled(state.params, server_lr, results.aggregate)
+        return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(results, params)
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
 def afa_cs(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """AFA-CS: AFA-CD that averages the last contributions of all clients, whenever they came.
 
     Client, from y = x_i:  y <- y - lr g_i(y), K_i times;  G_i <- (y_i - x_i) / K_i;  x_i is the model that it received
@@ -131,30 +105,29 @@ def afa_cs(
 
     Paper: Yang, Zhang, Khanduri, Liu, "Anarchic Federated Learning", 2022, AFA-CS.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    gradient = plain_gradient(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> AFACSState:
-        zeros = optax.tree.zeros_like(params)
-        starts, updates = client_table(num_clients, params), client_table(num_clients, zeros)
-        return AFACSState(params, starts, updates, sums.wide_zeros(params), jnp.int32(0))
+    def init(params: fc.Params) -> AFACSState:
+        starts = fc.client_table(num_clients, params)
+        updates = fc.client_table(num_clients, optax.tree.zeros_like(params))
+        return AFACSState(params, starts, updates, fc.sums.wide_zeros(params))
 
-    def round(state: AFACSState, cohort: Cohort, key: Key) -> tuple[AFACSState, Metrics]:
-        program = stale_program(gradient, client_optimizer, state.round)
-        inputs = gather(state.starts, cohort), one_over_steps(clients.work, cohort)
-        results = clients.run(program, (), inputs, cohort, key, aggregator=stacked())
+    def update(state: AFACSState, cohort: fc.Cohort, key: fc.Key):
+        program = stale.descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        own = fc.gather(state.starts, cohort), one_over_steps(clients.work, cohort)
+        results = clients.run(program, (), own, cohort, key, aggregator=fc.stacked())
         p = results.weights / num_clients
         updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
-        params = optax.tree.where(cohort.num_participants > 0, move(state.params, server_lr, mean), state.params)
-        starts = scatter(state.starts, cohort, global_client_params(params, cohort.ids))
-        metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
-        return AFACSState(params, starts, updates, mean, state.round + 1), metrics
+        params = fc.add_scaled(state.params, server_lr, mean)
+        starts = stale.received(state.starts, cohort, params)
+        return AFACSState(params, starts, updates, mean), stale.downloads(results, params)
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
-def one_over_steps(work: LocalWork, cohort: Cohort) -> Array:
+def one_over_steps(work: fc.LocalWork, cohort: fc.Cohort) -> fc.Array:
     """float[C], 1 / K_i of each slot's client."""
     return 1 / jnp.maximum(work.steps(cohort.ids, cohort.sizes), 1).astype(jnp.result_type(float))

@@ -9,39 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import fedjax_core as fc
 from algorithms.optimization.fedlex import FedLEx, Maps, loss_exploration, momentum_step
-from fedjax_core import (
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checked_round,
-    checks,
-    global_algorithm,
-    local_training,
-    num_scalars,
-    optimizer_at,
-    round_metrics,
-    sums,
-    value_and_grad,
-)
 
 
 class AutoFLIPState(NamedTuple):
     """Global model x, velocity v, mask B (bool leaves), the explorers' maps, and the number of rounds done."""
 
-    params: Params
-    velocity: Params
-    mask: Params
+    params: fc.Params
+    velocity: fc.Params
+    mask: fc.Params
     maps: Maps
-    round: Array
+    round: fc.Counter = 0
 
 
 class AutoFLIPMetrics(NamedTuple):
@@ -54,28 +33,28 @@ class AutoFLIPMetrics(NamedTuple):
       explorers: number of clients that have explored.
     """
 
-    density: Array
-    dense: Array
-    mask_bits: Array
-    explorers: Array
+    density: fc.Array
+    dense: fc.Array
+    mask_bits: fc.Array
+    explorers: fc.Array
 
 
 def autoflip(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    threshold: Scalar = 0.3,
+    threshold: fc.Scalar = 0.3,
     structured: bool = True,
     output: str = "head",
     explore_epochs: int = 150,
     patience: int = 40,
-    explorers: Scalar = 1.0,
+    explorers: fc.Scalar = 1.0,
     scaled: str = "mean",
     num_maps: int = 0,
     regrow: bool = False,
-    momentum: Scalar = 0.9,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
+    momentum: fc.Scalar = 0.9,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
 ) -> FedLEx:
     """AutoFLIP: prunes the parameters that hardly move on any client in an exploration of the clients' losses.
 
@@ -129,10 +108,10 @@ def autoflip(
     Paper: Interno, Raponi, van Stein, Back, Olhofer, Jin, Hammer, "Federated Hybrid Model Pruning through Loss
     Landscape Exploration", 2024.
     """
-    checks.scalar("threshold", threshold, low=0, high=1, high_open=True)
-    checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
+    fc.checks.scalar("threshold", threshold, low=0, high=1, high_open=True)
+    fc.checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
     exploration = loss_exploration(
         loss_fn,
         client_optimizer,
@@ -143,13 +122,13 @@ def autoflip(
         scaled=scaled,
         num_maps=num_maps,
     )
-    gradient = value_and_grad(loss_fn)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> AutoFLIPState:
+    def init(params: fc.Params) -> AutoFLIPState:
         if structured:
             check_output(params, output)
         everything = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
-        return AutoFLIPState(params, sums.wide_zeros(params), everything, exploration.init(params), jnp.int32(0))
+        return AutoFLIPState(params, fc.sums.wide_zeros(params), everything, exploration.init(params))
 
     def prune(state: AutoFLIPState, maps: Maps) -> AutoFLIPState:
         """The state with the mask that the maps ask for."""
@@ -161,50 +140,43 @@ def autoflip(
             params=masked(mask, state.params), velocity=masked(mask, state.velocity), mask=mask, maps=maps
         )
 
-    def explore(state: AutoFLIPState, cohort: Cohort, key: Key) -> AutoFLIPState:
+    def explore(state: AutoFLIPState, cohort: fc.Cohort, key: fc.Key) -> AutoFLIPState:
         return prune(state, exploration.explore(state.maps, state.params, cohort, key))
 
-    def round(state: AutoFLIPState, cohort: Cohort, key: Key) -> tuple[AutoFLIPState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def update(state: AutoFLIPState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
 
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, _ = shared
-            return x, optimizer.init(x)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            _, B = shared
-            y, opt_state = carry
+        def client_step(shared, now, batch):
+            (_, B), (y, opt_state) = shared, now
             loss, g = gradient(y, batch)
             # The gradient too, so that an optimizer that looks at its length sees that of the smaller model.
             u, opt_state = optimizer.update(masked(B, g), opt_state, y)
             return (masked(B, optax.apply_updates(y, u)), opt_state), loss
 
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _ = shared
-            y, _ = carry
-            return optax.tree.sub(y, x), ()
-
-        program = ClientProgram(client_init, client_step, client_final)
+        program = fc.ClientProgram(
+            init=lambda shared, own, key: (shared[0], optimizer.init(shared[0])),
+            step=client_step,
+            final=lambda shared, done: (optax.tree.sub(done[0], shared[0]), ()),
+        )
         results = clients.run(program, (state.params, state.mask), (), cohort, key)
-        params, velocity = momentum_step(state.params, state.velocity, results.aggregate, momentum, server_lr, cohort)
+        params, velocity = momentum_step(state.params, state.velocity, results.aggregate, momentum, server_lr)
         kept = sum((jnp.sum(b, dtype=jnp.int32) for b in jax.tree.leaves(state.mask)), jnp.int32(0))
-        dense = jnp.int32(num_scalars(params))
+        dense = jnp.int32(fc.num_scalars(params))
         extra = AutoFLIPMetrics(kept / dense, dense, dense, state.maps.explorers)
-        metrics = round_metrics(results, cohort, state.params, params, extra)
-        state = state._replace(params=params, velocity=velocity, round=state.round + 1)
+        state = state._replace(params=params, velocity=velocity)
         if num_maps:
             state = prune(state, exploration.of_participants(state.maps, cohort))
-        return state, metrics._replace(uploaded=kept, downloaded=kept)
+        return state, results._replace(uploaded=kept, downloaded=kept), extra
 
-    return FedLEx(*global_algorithm(init, round), checked_round(explore))
+    return FedLEx(*fc.federated(init, update), fc.checked_round(explore))
 
 
-def masked(mask: Params, tree: Params) -> Params:
+def masked(mask: fc.Params, tree: fc.Params) -> fc.Params:
     """`tree` where the mask, a tree of bool, is true, and 0 elsewhere."""
     return jax.tree.map(lambda b, leaf: jnp.where(b, leaf, jnp.zeros_like(leaf)), mask, tree)
 
 
-def keep(guidance: Params, threshold: Scalar, output: str | None) -> Params:
+def keep(guidance: fc.Params, threshold: fc.Scalar, output: str | None) -> fc.Params:
     """The mask B for a guidance G, a tree of bool; arguments as for `autoflip`, units stay whole with output=None."""
     everything = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(guidance)])
     least = jnp.quantile(everything, jnp.asarray(threshold, everything.dtype))
@@ -217,14 +189,14 @@ def keep(guidance: Params, threshold: Scalar, output: str | None) -> Params:
             inputs = tuple(range(G.ndim - 1))
             alive[layer] = (jnp.mean(G, inputs) > least) & jnp.any(B, inputs)
 
-    def of_unit(path: Any, B: Array) -> Array:
+    def of_unit(path: Any, B: fc.Array) -> fc.Array:
         layer, name = _split(path)
         return B & alive[layer] if layer in alive and name in ("kernel", "bias") else B
 
     return jax.tree_util.tree_map_with_path(of_unit, mask)
 
 
-def check_output(params: Params, output: str) -> None:
+def check_output(params: fc.Params, output: str) -> None:
     """Raises ValueError if a model has layers, but none at the path `output`."""
     layers = list(_layers(params))
     if layers and output not in layers:
@@ -234,7 +206,7 @@ def check_output(params: Params, output: str) -> None:
         )
 
 
-def export(params: Params, layers: Sequence[str]) -> Params:
+def export(params: fc.Params, layers: Sequence[str]) -> fc.Params:
     """The smaller model that a pruned one has become: units whose weights and bias are all 0 are cut out.
 
     For chains of dense layers and convolutions with activations that are 0 at 0 (relu, tanh, gelu), and maybe pooling
@@ -271,7 +243,7 @@ def export(params: Params, layers: Sequence[str]) -> Params:
     return small
 
 
-def _layers(tree: Params) -> dict[str, Array]:
+def _layers(tree: fc.Params) -> dict[str, fc.Array]:
     """Path of a layer to its kernel [..., inputs, units]."""
     found = {_split(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
     return {layer: leaf for (layer, name), leaf in found.items() if name == "kernel" and jnp.ndim(leaf) >= 2}

@@ -7,43 +7,28 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from algorithms.optimization.fedavg import averaging
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    Examples,
-    Key,
-    LocalOptions,
-    LossFn,
-    Params,
-    Scalar,
-    checks,
-    masks,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
+from algorithms.parts.averaging import averaging
 
-Adversary = Callable[..., Examples]
+Adversary = Callable[..., fc.Examples]
 """`(params, examples, key, mask=None) -> examples` with other inputs "x" for that model. The mask, bool[B], is for a
 loss that looks at the whole batch."""
 
 
 def fal(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    rho: Scalar = 0.1,
-    step_size: Scalar = 0.025,
+    rho: fc.Scalar = 0.1,
+    step_size: fc.Scalar = 0.025,
     attack_steps: int = 10,
     norm: str = "linf",
     random_start: bool = True,
-    low: Scalar = 0.0,
-    high: Scalar = 1.0,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    low: fc.Scalar = 0.0,
+    high: fc.Scalar = 1.0,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FAL: every local step attacks the local model, then descends on the batch that the attack has made.
 
     Client, from y = x:  X' = the inputs within rho of the batch's X with a high loss under y (see `pgd`);
@@ -84,24 +69,24 @@ def fal(
         low=low,
         high=high,
     )
-    descent = value_and_grad(loss_fn)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def gradient(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
-        return descent(y, batch._replace(examples=attack(y, batch.examples, batch.key, mask=batch.mask)))
+    def direction(y, batch, x, _):
+        return gradient(y, batch._replace(examples=attack(y, batch.examples, batch.key, mask=batch.mask)))
 
-    return averaging(gradient, client_optimizer, server_lr=server_lr, **local)
+    return averaging(direction, client_optimizer, server_lr=server_lr, **local)
 
 
 def pgd(
-    loss_fn: LossFn,
+    loss_fn: fc.LossFn,
     *,
-    rho: Scalar,
-    step_size: Scalar,
+    rho: fc.Scalar,
+    step_size: fc.Scalar,
     attack_steps: int,
     norm: str = "linf",
     random_start: bool = False,
-    low: Scalar = 0.0,
-    high: Scalar = 1.0,
+    low: fc.Scalar = 0.0,
+    high: fc.Scalar = 1.0,
 ) -> Adversary:
     """Projected gradient ascent on the inputs of a batch, each example on its own; arguments as for `fal`.
 
@@ -114,29 +99,29 @@ def pgd(
       `attack(params, examples, key, mask=None) -> examples`. The key goes to the loss, and gives the random start; the
       mask, bool[B], is for a loss that takes one.
     """
-    checks.scalar("rho", rho, low=0)
-    checks.scalar("step_size", step_size, low=0)
-    checks.positive_int("attack_steps", attack_steps, "an attack takes at least one step")
-    checks.one_of("norm", norm, ("linf", "l2"))
-    least_high: Any = checks.scalar("low", low) if checks.is_concrete(low) else -math.inf
-    checks.scalar("high", high, low=least_high)
+    fc.checks.scalar("rho", rho, low=0)
+    fc.checks.scalar("step_size", step_size, low=0)
+    fc.checks.positive_int("attack_steps", attack_steps, "an attack takes at least one step")
+    fc.checks.one_of("norm", norm, ("linf", "l2"))
+    least_high: Any = fc.checks.scalar("low", low) if fc.checks.is_concrete(low) else -math.inf
+    fc.checks.scalar("high", high, low=least_high)
 
-    def attack(params: Params, examples: Any, key: Any, mask: Any = None) -> Any:
+    def attack(params: fc.Params, examples: Any, key: Any, mask: Any = None) -> Any:
         clean, unit = _pixels(examples["x"])
         radius, step = (jnp.asarray(length * unit, clean.dtype) for length in (rho, step_size))
         least = jnp.minimum(clean, jnp.asarray(low * unit, clean.dtype))
         largest = jnp.maximum(clean, jnp.asarray(high * unit, clean.dtype))
 
-        def project(x: Array) -> Array:
+        def project(x: fc.Array) -> fc.Array:
             d = x - clean
             d = jnp.clip(d, -radius, radius) if norm == "linf" else d * jnp.minimum(1, radius / _lengths(d))
             return jnp.clip(clean + d, least, largest)
 
-        def total_loss(x: Array) -> Array:
-            values = masks.call(loss_fn, params, {**examples, "x": x}, key, mask=mask)
-            return jnp.sum(sums.widen(values if mask is None else jnp.where(mask, values, 0)))
+        def total_loss(x: fc.Array) -> fc.Array:
+            values = fc.masks.call(loss_fn, params, {**examples, "x": x}, key, mask=mask)
+            return jnp.sum(fc.sums.widen(values if mask is None else jnp.where(mask, values, 0)))
 
-        def ascend(_: Any, x: Array) -> Array:
+        def ascend(_: Any, x: fc.Array) -> fc.Array:
             g = jax.grad(total_loss)(x)
             direction = jnp.sign(g) if norm == "linf" else g / _lengths(g)
             return project(x + step * direction)
@@ -154,14 +139,14 @@ def pgd(
 def robust(metric_fn: Callable[..., Any], attack: Adversary) -> Callable[..., Any]:
     """`metric_fn(params, batch)` on the inputs that the attack makes of the batch: robust accuracy, for `evaluate`."""
 
-    def metric(params: Params, batch: Examples, mask: Array | None = None) -> Any:
-        attacked = masks.call(attack, params, batch, None, mask=mask)
-        return masks.call(metric_fn, params, attacked, mask=mask)
+    def metric(params: fc.Params, batch: fc.Examples, mask: fc.Array | None = None) -> Any:
+        attacked = fc.masks.call(attack, params, batch, None, mask=mask)
+        return fc.masks.call(metric_fn, params, attacked, mask=mask)
 
     return metric
 
 
-def _pixels(x: Any) -> tuple[Array, int]:
+def _pixels(x: Any) -> tuple[fc.Array, int]:
     """Inputs as floats, and what 1 is in their unit."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.floating):
@@ -171,16 +156,16 @@ def _pixels(x: Any) -> tuple[Array, int]:
     raise ValueError(f"the inputs batch['x'] are {x.dtype}, which no gradient moves: pass floats or bytes (uint8)")
 
 
-def _lengths(d: Array) -> Array:
+def _lengths(d: fc.Array) -> fc.Array:
     """Euclidean norm of every example [B, ...], with all axes kept; 1 for zeros."""
     square = jnp.sum(jnp.square(d), axis=tuple(range(1, d.ndim)), keepdims=True)
     return jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
-def _from_unit_ball(key: Key, x: Array, norm: str) -> Array:
+def _from_unit_ball(key: fc.Key, x: fc.Array, norm: str) -> fc.Array:
     """A uniform draw for every example [B, ...]; an example's does not depend on how many there are."""
 
-    def one(row: Array) -> Array:
+    def one(row: fc.Array) -> fc.Array:
         own = jax.random.fold_in(key, row)
         if norm == "linf":
             return jax.random.uniform(own, x.shape[1:], jnp.float32, -1.0, 1.0)

@@ -6,76 +6,52 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedstale import cohort_sum
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    client_weights,
-    descend,
-    full_gradient_program,
-    gather,
-    global_algorithm,
-    local_training,
-    local_work,
-    mean_over_participants,
-    move,
-    num_scalars,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    stacked,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
 
 
-class Bullseye(NamedTuple):
+class Anchor(NamedTuple):
     """A client's last full gradient v_i, and whether it has had one, bool[]."""
 
-    gradient: Params
-    known: Array
+    gradient: fc.Params
+    known: fc.Array
+
+
+class Miner(NamedTuple):
+    """A client in the middle of its local steps: model, the one before, and the direction q that follows them."""
+
+    params: fc.Params
+    previous: fc.Params
+    direction: fc.Params
+    opt_state: Any
 
 
 class FedAMDState(NamedTuple):
-    """Global model x, every client's bullseye, the sum of N p_i v_i and of N p_i over those that are known, rounds."""
+    """Global model x, every client's anchor, the sums of N p_i v_i and of N p_i over known ones, the rounds."""
 
-    params: Params
-    bullseyes: ClientTable
-    total: Params
-    weight: Array
-    round: Array
+    params: fc.Params
+    anchors: fc.ClientTable
+    total: fc.Params
+    weight: fc.Array
+    round: fc.Counter = 0
 
 
 class FedAMDMetrics(NamedTuple):
     """Participants that were anchors, and participants that took part for the first time, int32[] each."""
 
-    anchors: Array
-    newcomers: Array
+    anchors: fc.Array
+    newcomers: fc.Array
 
 
 def fedamd(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    probability: Scalar = 0.2,
+    probability: fc.Scalar = 0.2,
     period: int = 0,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAMD: some participants refresh their full gradients, the others descend along the mean of all clients'.
 
     Anchor (with probability p_t):   v_i <- grad f_i(x).
@@ -108,77 +84,74 @@ def fedamd(
     Paper: Wu, Guo, Qu, He, Liu, Gao, "Anchor Sampling for Federated Learning with Partial Client Participation", 2023,
     algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("probability", probability, low=0, high=1)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("probability", probability, low=0, high=1)
     if period != 0:
-        checks.positive_int("period", period, "a number of rounds, or 0 for a constant probability")
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-    gradient = value_and_grad(loss_fn)
+        fc.checks.positive_int("period", period, "a number of rounds, or 0 for a constant probability")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
+    gradient_at_x = fc.full_gradient_program(loss_fn)
 
-    def init(params: Params) -> FedAMDState:
-        zeros = optax.tree.zeros_like(params)
-        bullseyes = client_table(num_clients, Bullseye(zeros, jnp.bool_(False)))
-        return FedAMDState(params, bullseyes, sums.wide_zeros(params), jnp.zeros(()), jnp.int32(0))
+    def init(params: fc.Params) -> FedAMDState:
+        anchors = fc.client_table(num_clients, Anchor(optax.tree.zeros_like(params), jnp.bool_(False)))
+        return FedAMDState(params, anchors, fc.sums.wide_zeros(params), jnp.zeros(()))
 
-    def round(state: FedAMDState, cohort: Cohort, key: Key) -> tuple[FedAMDState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def update(state: FedAMDState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
 
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, bullseye = shared
-            return x, x, bullseye, optimizer.init(x)
+        def client_init(shared, own, key):
+            x, V = shared
+            return Miner(x, x, V, optimizer.init(x))
 
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            y, y_prev, q, opt_state = carry
-            loss, g = gradient(y, batch)
-            _, g_prev = gradient(y_prev, batch)
-            q = jax.tree.map(lambda q, g, g_prev: q + (g - g_prev), q, g, g_prev)
-            y_next, opt_state = descend(optimizer, y, opt_state, q)
-            return (y_next, y, q, opt_state), loss
+        def client_step(shared, now, batch):
+            loss, g = gradient(now.params, batch)
+            _, g_previous = gradient(now.previous, batch)
+            q = jax.tree.map(lambda q, g, g_prev: q + (g - g_prev), now.direction, g, g_previous)
+            y, opt_state = fc.optimizer_step(optimizer, now.params, now.opt_state, q)
+            return Miner(y, now.params, q, opt_state), loss
 
-        def client_final(shared: Any, carry: Any) -> Any:
+        def client_final(shared, done):
             x, _ = shared
-            return optax.tree.sub(carry[0], x), ()
+            return optax.tree.sub(done.params, x), ()
 
         coin_key, key = jax.random.split(key)
         anchor = draw_anchors(coin_key, cohort, probability if period == 0 else state.round % period == 0)
-        old = gather(state.bullseyes, cohort)
+        old = fc.gather(state.anchors, cohort)
         new = cohort.mask & ~old.known
-        weights = client_weights(clients.weights, cohort)
+        weights = fc.client_weights(clients.weights, cohort)
 
         asked = cohort.only(anchor | new)
-        anchors = whole.run(full_gradient_program(loss_fn), state.params, (), asked, key, aggregator=stacked())
-        v = anchors.aggregate
-        total = optax.tree.add(state.total, cohort_sum(weights * new, v))
+        full = clients.full_pass().run(gradient_at_x, state.params, (), asked, key, aggregator=fc.stacked())
+        v = full.aggregate
+        total = optax.tree.add(state.total, fc.sums.weighted(weights * new, v))
         weight = state.weight + jnp.sum(weights * new)
-        mean = jax.tree.map(lambda leaf: leaf / jnp.where(weight > 0, weight, 1).astype(leaf.dtype), total)
-        mean = sums.cast_like(mean, state.params)
+        V = jax.tree.map(lambda leaf: leaf / jnp.where(weight > 0, weight, 1).astype(leaf.dtype), total)
+        V = fc.sums.cast_like(V, state.params)
 
-        program = ClientProgram(client_init, client_step, client_final)
-        miners = clients.run(program, (state.params, mean), (), cohort.only(cohort.mask & ~anchor), key)
-        params = move(state.params, server_lr, miners.aggregate)
+        program = fc.ClientProgram(client_init, client_step, client_final)
+        miners = clients.run(program, (state.params, V), (), cohort.only(cohort.mask & ~anchor), key)
+        params = fc.add_scaled(state.params, server_lr, miners.aggregate)
 
-        change = optax.tree.sub(sums.widen(v), old.gradient)
-        total = optax.tree.add(total, cohort_sum(weights * (anchor & old.known), change))
-        bullseyes = scatter(state.bullseyes, asked, Bullseye(v, asked.mask))
+        change = optax.tree.sub(fc.sums.widen(v), old.gradient)
+        total = optax.tree.add(total, fc.sums.weighted(weights * (anchor & old.known), change))
+        anchors = fc.scatter(state.anchors, asked, Anchor(v, asked.mask))
         # An anchor gets x and sends v_i; a miner gets x and V and sends y_i - x, and v_i if it is new.
         uploads = anchor + (cohort.mask & ~anchor) * (1 + new)
         downloads = anchor + (cohort.mask & ~anchor) * 2
         results = miners._replace(
             weights=weights,
-            loss=jnp.where(anchor, anchors.loss, miners.loss),
-            uploaded=mean_over_participants(uploads, cohort) * num_scalars(state.params),
-            downloaded=mean_over_participants(downloads, cohort) * num_scalars(state.params),
+            loss=jnp.where(anchor, full.loss, miners.loss),
+            uploaded=fc.mean_over_participants(uploads, cohort) * fc.num_scalars(state.params),
+            downloaded=fc.mean_over_participants(downloads, cohort) * fc.num_scalars(state.params),
         )
         counts = FedAMDMetrics(jnp.sum(anchor, dtype=jnp.int32), jnp.sum(new, dtype=jnp.int32))
-        metrics = round_metrics(results, cohort, state.params, params, counts)
-        return FedAMDState(params, bullseyes, total, weight, state.round + 1), metrics
+        return FedAMDState(params, anchors, total, weight), results, counts
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
-def draw_anchors(key: Key, cohort: Cohort, probability: Any) -> Array:
+def draw_anchors(key: fc.Key, cohort: fc.Cohort, probability: Any) -> fc.Array:
     """bool[C]: each participant is an anchor with the given probability, by a coin of its own."""
     coins = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (), jnp.float32))(
         jnp.maximum(cohort.ids, 0)

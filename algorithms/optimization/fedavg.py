@@ -1,94 +1,17 @@
 """FedAvg, local SGD and FedSGD."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Unpack
 
-import jax.numpy as jnp
-import optax
-
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    descend,
-    full_gradient_program,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    value_and_grad,
-)
-
-
-class FedAvgState(NamedTuple):
-    """Global model x and the number of rounds done."""
-
-    params: Params
-    round: Array
-
-
-Gradient = Callable[[Params, Params, Batch], tuple[Array, Params]]
-"""`(x, y, batch) -> (loss, direction)`: what local model y descends along when the global model is x."""
-
-
-def plain_gradient(loss_fn: LossFn) -> Gradient:
-    """The gradient of the batch's mean loss at y."""
-    gradient = value_and_grad(loss_fn)
-    return lambda x, y, batch: gradient(y, batch)
-
-
-def displacement_program(gradient: Gradient, optimizer: optax.GradientTransformation) -> ClientProgram:
-    """Local training from the global model x along `gradient`; uploads the displacement delta_i = y_i - x."""
-
-    def client_init(x: Params, client_input: Any, key: Key) -> Any:
-        return x, optimizer.init(x)
-
-    def client_step(x: Params, carry: Any, batch: Batch) -> Any:
-        y, opt_state = carry
-        loss, g = gradient(x, y, batch)
-        return descend(optimizer, y, opt_state, g), loss
-
-    def client_final(x: Params, carry: Any) -> Any:
-        y, _ = carry
-        return optax.tree.sub(y, x), ()
-
-    return ClientProgram(client_init, client_step, client_final)
-
-
-def averaging(
-    gradient: Gradient, client_optimizer: ClientOptimizer, *, server_lr: Scalar, **local: Unpack[LocalOptions]
-) -> Algorithm:
-    """FedAvg along any local direction: x <- x + server_lr sum_S w_i (y_i - x)."""
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-
-    def init(params: Params) -> FedAvgState:
-        return FedAvgState(params, jnp.int32(0))
-
-    def round(state: FedAvgState, cohort: Cohort, key: Key) -> tuple[FedAvgState, Metrics]:
-        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
-        results = clients.run(program, state.params, (), cohort, key)
-        params = move(state.params, server_lr, results.aggregate)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedAvgState(params, state.round + 1), metrics
-
-    return global_algorithm(init, round)
+import fedjax_core as fc
 
 
 def fedavg(
-    loss_fn: LossFn, client_optimizer: ClientOptimizer, *, server_lr: Scalar = 1.0, **local: Unpack[LocalOptions]
-) -> Algorithm:
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
+    *,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAvg: local training on every participant, then the average of the results.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -109,10 +32,21 @@ def fedavg(
     Paper: McMahan, Moore, Ramage, Hampson, Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from
     Decentralized Data", 2017, algorithm 1.
     """
-    return averaging(plain_gradient(loss_fn), client_optimizer, server_lr=server_lr, **local)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
+
+    def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        results = clients.run(program, state.params, (), cohort, key)
+        return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
+
+    return fc.federated(fc.ModelState, update)
 
 
-def local_sgd(loss_fn: LossFn, client_optimizer: ClientOptimizer, **local: Unpack[LocalOptions]) -> Algorithm:
+def local_sgd(
+    loss_fn: fc.LossFn, client_optimizer: fc.ClientOptimizer, **local: Unpack[fc.LocalOptions]
+) -> fc.Algorithm:
     """Local SGD: FedAvg without a server step size; give it `samplers.full`, so that everyone takes part.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -132,8 +66,12 @@ def local_sgd(loss_fn: LossFn, client_optimizer: ClientOptimizer, **local: Unpac
 
 
 def fedsgd(
-    loss_fn: LossFn, client_optimizer: ClientOptimizer, *, server_lr: Scalar = 1.0, **local: Unpack[LocalOptions]
-) -> Algorithm:
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
+    *,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedSGD: one step per round on the full gradient of every participant (FedAvg with K = 1 and full batches).
 
     Client:  y_i = x - lr grad f_i(x), the gradient taken over all its examples.
@@ -154,28 +92,23 @@ def fedsgd(
     Paper: McMahan, Moore, Ramage, Hampson, Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from
     Decentralized Data", 2017, section 2.
     """
-    checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.scalar("server_lr", server_lr, low=0)
     for name in ("num_epochs", "num_steps", "order"):
         if name in local:
             raise ValueError(
                 f"{name}={local[name]!r} means nothing to fedsgd, which takes one full-gradient step: leave it out"
             )
-    clients = local_training(**local, order="sequential")
-    whole = full_gradient_program(loss_fn)
+    clients = fc.local_training(**local).full_pass()
+    whole = fc.full_gradient_program(loss_fn)
 
-    def init(params: Params) -> FedAvgState:
-        return FedAvgState(params, jnp.int32(0))
+    def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
 
-    def round(state: FedAvgState, cohort: Cohort, key: Key) -> tuple[FedAvgState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
-
-        def client_final(x: Params, carry: Any) -> Any:
+        def displacement(x, carry):
             g, _ = whole.final(x, carry)
             return optimizer.update(g, optimizer.init(x), x)[0], ()
 
-        results = clients.run(whole._replace(final=client_final), state.params, (), cohort, key)
-        params = move(state.params, server_lr, results.aggregate)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedAvgState(params, state.round + 1), metrics
+        results = clients.run(whole._replace(final=displacement), state.params, (), cohort, key)
+        return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
-    return global_algorithm(init, round)
+    return fc.federated(fc.ModelState, update)

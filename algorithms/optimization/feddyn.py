@@ -1,58 +1,31 @@
 """FedDyn."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    client_weights,
-    descend,
-    gather,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
 
 
 class FedDynState(NamedTuple):
-    """Global model x, every client's shift H_i, the mean of the H_i over all clients, and the number of rounds done."""
+    """Global model x, the mean H of the H_i over all clients, every client's shift H_i, and the rounds done."""
 
-    params: Params
-    shift: Params
-    client_shifts: ClientTable
-    round: Array
+    params: fc.Params
+    shift: fc.Params
+    client_shifts: fc.ClientTable
+    round: fc.Counter = 0
 
 
 def feddyn(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    alpha: Scalar = 0.1,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    alpha: fc.Scalar = 0.1,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedDyn: a linear term per client aligns local with global stationary points.
 
     Client, from y = x:  y <- y - lr (g_i(y) + alpha_i (y - x + H_i)), K times;  H_i <- H_i + y_i - x.
@@ -77,49 +50,36 @@ def feddyn(
     Paper: Acar, Zhao, Matas Navarro, Mattina, Whatmough, Saligrama, "Federated Learning Based on Dynamic
     Regularization", 2021, algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("alpha", alpha, low=0, low_open=True)
-    clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("alpha", alpha, low=0, low_open=True)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedDynState:
+    def init(params: fc.Params) -> FedDynState:
         # In float32 at least: displacements of a bfloat16 model are soon lost in the rounding of their sum over rounds.
-        zeros = sums.wide_zeros(params)
-        return FedDynState(params, zeros, client_table(num_clients, zeros), jnp.int32(0))
+        zeros = fc.sums.wide_zeros(params)
+        return FedDynState(params, zeros, fc.client_table(num_clients, zeros))
 
-    def round(state: FedDynState, cohort: Cohort, key: Key) -> tuple[FedDynState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
-        relative = client_weights(clients.weights, cohort)  # N p_i
+    def direction(y, batch, x, own):
+        H_i, alpha_i = own
+        loss, g = gradient(y, batch)
+        pulled = lambda g, y, x, h: (g + alpha_i.astype(g.dtype) * (y - x + h)).astype(g.dtype)  # noqa: E731
+        return loss, jax.tree.map(pulled, g, y, x, H_i)
 
-        def client_init(x: Params, client_input: Any, key: Key) -> Any:
-            shift, alpha_i = client_input
-            return x, optimizer.init(x), shift, alpha_i
+    def upload(done, x):
+        H_i, _ = done.own
+        delta = optax.tree.sub(done.params, x)
+        return delta, optax.tree.add(H_i, delta)
 
-        def client_step(x: Params, carry: Any, batch: Batch) -> Any:
-            y, opt_state, shift, alpha_i = carry
-            loss, g = gradient(y, batch)
-            g = jax.tree.map(
-                lambda g, y, x, h: (g + alpha_i.astype(g.dtype) * (y - x + h)).astype(g.dtype), g, y, x, shift
-            )
-            y, opt_state = descend(optimizer, y, opt_state, g)
-            return (y, opt_state, shift, alpha_i), loss
-
-        def client_final(x: Params, carry: Any) -> Any:
-            y, _, shift, _ = carry
-            displacement = optax.tree.sub(y, x)
-            return displacement, optax.tree.add(shift, displacement)
-
+    def update(state: FedDynState, cohort: fc.Cohort, key: fc.Key):
+        relative = fc.client_weights(clients.weights, cohort)  # N p_i
         alphas = alpha / jnp.where(relative > 0, relative, 1)
-        inputs = (gather(state.client_shifts, cohort), alphas)
-        program = ClientProgram(client_init, client_step, client_final)
-        plain = clients._replace(weights="uniform")
-        results = plain.run(program, state.params, inputs, cohort, key)
-        share = jnp.sum(results.weights) / num_clients
-        shift = move(state.shift, share, results.aggregate)
-        moved = jax.tree.map(lambda x, d, h: (x + d + h).astype(x.dtype), state.params, results.aggregate, shift)
-        params = optax.tree.where(cohort.num_participants > 0, moved, state.params)
-        client_shifts = scatter(state.client_shifts, cohort, results.outputs)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedDynState(params, shift, client_shifts, state.round + 1), metrics
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, upload=upload)
+        own = fc.gather(state.client_shifts, cohort), alphas
+        results = clients._replace(weights="uniform").run(program, state.params, own, cohort, key)
+        shift = fc.add_scaled(state.shift, jnp.sum(results.weights) / num_clients, results.aggregate)
+        params = jax.tree.map(lambda x, d, h: (x + d + h).astype(x.dtype), state.params, results.aggregate, shift)
+        shifts = fc.scatter(state.client_shifts, cohort, results.outputs)
+        return FedDynState(params, shift, shifts), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

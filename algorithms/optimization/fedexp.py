@@ -6,51 +6,30 @@ from typing import NamedTuple, Unpack
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import displacement_program, plain_gradient
-from fedjax_core import (
-    Algorithm,
-    Array,
-    ClientOptimizer,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    global_algorithm,
-    local_training,
-    mapped,
-    move,
-    optimizer_at,
-    round_metrics,
-    sums,
-    weighted_mean,
-)
+import fedjax_core as fc
 
 
 class FedExPState(NamedTuple):
     """Global model x, the one before it, and the number of rounds done."""
 
-    params: Params
-    previous: Params
-    round: Array
+    params: fc.Params
+    previous: fc.Params
+    round: fc.Counter = 0
 
 
 class FedExPMetrics(NamedTuple):
     """The server step size of the round."""
 
-    server_lr: Array
+    server_lr: fc.Array
 
 
 def fedexp(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    eps: Scalar | Callable[[Array], Scalar] = 1e-3,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    eps: fc.Scalar | Callable[[fc.Counter], fc.Scalar] = 1e-3,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedExP: the server extrapolates further the more the clients disagree.
 
     Client, from y = x:  y <- y - lr g_i(y), K times;  delta_i = y_i - x.
@@ -74,28 +53,27 @@ def fedexp(
     Paper: Jhunjhunwala, Wang, Joshi, "FedExP: Speeding Up Federated Averaging via Extrapolation", 2023, algorithm 1.
     """
     if not callable(eps):
-        checks.scalar("eps", eps, low=0)
-    clients = local_training(**local)
+        fc.checks.scalar("eps", eps, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
+    # The server takes the norm of each upload as it comes; nothing more is sent.
+    with_norms = fc.mapped(lambda delta: (delta, fc.sums.norm(delta, squared=True)), fc.weighted_mean())
 
-    def init(params: Params) -> FedExPState:
-        return FedExPState(params, params, jnp.int32(0))
+    def init(params: fc.Params) -> FedExPState:
+        return FedExPState(params, params)
 
-    def round(state: FedExPState, cohort: Cohort, key: Key) -> tuple[FedExPState, Metrics]:
-        program = displacement_program(plain_gradient(loss_fn), optimizer_at(client_optimizer, state.round))
-        # The server takes the norm of each upload as it comes; nothing more is sent.
-        aggregator = mapped(lambda delta: (delta, sums.norm(delta, squared=True)), weighted_mean())
-        results = clients.run(program, state.params, (), cohort, key, aggregator=aggregator)
+    def update(state: FedExPState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        results = clients.run(program, state.params, (), cohort, key, aggregator=with_norms)
         mean, mean_square = results.aggregate
         guard = eps(state.round) if callable(eps) else eps
-        denominator = 2 * (sums.norm(mean, squared=True) + guard)
+        denominator = 2 * (fc.sums.norm(mean, squared=True) + guard)
         ratio = mean_square / jnp.where(denominator > 0, denominator, 1)
         step = jnp.maximum(1, jnp.where(denominator > 0, ratio, 0))
-        params = move(state.params, step, mean)
-        previous = optax.tree.where(cohort.num_participants > 0, state.params, state.previous)
-        metrics = round_metrics(results, cohort, state.params, params, FedExPMetrics(step))
-        return FedExPState(params, previous, state.round + 1), metrics
+        state = FedExPState(fc.add_scaled(state.params, step, mean), previous=state.params)
+        return state, results, FedExPMetrics(step)
 
-    def params(state: FedExPState) -> Params:
+    def params(state: FedExPState) -> fc.Params:
         return optax.tree.scale(0.5, optax.tree.add(state.params, state.previous))
 
-    return global_algorithm(init, round, params)
+    return fc.federated(init, update, params)

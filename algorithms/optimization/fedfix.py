@@ -2,57 +2,27 @@
 
 from typing import Any, NamedTuple, Unpack
 
-import jax
-import jax.numpy as jnp
-
-from algorithms.optimization.fedau import check_probabilities, inverse_probabilities
-from algorithms.optimization.fedavg import Gradient, displacement_program, plain_gradient
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    gather,
-    global_algorithm,
-    global_client_params,
-    local_training,
-    move,
-    num_scalars,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    weighted_sum,
-)
+import fedjax_core as fc
+from algorithms.parts import participation, stale
 
 
 class FedFixState(NamedTuple):
     """Global model x, the model x_i that each client has received last, and the number of the server's steps."""
 
-    params: Params
-    starts: ClientTable
-    round: Array
+    params: fc.Params
+    starts: fc.ClientTable
+    round: fc.Counter = 0
 
 
 def fedfix(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
     probabilities: Any = "uniform",
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedFix: clients deliver when done and go on from the model of that moment; also asynchronous FedAvg and FedBuff.
 
     Client, from y = x_i:  y <- y - lr g_i(y), K times;  x_i is the model that it received when it delivered last.
@@ -83,48 +53,21 @@ def fedfix(
     Paper: Fraboni, Vidal, Kameni, Lorenzi, "A General Theory for Federated Optimization with Asynchronous and
     Heterogeneous Clients Updates", 2023.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    check_probabilities(probabilities, num_clients)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    gradient = plain_gradient(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    participation.check_probabilities(probabilities, num_clients)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedFixState:
-        return FedFixState(params, client_table(num_clients, params), jnp.int32(0))
+    def init(params: fc.Params) -> FedFixState:
+        return FedFixState(params, fc.client_table(num_clients, params))
 
-    def round(state: FedFixState, cohort: Cohort, key: Key) -> tuple[FedFixState, Metrics]:
-        program = stale_program(gradient, client_optimizer, state.round)
-        inputs = gather(state.starts, cohort), inverse_probabilities(probabilities, cohort)
-        results = clients.run(program, (), inputs, cohort, key, aggregator=weighted_sum())
-        params = move(state.params, server_lr / num_clients, results.aggregate)
-        starts = scatter(state.starts, cohort, global_client_params(params, cohort.ids))
-        metrics = stale_metrics(round_metrics(results, cohort, state.params, params), params)
-        return FedFixState(params, starts, state.round + 1), metrics
+    def update(state: FedFixState, cohort: fc.Cohort, key: fc.Key):
+        program = stale.descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        inverse = participation.inverse_probabilities(probabilities, cohort)
+        own = fc.gather(state.starts, cohort), inverse
+        results = clients.run(program, (), own, cohort, key, aggregator=fc.weighted_sum())
+        params = fc.add_scaled(state.params, server_lr / num_clients, results.aggregate)
+        return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(results, params)
 
-    return global_algorithm(init, round)
-
-
-def stale_program(gradient: Gradient, client_optimizer: ClientOptimizer, round: Array) -> ClientProgram:
-    """Local training from the client's own x_i; its input is x_i and a factor w_i: it uploads w_i (y_i - x_i)."""
-    plain = displacement_program(gradient, optimizer_at(client_optimizer, round))
-
-    def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-        start, w = client_input
-        return plain.init(start, (), key), start, w
-
-    def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-        carry, start, w = carry
-        carry, loss = plain.step(start, carry, batch)
-        return (carry, start, w), loss
-
-    def client_final(shared: Any, carry: Any) -> Any:
-        carry, start, w = carry
-        displacement, _ = plain.final(start, carry)
-        return jax.tree.map(lambda d: w.astype(d.dtype) * d, displacement), ()
-
-    return ClientProgram(client_init, client_step, client_final)
-
-
-def stale_metrics(metrics: Metrics, params: Params) -> Metrics:
-    """Counts the new model as downloaded, which those who have delivered receive after the step."""
-    return metrics._replace(downloaded=jnp.int32(num_scalars(params)))
+    return fc.federated(init, update)

@@ -2,20 +2,24 @@
 
 from typing import Unpack
 
-from algorithms.optimization.fedsam import sam_gradient
-from algorithms.optimization.scaffold import controlled_averaging
-from fedjax_core import Algorithm, ClientOptimizer, LocalOptions, LossFn, Scalar
+import jax
+import jax.numpy as jnp
+import optax
+
+import fedjax_core as fc
+from algorithms.optimization.scaffold import ScaffoldState
+from algorithms.parts.sharpness import sam_gradient
 
 
 def fedgamma(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    rho: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    rho: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedGAMMA: sharpness-aware local steps whose drift is cancelled by control variates.
 
     Client, from y = x:  g = g_i(y);  q = g_i(y + rho g / ||g||), both on one batch;
@@ -40,6 +44,33 @@ def fedgamma(
     Paper: Dai, Yang, Sun, Liu, Shen, Tao, "FedGAMMA: Federated Learning with Global Sharpness-Aware Minimization",
     2023, algorithm 1.
     """
-    return controlled_averaging(
-        sam_gradient(loss_fn, rho), client_optimizer, num_clients=num_clients, server_lr=server_lr, **local
-    )
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = sam_gradient(loss_fn, rho)
+
+    def init(params: fc.Params) -> ScaffoldState:
+        controls = fc.client_table(num_clients, optax.tree.zeros_like(params))
+        return ScaffoldState(params, fc.sums.wide_zeros(params), controls)
+
+    def direction(y, batch, shared, c_i):
+        _, c = shared
+        loss, g = gradient(y, batch)
+        return loss, jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i), g
+
+    def upload(done, shared):
+        (x, _), c_i, c_i_new = shared, done.own, done.mean
+        return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
+
+    def update(state: ScaffoldState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
+        program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=upload, with_mean=True)
+        shared = state.params, fc.sums.cast_like(state.control, state.params)
+        results = clients.run(program, shared, fc.gather(state.client_controls, cohort), cohort, key)
+        delta, change = results.aggregate
+        params = fc.add_scaled(state.params, server_lr, delta)
+        # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
+        control = fc.add_scaled(state.control, jnp.sum(results.weights) / num_clients, change)
+        return ScaffoldState(params, control, fc.scatter(state.client_controls, cohort, results.outputs)), results
+
+    return fc.federated(init, update)

@@ -7,48 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import FedAvgState, displacement_program
-from algorithms.optimization.fedstale import cohort_sum
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    Cohort,
-    Examples,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    batch_loss,
-    checks,
-    global_algorithm,
-    linalg,
-    local_training,
-    masks,
-    move,
-    optimizer_at,
-    round_metrics,
-    stacked,
-    sums,
-)
+import fedjax_core as fc
 
 
 def fedld(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    logits: Callable[[Params, Examples, Key], Array],
-    lam: Scalar = 0.1,
-    kept: Scalar = 0.8,
+    logits: Callable[[fc.Params, fc.Examples, fc.Key], fc.Array],
+    lam: fc.Scalar = 0.1,
+    kept: fc.Scalar = 0.8,
     penalty: str = "example",
     penalized: str = "probabilities",
     aggregation: str = "principal",
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedLD: a penalty on confidence in local training, and updates rebuilt from the directions that clients share.
 
     Client, from y = x:  q_b = softmax(logits of example b under y);
@@ -93,17 +67,17 @@ def fedld(
     Paper: Zeng, Guo, Wang, Wang, Zhou, Qu, "Tackling Data Heterogeneity in Federated Learning via Loss Decomposition",
     2024.
     """
-    checks.scalar("lam", lam, low=0)
-    checks.scalar("kept", kept, low=0, high=1, low_open=True)
-    checks.one_of("penalty", penalty, ("example", "batch"))
-    checks.one_of("penalized", penalized, ("probabilities", "logits"))
-    checks.one_of("aggregation", aggregation, ("principal", "mean"))
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
+    fc.checks.scalar("lam", lam, low=0)
+    fc.checks.scalar("kept", kept, low=0, high=1, low_open=True)
+    fc.checks.one_of("penalty", penalty, ("example", "batch"))
+    fc.checks.one_of("penalized", penalized, ("probabilities", "logits"))
+    fc.checks.one_of("aggregation", aggregation, ("principal", "mean"))
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
 
-    def confidence(y: Params, batch: Batch) -> Array:
+    def confidence(y: fc.Params, batch: fc.Batch) -> fc.Array:
         """The penalty of a batch, float[]."""
-        q = masks.call(logits, y, batch.examples, batch.key, mask=batch.mask)
+        q = fc.masks.call(logits, y, batch.examples, batch.key, mask=batch.mask)
         size = batch.mask.shape[0]
         if jnp.ndim(q) != 2 or q.shape[0] != size:
             raise ValueError(
@@ -112,35 +86,30 @@ def fedld(
             )
         square = jnp.sum(jnp.square(jax.nn.softmax(q) if penalized == "probabilities" else q), axis=1)
         if penalty == "batch":
-            return jnp.log1p(jnp.sum(sums.widen(jnp.where(batch.mask, square, 0)))).astype(square.dtype)
-        return batch_loss(lambda *_: jnp.log1p(square), y, batch)
+            return jnp.log1p(jnp.sum(fc.sums.widen(jnp.where(batch.mask, square, 0)))).astype(square.dtype)
+        return fc.batch_loss(lambda *_: jnp.log1p(square), y, batch)
 
-    def objective(y: Params, batch: Batch) -> Array:
-        return batch_loss(loss_fn, y, batch) + lam * confidence(y, batch)
+    def objective(y: fc.Params, batch: fc.Batch) -> fc.Array:
+        return fc.batch_loss(loss_fn, y, batch) + lam * confidence(y, batch)
 
-    def gradient(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
+    def direction(y, batch, x, _):
         return jax.value_and_grad(objective)(y, batch)
 
-    def init(params: Params) -> FedAvgState:
-        return FedAvgState(params, jnp.int32(0))
-
-    def round(state: FedAvgState, cohort: Cohort, key: Key) -> tuple[FedAvgState, Metrics]:
-        def rebuilt(updates: Params, weights: Array) -> Params:
+    def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
+        def rebuilt(updates: fc.Params, weights: fc.Array) -> fc.Params:
             total = jnp.sum(weights)
-            plain = cohort_sum(weights / jnp.where(total > 0, total, 1), updates)
+            plain = fc.sums.weighted(weights / jnp.where(total > 0, total, 1), updates)
             return optax.tree.where(state.round == 0, plain, principal_mean(updates, weights, kept))
 
-        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
-        aggregator = stacked(rebuilt) if aggregation == "principal" else None
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
+        aggregator = fc.stacked(rebuilt) if aggregation == "principal" else None
         results = clients.run(program, state.params, (), cohort, key, aggregator=aggregator)
-        params = move(state.params, server_lr, results.aggregate)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedAvgState(params, state.round + 1), metrics
+        return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
-    return global_algorithm(init, round)
+    return fc.federated(fc.ModelState, update)
 
 
-def principal_mean(updates: Params, weights: Array, kept: Scalar) -> Params:
+def principal_mean(updates: fc.Params, weights: fc.Array, kept: fc.Scalar) -> fc.Params:
     """The mean of updates rebuilt from their principal directions, every leaf by itself: the server's rule of `fedld`.
 
     All directions are combinations of the updates, so that only their C x C products are needed: the result is
@@ -165,8 +134,8 @@ def principal_mean(updates: Params, weights: Array, kept: Scalar) -> Params:
     k = jnp.maximum(jnp.floor(kept * jnp.sum(p > 0) + 1e-4), 1)  # 0.7 * 10 is 7 whatever the precision
     rounding = 4 * p.shape[0] * jnp.finfo(dtype).eps
 
-    def coefficients(gram: Array) -> Array:
-        s, e = linalg.eigh(root[:, None] * root * gram)
+    def coefficients(gram: fc.Array) -> fc.Array:
+        s, e = fc.linalg.eigh(root[:, None] * root * gram)
         norm = jnp.sqrt(jnp.diagonal(gram))
         s, e = s[::-1], e[:, ::-1]  # the largest first
         principal = (jnp.arange(s.shape[0]) < k) & (s > rounding * s[0])

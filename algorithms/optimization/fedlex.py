@@ -7,39 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedstale import cohort_sum
-from fedjax_core import (
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LocalTraining,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checked_round,
-    checks,
-    client_table,
-    gather,
-    global_algorithm,
-    local_training,
-    local_work,
-    mapped,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    shuffle,
-    stacked,
-    sums,
-    value_and_grad,
-    weighted_sum,
-)
+import fedjax_core as fc
 
 
 class Maps(NamedTuple):
@@ -51,57 +19,57 @@ class Maps(NamedTuple):
       clients: every client's `Map`; without rows unless they are kept.
     """
 
-    mean: Params
-    explorers: Array
-    clients: ClientTable
+    mean: fc.Params
+    explorers: fc.Array
+    clients: fc.ClientTable
 
 
 class Map(NamedTuple):
     """A client's squared deviations D_i, and whether it has explored, bool[]."""
 
-    deviation: Params
-    known: Array
+    deviation: fc.Params
+    known: fc.Array
 
 
 class FedLExState(NamedTuple):
     """Global model x, the server's velocity v, the explorers' maps, and the number of rounds done."""
 
-    params: Params
-    velocity: Params
+    params: fc.Params
+    velocity: fc.Params
     maps: Maps
-    round: Array
+    round: fc.Counter = 0
 
 
 class FedLExMetrics(NamedTuple):
     """Mean of the guidance G over all parameters, float[], and number of clients that have explored, int32[]."""
 
-    guidance: Array
-    explorers: Array
+    guidance: fc.Array
+    explorers: fc.Array
 
 
 class FedLEx(NamedTuple):
     """An `Algorithm`, and `explore(state, cohort, key) -> state`, to be called once, before the first round."""
 
-    init: Callable[[Params], Any]
-    round: Callable[[Any, Any, Key], tuple[Any, Metrics]]
-    params: Callable[[Any], Params]
-    client_params: Callable[[Any, Array], Params]
-    explore: Callable[[Any, Any, Key], Any]
+    init: Callable[[fc.Params], Any]
+    round: Callable[[Any, Any, fc.Key], tuple[Any, fc.Metrics]]
+    params: Callable[[Any], fc.Params]
+    client_params: Callable[[Any, fc.Array], fc.Params]
+    explore: Callable[[Any, Any, fc.Key], Any]
 
 
 def fedlex(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     mode: str = "step",
     explore_epochs: int = 150,
     patience: int = 40,
-    explorers: Scalar = 1.0,
+    explorers: fc.Scalar = 1.0,
     scaled: str = "clients",
     num_maps: int = 0,
-    momentum: Scalar = 0.9,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
+    momentum: fc.Scalar = 0.9,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
 ) -> FedLEx:
     """FedLEx: parameters move in training as far as they have moved in an exploration of the clients' losses.
 
@@ -147,10 +115,10 @@ def fedlex(
 
     Paper: Interno, Olhofer, Jin, Hammer, "Federated Loss Exploration for Improved Convergence on Non-IID Data", 2024.
     """
-    checks.one_of("mode", mode, ("step", "gradient", "final_delta"))
-    checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
+    fc.checks.one_of("mode", mode, ("step", "gradient", "final_delta"))
+    fc.checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
     exploration = loss_exploration(
         loss_fn,
         client_optimizer,
@@ -161,26 +129,21 @@ def fedlex(
         scaled=scaled,
         num_maps=num_maps,
     )
-    gradient = value_and_grad(loss_fn)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedLExState:
-        return FedLExState(params, sums.wide_zeros(params), exploration.init(params), jnp.int32(0))
+    def init(params: fc.Params) -> FedLExState:
+        return FedLExState(params, fc.sums.wide_zeros(params), exploration.init(params))
 
-    def explore(state: FedLExState, cohort: Cohort, key: Key) -> FedLExState:
+    def explore(state: FedLExState, cohort: fc.Cohort, key: fc.Key) -> FedLExState:
         maps = exploration.explore(state.maps, state.params, cohort, key)
         return state._replace(maps=maps._replace(mean=state.maps.mean) if num_maps else maps)
 
-    def round(state: FedLExState, cohort: Cohort, key: Key) -> tuple[FedLExState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
-        guidance = sums.cast_like(exploration.guidance(state.maps), state.params)
+    def update(state: FedLExState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
+        G = fc.sums.cast_like(exploration.guidance(state.maps), state.params)
 
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, _ = shared
-            return x, optimizer.init(x)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            _, G = shared
-            y, opt_state = carry
+        def client_step(shared, now, batch):
+            (_, G), (y, opt_state) = shared, now
             loss, g = gradient(y, batch)
             if mode == "gradient":
                 g = optax.tree.mul(G, g)
@@ -189,33 +152,27 @@ def fedlex(
                 u = optax.tree.mul(G, u)
             return (optax.apply_updates(y, u), opt_state), loss
 
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _ = shared
-            y, _ = carry
-            return optax.tree.sub(y, x), ()
-
-        program = ClientProgram(client_init, client_step, client_final)
-        shared = (state.params, () if mode == "final_delta" else guidance)
-        results = clients.run(program, shared, (), cohort, key)
-        update = optax.tree.mul(guidance, results.aggregate) if mode == "final_delta" else results.aggregate
-        params, velocity = momentum_step(state.params, state.velocity, update, momentum, server_lr, cohort)
-        extra = FedLExMetrics(_mean(guidance), state.maps.explorers)
-        metrics = round_metrics(results, cohort, state.params, params, extra)
+        program = fc.ClientProgram(
+            init=lambda shared, own, key: (shared[0], optimizer.init(shared[0])),
+            step=client_step,
+            final=lambda shared, done: (optax.tree.sub(done[0], shared[0]), ()),
+        )
+        results = clients.run(program, (state.params, () if mode == "final_delta" else G), (), cohort, key)
+        delta = optax.tree.mul(G, results.aggregate) if mode == "final_delta" else results.aggregate
+        params, velocity = momentum_step(state.params, state.velocity, delta, momentum, server_lr)
         maps = exploration.of_participants(state.maps, cohort)
-        return FedLExState(params, velocity, maps, state.round + 1), metrics
+        extra = FedLExMetrics(_mean(G), state.maps.explorers)
+        return FedLExState(params, velocity, maps), results, extra
 
-    return FedLEx(*global_algorithm(init, round), checked_round(explore))
+    return FedLEx(*fc.federated(init, update), fc.checked_round(explore))
 
 
 def momentum_step(
-    params: Params, velocity: Params, update: Params, momentum: Scalar, server_lr: Scalar, cohort: Cohort
-) -> tuple[Params, Params]:
-    """v <- momentum v + (1 - momentum) update;  x <- x + server_lr v.
-
-    Returns (x, v), as they were if nobody took part.
-    """
+    params: fc.Params, velocity: fc.Params, update: fc.Params, momentum: fc.Scalar, server_lr: fc.Scalar
+) -> tuple[fc.Params, fc.Params]:
+    """v <- momentum v + (1 - momentum) update;  x <- x + server_lr v. Returns (x, v)."""
     v = jax.tree.map(lambda v, u: (momentum * v + (1 - momentum) * u).astype(v.dtype), velocity, update)
-    return optax.tree.where(cohort.num_participants > 0, (move(params, server_lr, v), v), (params, velocity))
+    return fc.add_scaled(params, server_lr, v), v
 
 
 class Exploration(NamedTuple):
@@ -229,46 +186,46 @@ class Exploration(NamedTuple):
         client's map is kept and there are some; otherwise as they were.
     """
 
-    init: Callable[[Params], Maps]
-    explore: Callable[[Maps, Params, Cohort, Key], Maps]
-    guidance: Callable[[Maps], Params]
-    of_participants: Callable[[Maps, Cohort], Maps]
+    init: Callable[[fc.Params], Maps]
+    explore: Callable[[Maps, fc.Params, fc.Cohort, fc.Key], Maps]
+    guidance: Callable[[Maps], fc.Params]
+    of_participants: Callable[[Maps, fc.Cohort], Maps]
 
 
 def loss_exploration(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
-    clients: LocalTraining,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
+    clients: fc.LocalTraining,
     *,
     explore_epochs: int,
     patience: int,
-    explorers: Scalar,
+    explorers: fc.Scalar,
     scaled: str,
     num_maps: int,
 ) -> Exploration:
     """The exploration of `fedlex` and `autoflip`; arguments as there. Explorers count alike, whatever their weights."""
-    checks.positive_int("explore_epochs", explore_epochs, "an exploration takes at least one epoch")
-    checks.positive_int("patience", patience, "a client waits at least one epoch for its loss to fall")
-    checks.scalar("explorers", explorers, low=0, high=1)
-    checks.one_of("scaled", scaled, ("clients", "mean"))
+    fc.checks.positive_int("explore_epochs", explore_epochs, "an exploration takes at least one epoch")
+    fc.checks.positive_int("patience", patience, "a client waits at least one epoch for its loss to fall")
+    fc.checks.scalar("explorers", explorers, low=0, high=1)
+    fc.checks.one_of("scaled", scaled, ("clients", "mean"))
     if num_maps != 0:
-        checks.positive_int("num_maps", num_maps, "the size of the population, or 0 to keep no maps")
-    work = local_work(clients.work.batch_size, num_epochs=explore_epochs, order=clients.work.order)
+        fc.checks.positive_int("num_maps", num_maps, "the size of the population, or 0 to keep no maps")
+    work = fc.local_work(clients.work.batch_size, num_epochs=explore_epochs, order=clients.work.order)
     exploring = clients._replace(work=work, weights="uniform")
-    gradient = value_and_grad(loss_fn)
+    gradient = fc.value_and_grad(loss_fn)
     of_client, of_mean = (to_unit, _unchanged) if scaled == "clients" else (_unchanged, to_unit)
 
-    def init(params: Params) -> Maps:
-        own = client_table(num_maps, Map(sums.wide_zeros(params), jnp.bool_(False)) if num_maps else ())
-        return Maps(sums.widen(optax.tree.ones_like(params)), jnp.int32(0), own)
+    def init(params: fc.Params) -> Maps:
+        own = fc.client_table(num_maps, Map(fc.sums.wide_zeros(params), jnp.bool_(False)) if num_maps else ())
+        return Maps(fc.sums.widen(optax.tree.ones_like(params)), jnp.int32(0), own)
 
-    def explore(maps: Maps, params: Params, cohort: Cohort, key: Key) -> Maps:
-        optimizer = optimizer_at(client_optimizer, jnp.int32(0))
+    def explore(maps: Maps, params: fc.Params, cohort: fc.Cohort, key: fc.Key) -> Maps:
+        optimizer = fc.optimizer_at(client_optimizer, jnp.int32(0))
 
-        def client_init(x: Params, steps_per_epoch: Array, key: Key) -> Any:
+        def client_init(x: fc.Params, steps_per_epoch: fc.Array, key: fc.Key) -> Any:
             return x, optimizer.init(x), _Watch.start(steps_per_epoch)
 
-        def client_step(x: Params, carry: Any, batch: Batch) -> Any:
+        def client_step(x: fc.Params, carry: Any, batch: fc.Batch) -> Any:
             def descend(carry: Any) -> Any:
                 y, opt_state, watch = carry
                 loss, g = gradient(y, batch)
@@ -279,36 +236,36 @@ def loss_exploration(
             carry = jax.lax.cond(carry[2].waited < patience, descend, lambda carry: carry, carry)
             return carry, jnp.zeros(())
 
-        def client_final(x: Params, carry: Any) -> Any:
+        def client_final(x: fc.Params, carry: Any) -> Any:
             # The square of a small move is 0 in float16.
-            return jax.tree.map(jnp.square, sums.widen(optax.tree.sub(x, carry[0]))), ()
+            return jax.tree.map(jnp.square, fc.sums.widen(optax.tree.sub(x, carry[0]))), ()
 
         draw_key, key = jax.random.split(key)
-        rank = shuffle.permute(shuffle.seed(draw_key), jnp.maximum(cohort.ids, 0), cohort.num_clients)
+        rank = fc.shuffle.permute(fc.shuffle.seed(draw_key), jnp.maximum(cohort.ids, 0), cohort.num_clients)
         chosen = cohort.only(cohort.mask & (rank < jnp.maximum(jnp.round(explorers * cohort.num_clients), 1)))
         steps_per_epoch = -(-chosen.sizes // work.batch_size)
-        program = ClientProgram(client_init, client_step, client_final)
-        aggregator = stacked() if num_maps else mapped(of_client, weighted_sum())
+        program = fc.ClientProgram(client_init, client_step, client_final)
+        aggregator = fc.stacked() if num_maps else fc.mapped(of_client, fc.weighted_sum())
         results = exploring.run(program, params, steps_per_epoch, chosen, key, aggregator=aggregator)
         count = chosen.num_participants
         total = results.aggregate
         if num_maps:
-            total = cohort_sum(chosen.mask.astype(jnp.result_type(float)), jax.vmap(of_client)(results.aggregate))
+            total = fc.sums.weighted(chosen.mask.astype(jnp.result_type(float)), jax.vmap(of_client)(results.aggregate))
         mean = jax.tree.map(lambda d: d / jnp.maximum(count, 1).astype(d.dtype), total)
-        own = scatter(maps.clients, chosen, Map(results.aggregate, chosen.mask)) if num_maps else maps.clients
+        own = fc.scatter(maps.clients, chosen, Map(results.aggregate, chosen.mask)) if num_maps else maps.clients
         return optax.tree.where(count > 0, Maps(mean, count, own), maps)
 
-    def guidance(maps: Maps) -> Params:
+    def guidance(maps: Maps) -> fc.Params:
         return of_mean(maps.mean)
 
-    def of_participants(maps: Maps, cohort: Cohort) -> Maps:
+    def of_participants(maps: Maps, cohort: fc.Cohort) -> Maps:
         if not num_maps:
             return maps
-        own = gather(maps.clients, cohort)
+        own = fc.gather(maps.clients, cohort)
         known = cohort.mask & own.known
         count = jnp.sum(known)
 
-        def mean(d: Array) -> Array:
+        def mean(d: fc.Array) -> fc.Array:
             return jnp.tensordot(known.astype(d.dtype), d, 1) / jnp.maximum(count, 1).astype(d.dtype)
 
         found = jax.tree.map(mean, jax.vmap(of_client)(own.deviation))
@@ -317,10 +274,10 @@ def loss_exploration(
     return Exploration(init, explore, guidance, of_participants)
 
 
-def to_unit(tree: Params) -> Params:
+def to_unit(tree: fc.Params) -> fc.Params:
     """Every leaf scaled to [0, 1] by its smallest and largest entry; ones where these are the same."""
 
-    def scale(leaf: Array) -> Array:
+    def scale(leaf: fc.Array) -> fc.Array:
         low, high = jnp.min(leaf), jnp.max(leaf)
         return jnp.where(high > low, (leaf - low) / jnp.where(high > low, high - low, 1), 1)
 
@@ -330,18 +287,18 @@ def to_unit(tree: Params) -> Params:
 class _Watch(NamedTuple):
     """How a client's training loss falls: the epoch so far, the best epoch, and epochs since."""
 
-    steps_per_epoch: Array
-    total: Array
-    seen: Array
-    best: Array
-    waited: Array
+    steps_per_epoch: fc.Array
+    total: fc.Array
+    seen: fc.Array
+    best: fc.Array
+    waited: fc.Array
 
     @classmethod
-    def start(cls, steps_per_epoch: Array) -> "_Watch":
+    def start(cls, steps_per_epoch: fc.Array) -> "_Watch":
         zero = jnp.zeros(())
         return cls(steps_per_epoch, zero, zero, jnp.full((), jnp.inf), jnp.int32(0))
 
-    def take(self, loss: Array, batch: Batch) -> "_Watch":
+    def take(self, loss: fc.Array, batch: fc.Batch) -> "_Watch":
         """One more batch, in which the client had this mean loss."""
         size = jnp.sum(batch.mask).astype(self.seen.dtype)
         total, seen = self.total + size * loss.astype(self.total.dtype), self.seen + size
@@ -355,10 +312,10 @@ class _Watch(NamedTuple):
         )
 
 
-def _mean(tree: Params) -> Array:
-    leaves: list[Array] = jax.tree.leaves(tree)
+def _mean(tree: fc.Params) -> fc.Array:
+    leaves: list[fc.Array] = jax.tree.leaves(tree)
     return sum((jnp.sum(leaf) for leaf in leaves), jnp.zeros(())) / sum(leaf.size for leaf in leaves)
 
 
-def _unchanged(tree: Params) -> Params:
+def _unchanged(tree: fc.Params) -> fc.Params:
     return tree

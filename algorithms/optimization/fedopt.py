@@ -6,42 +6,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import displacement_program, plain_gradient
-from fedjax_core import (
-    Algorithm,
-    Array,
-    ClientOptimizer,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    descend,
-    global_algorithm,
-    local_training,
-    optimizer_at,
-    round_metrics,
-    sums,
-)
+import fedjax_core as fc
 
 
 class FedOptState(NamedTuple):
     """Global model x, the server optimizer's state and the number of rounds done."""
 
-    params: Params
+    params: fc.Params
     opt_state: Any
-    round: Array
+    round: fc.Counter = 0
 
 
 def fedopt(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     server_optimizer: optax.GradientTransformation | None = None,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedOpt: the mean displacement of the clients as a gradient for any optax optimizer on the server.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -63,37 +44,34 @@ def fedopt(
     algorithm 1.
     """
     server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    checks.optimizer("server_optimizer", server)
-    clients = local_training(**local)
+    fc.checks.optimizer("server_optimizer", server)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedOptState:
-        return FedOptState(params, server.init(sums.widen(params)), jnp.int32(0))
+    def init(params: fc.Params) -> FedOptState:
+        return FedOptState(params, server.init(fc.sums.widen(params)))
 
-    def round(state: FedOptState, cohort: Cohort, key: Key) -> tuple[FedOptState, Metrics]:
-        program = displacement_program(plain_gradient(loss_fn), optimizer_at(client_optimizer, state.round))
+    def update(state: FedOptState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
         results = clients.run(program, state.params, (), cohort, key)
-        pseudo_gradient = optax.tree.scale(-1, sums.widen(results.aggregate))
         # In float32 at least: a mean with b2 = 0.99 in bfloat16 stops within 20 % of what it should be.
-        moved, opt_state = descend(server, sums.widen(state.params), state.opt_state, pseudo_gradient)
-        anybody = cohort.num_participants > 0
-        moved = sums.cast_like(moved, state.params)
-        params, opt_state = optax.tree.where(anybody, (moved, opt_state), (state.params, state.opt_state))
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedOptState(params, opt_state, state.round + 1), metrics
+        pseudo_gradient = optax.tree.scale(-1, fc.sums.widen(results.aggregate))
+        x, opt_state = fc.optimizer_step(server, fc.sums.widen(state.params), state.opt_state, pseudo_gradient)
+        return FedOptState(fc.sums.cast_like(x, state.params), opt_state), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
 def fedavgm(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    server_lr: Scalar = 1.0,
-    momentum: Scalar = 0.9,
+    server_lr: fc.Scalar = 1.0,
+    momentum: fc.Scalar = 0.9,
     nesterov: bool = False,
     dampening: bool = False,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAvgM: FedAvg with momentum on the server.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -118,21 +96,21 @@ def fedavgm(
     Paper: Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019, section 4.3.
     """
-    checks.scalar("server_lr", server_lr, low=0)
-    checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
     scale = server_lr * (1 - momentum) if dampening else server_lr
     return fedopt(loss_fn, client_optimizer, optax.sgd(scale, momentum, nesterov), **local)
 
 
 def fedadagrad(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    server_lr: Scalar = 0.1,
-    tau: Scalar = 1e-3,
-    initial_accumulator: Scalar = 1e-6,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 0.1,
+    tau: fc.Scalar = 1e-3,
+    initial_accumulator: fc.Scalar = 1e-6,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAdagrad: Adagrad on the server.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -157,16 +135,16 @@ def fedadagrad(
 
 
 def fedadam(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    server_lr: Scalar = 0.1,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.99,
-    tau: Scalar = 1e-3,
-    initial_accumulator: Scalar = 1e-6,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 0.1,
+    b1: fc.Scalar = 0.9,
+    b2: fc.Scalar = 0.99,
+    tau: fc.Scalar = 1e-3,
+    initial_accumulator: fc.Scalar = 1e-6,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAdam: Adam without bias correction on the server.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -191,22 +169,22 @@ def fedadam(
     Paper: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, "Adaptive Federated Optimization", 2021,
     algorithm 2.
     """
-    checks.scalar("b2", b2, low=0, high=1, high_open=True)
+    fc.checks.scalar("b2", b2, low=0, high=1, high_open=True)
     server = _adaptive(lambda v, square: b2 * v + (1 - b2) * square, server_lr, b1, tau, initial_accumulator)
     return fedopt(loss_fn, client_optimizer, server, **local)
 
 
 def fedyogi(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    server_lr: Scalar = 0.1,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.99,
-    tau: Scalar = 1e-3,
-    initial_accumulator: Scalar = 1e-6,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 0.1,
+    b1: fc.Scalar = 0.9,
+    b2: fc.Scalar = 0.99,
+    tau: fc.Scalar = 1e-3,
+    initial_accumulator: fc.Scalar = 1e-6,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedYogi: Yogi without bias correction on the server.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -229,9 +207,9 @@ def fedyogi(
     Paper: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, "Adaptive Federated Optimization", 2021,
     algorithm 2.
     """
-    checks.scalar("b2", b2, low=0, high=1, high_open=True)
+    fc.checks.scalar("b2", b2, low=0, high=1, high_open=True)
 
-    def second_moment(v: Array, square: Array) -> Array:
+    def second_moment(v: fc.Array, square: fc.Array) -> fc.Array:
         return v - (1 - b2) * square * jnp.sign(v - square)
 
     server = _adaptive(second_moment, server_lr, b1, tau, initial_accumulator)
@@ -239,23 +217,25 @@ def fedyogi(
 
 
 class _AdaptiveState(NamedTuple):
-    m: Params
-    v: Params
+    m: fc.Params
+    v: fc.Params
 
 
 def _adaptive(
-    second_moment: Any, server_lr: Scalar, b1: Scalar, tau: Scalar, initial_accumulator: Scalar
+    second_moment: Any, server_lr: fc.Scalar, b1: fc.Scalar, tau: fc.Scalar, initial_accumulator: fc.Scalar
 ) -> optax.GradientTransformation:
     """The paper's server step: no bias correction, tau outside the root (optax has both otherwise)."""
-    checks.scalar("server_lr", server_lr, low=0)
-    checks.scalar("b1", b1, low=0, high=1, high_open=True)
-    checks.scalar("tau", tau, low=0)
-    checks.scalar("initial_accumulator", initial_accumulator, low=0)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.scalar("b1", b1, low=0, high=1, high_open=True)
+    fc.checks.scalar("tau", tau, low=0)
+    fc.checks.scalar("initial_accumulator", initial_accumulator, low=0)
 
-    def init(params: Params) -> _AdaptiveState:
+    def init(params: fc.Params) -> _AdaptiveState:
         return _AdaptiveState(optax.tree.zeros_like(params), optax.tree.full_like(params, initial_accumulator))
 
-    def update(gradient: Params, state: _AdaptiveState, params: Params | None = None) -> tuple[Params, _AdaptiveState]:
+    def update(
+        gradient: fc.Params, state: _AdaptiveState, params: fc.Params | None = None
+    ) -> tuple[fc.Params, _AdaptiveState]:
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, gradient)
         v = jax.tree.map(lambda v, g: second_moment(v, g**2), state.v, gradient)
         updates = jax.tree.map(lambda m, v: -server_lr * m / (jnp.sqrt(v) + tau), m, v)

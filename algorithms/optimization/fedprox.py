@@ -4,29 +4,18 @@ from typing import Unpack
 
 import jax
 
-from algorithms.optimization.fedavg import averaging
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    LocalOptions,
-    LossFn,
-    Params,
-    Scalar,
-    checks,
-    value_and_grad,
-)
+import fedjax_core as fc
+from algorithms.parts.averaging import averaging
 
 
 def fedprox(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    mu: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    mu: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedProx: a quadratic penalty keeps local models near the global one.
 
     Client, from y = x:  y <- y - lr (g_i(y) + mu (y - x)), K times.
@@ -49,11 +38,11 @@ def fedprox(
     Paper: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, "Federated Optimization in Heterogeneous Networks", 2020,
     algorithm 2.
     """
-    checks.scalar("mu", mu, low=0)
-    gradient = value_and_grad(loss_fn)
+    fc.checks.scalar("mu", mu, low=0)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def proximal(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
+    def direction(y, batch, x, _):
         loss, g = gradient(y, batch)
         return loss, jax.tree.map(lambda g, y, x: g + mu * (y - x), g, y, x)
 
-    return averaging(proximal, client_optimizer, server_lr=server_lr, **local)
+    return averaging(direction, client_optimizer, server_lr=server_lr, **local)

@@ -3,34 +3,23 @@
 from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import Gradient, averaging
-from algorithms.optimization.fedcm import client_momentum
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    LocalOptions,
-    LossFn,
-    Params,
-    Scalar,
-    checks,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
+from algorithms.optimization.fedcm import FedCMState
+from algorithms.parts import unequal_work
+from algorithms.parts.averaging import averaging
+from algorithms.parts.sharpness import sam_gradient
 
 
 def fedsam(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    rho: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    rho: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedSAM: local steps along the gradient at the worst point nearby, which seeks flat minima.
 
     Client, from y = x:  g = g_i(y);  e = rho g / ||g||;  y <- y - lr g_i(y + e), both on one batch, K times.
@@ -54,14 +43,14 @@ def fedsam(
 
 
 def fedasam(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    rho: Scalar = 0.5,
-    eta: Scalar = 0.2,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    rho: fc.Scalar = 0.5,
+    eta: fc.Scalar = 0.2,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedASAM: FedSAM whose perturbation scales with the size of each weight.
 
     Client, from y = x:  g = g_i(y);  T = |y| + eta for weights, 1 for biases;  e = rho T^2 g / ||T g||;
@@ -84,20 +73,20 @@ def fedasam(
     Paper: Caldarola, Caputo, Ciccone, "Improving Generalization in Federated Learning by Seeking Flat Minima", 2022,
     section 4.
     """
-    checks.scalar("eta", eta, low=0)
+    fc.checks.scalar("eta", eta, low=0)
     return averaging(sam_gradient(loss_fn, rho, eta), client_optimizer, server_lr=server_lr, **local)
 
 
 def mofedsam(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    rho: Scalar = 0.1,
-    alpha: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
+    rho: fc.Scalar = 0.1,
+    alpha: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
     aggregation: str = "mean",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """MoFedSAM: FedSAM with the previous global direction in every local step, as in FedCM.
 
     Client, from y = x:  g = g_i(y);  e = rho g / ||g||;  y <- y - lr (alpha g_i(y + e) + (1 - alpha) D), K times.
@@ -120,25 +109,29 @@ def mofedsam(
     Paper: Qu, Li, Duan, Liu, Tang, Lu, "Generalized Federated Learning via Sharpness Aware Minimization", 2022,
     algorithm 2.
     """
-    return client_momentum(
-        sam_gradient(loss_fn, rho), client_optimizer, alpha=alpha, server_lr=server_lr, aggregation=aggregation, **local
-    )
+    fc.checks.scalar("alpha", alpha, low=0, high=1, low_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.one_of("aggregation", aggregation, unequal_work.RULES)
+    clients = fc.local_training(**local)
+    gradient = sam_gradient(loss_fn, rho)
 
+    def init(params: fc.Params) -> FedCMState:
+        return FedCMState(params, optax.tree.zeros_like(params))
 
-def sam_gradient(loss_fn: LossFn, rho: Scalar, eta: Scalar | None = None) -> Gradient:
-    """The gradient at the perturbed point; adaptive if `eta` is given."""
-    checks.scalar("rho", rho, low=0)
-    gradient = value_and_grad(loss_fn)
-
-    def scale(leaf: Array) -> Array:
-        return jnp.ones_like(leaf) if eta is None or leaf.ndim < 2 else jnp.abs(leaf) + eta
-
-    def perturbed(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
+    def direction(y, batch, shared, _):
+        _, D = shared
         loss, g = gradient(y, batch)
-        scales = jax.tree.map(scale, y)
-        norm = sums.norm(optax.tree.mul(scales, g))
-        radius = rho / jnp.where(norm > 0, norm, 1)
-        at = jax.tree.map(lambda y, t, g: y + radius.astype(g.dtype) * t**2 * g, y, scales, g)
-        return loss, gradient(at, batch)[1]
+        return loss, jax.tree.map(lambda g, d: alpha * g + (1 - alpha) * d, g, D)
 
-    return perturbed
+    def update(state: FedCMState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(
+            fc.measured(fc.optimizer_at(client_optimizer, state.round)),
+            direction,
+            start=fc.first_part,
+            upload=unequal_work.upload(aggregation),
+        )
+        results = clients.run(program, (state.params, state.direction), (), cohort, key)
+        decrease, D, _ = unequal_work.mean(results.aggregate, aggregation)
+        return FedCMState(fc.add_scaled(state.params, -server_lr, decrease), D), results
+
+    return fc.federated(init, update)

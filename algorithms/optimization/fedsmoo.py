@@ -6,55 +6,43 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    descend,
-    gather,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
+
+
+class Duals(NamedTuple):
+    """A client's dual variables: h_i of the model, mu_i of the perturbation."""
+
+    model: fc.Params
+    perturbation: fc.Params
 
 
 class FedSmooState(NamedTuple):
-    """Global model x, global perturbation s, mean of the h_i of all clients, every client's (h_i, mu_i), and the number
-    of rounds done."""
+    """Global model x, global perturbation s, mean of the h_i of all clients, every client's duals, the rounds done."""
 
-    params: Params
-    perturbation: Params
-    dual: Params
-    client_duals: ClientTable
-    round: Array
+    params: fc.Params
+    perturbation: fc.Params
+    dual: fc.Params
+    client_duals: fc.ClientTable
+    round: fc.Counter = 0
+
+
+class Local(NamedTuple):
+    """A client in the middle of its round."""
+
+    params: fc.Params
+    opt_state: Any
+    duals: Duals
 
 
 def fedsmoo(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    lam: Scalar = 10.0,
-    rho: Scalar = 0.1,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    lam: fc.Scalar = 10.0,
+    rho: fc.Scalar = 0.1,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedSMOO: dynamic regularization of the model, as in FedDyn, and of the sharpness-aware perturbation as well.
 
     Client, from y = x:  u = g_i(y) - mu_i - s;  s_i = rho u / ||u||;  mu_i <- mu_i + s_i - s;
@@ -84,57 +72,50 @@ def fedsmoo(
     Paper: Sun, Shen, Chen, Ding, Tao, "Dynamic Regularized Sharpness Aware Minimization in Federated Learning:
     Approaching Global Consistency and Smooth Landscape", 2023, algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("lam", lam, low=0, low_open=True)
-    checks.scalar("rho", rho, low=0)
-    clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("lam", lam, low=0, low_open=True)
+    fc.checks.scalar("rho", rho, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def of_radius_rho(u: Params) -> Params:
-        norm = sums.norm(u)
+    def of_radius_rho(u: fc.Params) -> fc.Params:
+        norm = fc.sums.norm(u)
         return jax.tree.map(lambda u: u * (rho / jnp.where(norm > 0, norm, 1)).astype(u.dtype), u)
 
-    def init(params: Params) -> FedSmooState:
+    def init(params: fc.Params) -> FedSmooState:
         zeros = optax.tree.zeros_like(params)
-        # The dual variables sum up displacements of all rounds: in float32 at least, or a bfloat16 model's are lost.
-        duals = sums.wide_zeros(params)
-        return FedSmooState(params, zeros, duals, client_table(num_clients, (duals, zeros)), jnp.int32(0))
+        # The duals sum up displacements of all rounds: in float32 at least, or a bfloat16 model's are lost.
+        duals = fc.sums.wide_zeros(params)
+        return FedSmooState(params, zeros, duals, fc.client_table(num_clients, Duals(duals, zeros)))
 
-    def round(state: FedSmooState, cohort: Cohort, key: Key) -> tuple[FedSmooState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def update(state: FedSmooState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
 
-        def client_init(shared: Any, duals: Any, key: Key) -> Any:
+        def client_init(shared, duals, key):
             x, _ = shared
-            return x, optimizer.init(x), *duals
+            return Local(x, optimizer.init(x), duals)
 
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            x, s = shared
-            y, opt_state, h_i, mu_i = carry
+        def client_step(shared, now, batch):
+            (x, s), (y, opt_state, (h_i, mu_i)) = shared, now
             loss, g = gradient(y, batch)
             s_i = of_radius_rho(jax.tree.map(lambda g, mu, s: g - mu - s, g, mu_i, s))
             mu_i = jax.tree.map(lambda mu, s_i, s: mu + s_i - s, mu_i, s_i, s)
             _, g = gradient(optax.tree.add(y, s_i), batch)
             g = jax.tree.map(lambda g, h, y, x: (g - h + (y - x) / lam).astype(g.dtype), g, h_i, y, x)
-            y, opt_state = descend(optimizer, y, opt_state, g)
-            return (y, opt_state, h_i, mu_i), loss
+            return Local(*fc.optimizer_step(optimizer, y, opt_state, g), Duals(h_i, mu_i)), loss
 
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _ = shared
-            y, _, h_i, mu_i = carry
-            displacement = optax.tree.sub(y, x)
-            return (displacement, mu_i), (optax.tree.add_scale(h_i, -1 / lam, displacement), mu_i)
+        def client_final(shared, done):
+            (x, _), (h_i, mu_i) = shared, done.duals
+            delta = optax.tree.sub(done.params, x)
+            return (delta, mu_i), Duals(optax.tree.add_scale(h_i, -1 / lam, delta), mu_i)
 
-        program = ClientProgram(client_init, client_step, client_final)
-        duals = gather(state.client_duals, cohort)
+        program = fc.ClientProgram(client_init, client_step, client_final)
+        duals = fc.gather(state.client_duals, cohort)
         results = clients.run(program, (state.params, state.perturbation), duals, cohort, key)
-        displacement, mean_mu = results.aggregate
-        dual = move(state.dual, -jnp.sum(results.weights) / num_clients / lam, displacement)
-        params = move(optax.tree.add(state.params, displacement), -lam, dual)
-        params, perturbation = optax.tree.where(
-            cohort.num_participants > 0, (params, of_radius_rho(mean_mu)), (state.params, state.perturbation)
-        )
-        client_duals = scatter(state.client_duals, cohort, results.outputs)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedSmooState(params, perturbation, dual, client_duals, state.round + 1), metrics
+        delta, mean_mu = results.aggregate
+        dual = fc.add_scaled(state.dual, -jnp.sum(results.weights) / num_clients / lam, delta)
+        params = fc.add_scaled(optax.tree.add(state.params, delta), -lam, dual)
+        rows = fc.scatter(state.client_duals, cohort, results.outputs)
+        return FedSmooState(params, of_radius_rho(mean_mu), dual, rows), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

@@ -1,38 +1,12 @@
 """FedSpeed."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    descend,
-    gather,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
 
 
 class FedSpeedState(NamedTuple):
@@ -42,24 +16,24 @@ class FedSpeedState(NamedTuple):
     The mean is () if the server averages over the cohort alone.
     """
 
-    params: Params
-    correction: Params
-    client_corrections: ClientTable
-    round: Array
+    params: fc.Params
+    correction: fc.Params
+    client_corrections: fc.ClientTable
+    round: fc.Counter = 0
 
 
 def fedspeed(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    lam: Scalar = 10.0,
-    rho: Scalar = 0.1,
-    alpha: Scalar = 1.0,
+    lam: fc.Scalar = 10.0,
+    rho: fc.Scalar = 0.1,
+    alpha: fc.Scalar = 1.0,
     normalize: bool = True,
     corrections: str = "all",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedSpeed: a proximal term whose bias is corrected, and gradients from a little further uphill.
 
     Client, from y = x:  g = g_i(y);  q = (1 - alpha) g + alpha g_i(y + rho g / ||g||), both on one batch;
@@ -91,53 +65,40 @@ def fedspeed(
     Paper: Sun, Shen, Huang, Ding, Tao, "FedSpeed: Larger Local Interval, Less Communication Round, and Higher
     Generalization Accuracy", 2023, algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("lam", lam, low=0, low_open=True)
-    checks.scalar("rho", rho, low=0)
-    checks.scalar("alpha", alpha, low=0, high=1)
-    checks.one_of("corrections", corrections, ("all", "cohort"))
-    clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("lam", lam, low=0, low_open=True)
+    fc.checks.scalar("rho", rho, low=0)
+    fc.checks.scalar("alpha", alpha, low=0, high=1)
+    fc.checks.one_of("corrections", corrections, ("all", "cohort"))
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedSpeedState:
+    def init(params: fc.Params) -> FedSpeedState:
         # In float32 at least, as every sum over rounds: steps of a bfloat16 model are soon lost in the rounding of h.
-        zeros = sums.wide_zeros(params)
-        mean = zeros if corrections == "all" else ()
-        return FedSpeedState(params, mean, client_table(num_clients, zeros), jnp.int32(0))
+        zeros = fc.sums.wide_zeros(params)
+        return FedSpeedState(params, zeros if corrections == "all" else (), fc.client_table(num_clients, zeros))
 
-    def round(state: FedSpeedState, cohort: Cohort, key: Key) -> tuple[FedSpeedState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def direction(y, batch, x, h_i):
+        loss, g = gradient(y, batch)
+        norm = fc.sums.norm(g)
+        uphill = fc.add_scaled(y, rho / jnp.where(norm > 0, norm, 1) if normalize else rho, g)
+        q = jax.tree.map(lambda g, u: (1 - alpha) * g + alpha * u, g, gradient(uphill, batch)[1])
+        return loss, jax.tree.map(lambda q, h, y, x: (q - h + (y - x) / lam).astype(q.dtype), q, h_i, y, x)
 
-        def client_init(x: Params, h_i: Params, key: Key) -> Any:
-            return x, optimizer.init(x), h_i
+    def upload(done, x):
+        delta = optax.tree.sub(done.params, x)
+        h_i = optax.tree.add_scale(done.own, -1 / lam, delta)
+        return delta if corrections == "all" else optax.tree.add_scale(delta, -lam, fc.sums.cast_like(h_i, x)), h_i
 
-        def client_step(x: Params, carry: Any, batch: Batch) -> Any:
-            y, opt_state, h_i = carry
-            loss, g = gradient(y, batch)
-            norm = sums.norm(g)
-            uphill = move(y, rho / jnp.where(norm > 0, norm, 1) if normalize else rho, g)
-            q = jax.tree.map(lambda g, u: (1 - alpha) * g + alpha * u, g, gradient(uphill, batch)[1])
-            q = jax.tree.map(lambda q, h, y, x: (q - h + (y - x) / lam).astype(q.dtype), q, h_i, y, x)
-            y, opt_state = descend(optimizer, y, opt_state, q)
-            return (y, opt_state, h_i), loss
-
-        def client_final(x: Params, carry: Any) -> Any:
-            y, _, h_i = carry
-            displacement = optax.tree.sub(y, x)
-            h_i = optax.tree.add_scale(h_i, -1 / lam, displacement)
-            amended = optax.tree.add_scale(displacement, -lam, sums.cast_like(h_i, x))
-            return displacement if corrections == "all" else amended, h_i
-
-        program = ClientProgram(client_init, client_step, client_final)
-        results = clients.run(program, state.params, gather(state.client_corrections, cohort), cohort, key)
+    def update(state: FedSpeedState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, upload=upload)
+        own = fc.gather(state.client_corrections, cohort)
+        results = clients.run(program, state.params, own, cohort, key)
         params, mean = optax.tree.add(state.params, results.aggregate), state.correction
         if corrections == "all":
             share = jnp.sum(results.weights) / num_clients
-            mean = move(mean, -share / lam, results.aggregate)
-            params = move(params, -lam, mean)
-        params = optax.tree.where(cohort.num_participants > 0, params, state.params)
-        client_corrections = scatter(state.client_corrections, cohort, results.outputs)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedSpeedState(params, mean, client_corrections, state.round + 1), metrics
+            mean = fc.add_scaled(mean, -share / lam, results.aggregate)
+            params = fc.add_scaled(params, -lam, mean)
+        return FedSpeedState(params, mean, fc.scatter(state.client_corrections, cohort, results.outputs)), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

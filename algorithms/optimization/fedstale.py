@@ -3,41 +3,11 @@
 from typing import Any, NamedTuple, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedau import (
-    check_probabilities,
-    interval_table,
-    inverse_probabilities,
-    mean_interval,
-)
-from algorithms.optimization.fedavg import displacement_program, plain_gradient
-from fedjax_core import (
-    Algorithm,
-    Array,
-    ClientOptimizer,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    PyTree,
-    Scalar,
-    checks,
-    client_table,
-    gather,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    stacked,
-    sums,
-)
+import fedjax_core as fc
+from algorithms.parts import participation
+from algorithms.parts.memory import remember
 
 
 class FedStaleState(NamedTuple):
@@ -46,25 +16,25 @@ class FedStaleState(NamedTuple):
     `intervals` is a table of every client's participation if the probabilities are estimated, () if not.
     """
 
-    params: Params
-    updates: ClientTable
-    mean: Params
+    params: fc.Params
+    updates: fc.ClientTable
+    mean: fc.Params
     intervals: Any
-    round: Array
+    round: fc.Counter = 0
 
 
 def fedstale(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    beta: Scalar = 0.5,
+    beta: fc.Scalar = 0.5,
     probabilities: Any = "uniform",
     cutoff: int = 50,
     skip_empty: bool = True,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedStale: the last updates of the absent clients take part, with a weight beta.
 
     Client, from y = x:  y <- y - lr g_i(y), K times;  d_i = y_i - x.
@@ -95,52 +65,48 @@ def fedstale(
 
     Paper: Rodio, Neglia, "FedStale: Leveraging Stale Client Updates in Federated Learning", 2024, algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.positive_int("cutoff", cutoff, "an interval has at least one round")
-    checks.scalar("server_lr", server_lr, low=0)
-    checks.scalar("beta", beta, low=0)
-    check_probabilities(probabilities, num_clients, "estimated")
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.positive_int("cutoff", cutoff, "an interval has at least one round")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.scalar("beta", beta, low=0)
+    participation.check_probabilities(probabilities, num_clients, "estimated")
     estimated = isinstance(probabilities, str) and probabilities == "estimated"
-    clients = local_training(**local)
-    gradient = plain_gradient(loss_fn)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedStaleState:
-        zeros = optax.tree.zeros_like(params)
-        intervals = interval_table(num_clients) if estimated else ()
-        return FedStaleState(params, client_table(num_clients, zeros), sums.wide_zeros(params), intervals, jnp.int32(0))
+    def init(params: fc.Params) -> FedStaleState:
+        updates = fc.client_table(num_clients, optax.tree.zeros_like(params))
+        intervals = participation.interval_table(num_clients) if estimated else ()
+        return FedStaleState(params, updates, fc.sums.wide_zeros(params), intervals)
 
-    def round(state: FedStaleState, cohort: Cohort, key: Key) -> tuple[FedStaleState, Metrics]:
+    def update(state: FedStaleState, cohort: fc.Cohort, key: fc.Key):
         intervals = state.intervals
         if estimated:
-            inverse, own = mean_interval(gather(intervals, cohort), state.round, cutoff)
-            intervals = scatter(intervals, cohort, own)
+            inverse, own = participation.mean_interval(fc.gather(intervals, cohort), state.round, cutoff)
+            intervals = fc.scatter(intervals, cohort, own)
         else:
-            inverse = inverse_probabilities(probabilities, cohort)
-
-        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
-        results = clients.run(program, state.params, (), cohort, key, aggregator=stacked())
-        d, h = results.aggregate, gather(state.updates, cohort)
+            inverse = participation.inverse_probabilities(probabilities, cohort)
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        results = clients.run(program, state.params, (), cohort, key, aggregator=fc.stacked())
+        d, h = results.aggregate, fc.gather(state.updates, cohort)
         p = results.weights / num_clients
-        fresh = cohort_sum(p * inverse, jax.tree.map(lambda d, h: d - beta * h, sums.widen(d), sums.widen(h)))
+        change = jax.tree.map(lambda d, h: d - beta * h, fc.sums.widen(d), fc.sums.widen(h))
+        fresh = fc.sums.weighted(p * inverse, change)
         direction = jax.tree.map(lambda mean, fresh: beta * mean + fresh, state.mean, fresh)
-        params = move(state.params, server_lr, direction)
-        if skip_empty:
-            params = optax.tree.where(cohort.num_participants > 0, params, state.params)
         updates, mean = remember(state.updates, state.mean, cohort, d, p)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedStaleState(params, updates, mean, intervals, state.round + 1), metrics
+        return FedStaleState(fc.add_scaled(state.params, server_lr, direction), updates, mean, intervals), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update, skip_empty=skip_empty)
 
 
 def fedvarp(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedVARP: the last updates of the absent clients stand in for them, which removes the variance of sampling.
 
     Client, from y = x:  y <- y - lr g_i(y), K times;  d_i = y_i - x.
@@ -166,24 +132,3 @@ def fedvarp(
     Participation in Federated Learning", 2022.
     """
     return fedstale(loss_fn, client_optimizer, num_clients=num_clients, beta=1.0, server_lr=server_lr, **local)
-
-
-def cohort_sum(weights: Array, rows: PyTree) -> PyTree:
-    """sum_S weights_i rows_i: leaves [C, ...] become [...], in float32 at least; weights float[C]."""
-    return sums.weighted(weights, rows)
-
-
-def remember(table: ClientTable, mean: PyTree, cohort: Cohort, updates: PyTree, p: Array) -> tuple[ClientTable, PyTree]:
-    """Enters the cohort's updates in a table of last updates and moves the table's mean along.
-
-    The mean over all clients changes by sum_S p_i (new_i - old_i): no row but the cohort's is looked at.
-
-    Args:
-      table: last updates, leaves [num_clients, ...].
-      mean: sum_i p_i (row i) over all clients, leaves [...], float32 at least.
-      cohort: who takes part.
-      updates: the cohort's updates, leaves [C, ...].
-      p: float[C], the clients' weights, 0 in empty slots.
-    """
-    change = optax.tree.sub(sums.widen(updates), gather(table, cohort))
-    return scatter(table, cohort, updates), optax.tree.add(mean, cohort_sum(p, change))

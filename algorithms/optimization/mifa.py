@@ -2,52 +2,29 @@
 
 from typing import NamedTuple, Unpack
 
-import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import displacement_program, plain_gradient
-from algorithms.optimization.fedstale import remember
-from fedjax_core import (
-    Algorithm,
-    Array,
-    ClientOptimizer,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    stacked,
-    sums,
-)
+import fedjax_core as fc
+from algorithms.parts.memory import remember
 
 
 class MIFAState(NamedTuple):
     """Global model x, every client's last displacement h_i, their mean H = sum_i p_i h_i, and the rounds done."""
 
-    params: Params
-    updates: ClientTable
-    mean: Params
-    round: Array
+    params: fc.Params
+    updates: fc.ClientTable
+    mean: fc.Params
+    round: fc.Counter = 0
 
 
 def mifa(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """MIFA: the average over all clients of their last updates, for participation that follows no known law.
 
     Client, from y = x:  y <- y - lr g_i(y), K times;  h_i <- y_i - x.
@@ -70,22 +47,20 @@ def mifa(
     Paper: Gu, Huang, Zhang, Huang, "Fast Federated Learning in the Presence of Arbitrary Device Unavailability", 2021,
     algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    gradient = plain_gradient(loss_fn)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> MIFAState:
-        zeros = optax.tree.zeros_like(params)
-        return MIFAState(params, client_table(num_clients, zeros), sums.wide_zeros(params), jnp.int32(0))
+    def init(params: fc.Params) -> MIFAState:
+        updates = fc.client_table(num_clients, optax.tree.zeros_like(params))
+        return MIFAState(params, updates, fc.sums.wide_zeros(params))
 
-    def round(state: MIFAState, cohort: Cohort, key: Key) -> tuple[MIFAState, Metrics]:
-        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
-        results = clients.run(program, state.params, (), cohort, key, aggregator=stacked())
+    def update(state: MIFAState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
+        results = clients.run(program, state.params, (), cohort, key, aggregator=fc.stacked())
         p = results.weights / num_clients
         updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
-        params = optax.tree.where(cohort.num_participants > 0, move(state.params, server_lr, mean), state.params)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return MIFAState(params, updates, mean, state.round + 1), metrics
+        return MIFAState(fc.add_scaled(state.params, server_lr, mean), updates, mean), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

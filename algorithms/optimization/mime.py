@@ -1,53 +1,30 @@
 """Mime and MimeLite."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    full_gradient_program,
-    global_algorithm,
-    local_training,
-    local_work,
-    move,
-    optimizer_at,
-    round_metrics,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
 
 
 class MimeState(NamedTuple):
     """Global model x, the state s of the base optimizer, and the number of rounds done."""
 
-    params: Params
+    params: fc.Params
     opt_state: Any
-    round: Array
+    round: fc.Counter = 0
 
 
 def mime(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    momentum: Scalar = 0.9,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    momentum: fc.Scalar = 0.9,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """Mime: local steps that imitate a centralized optimizer, with its state frozen and their drift corrected.
 
     Clients first send G_i = grad f_i(x), all their examples; c = mean_S G_i.
@@ -75,17 +52,23 @@ def mime(
     Paper: Karimireddy, Jaggi, Kale, Mohri, Reddi, Stich, Suresh, "Breaking the Centralized Barrier for Cross-Device
     Federated Learning", 2021, algorithm 1 (Mime).
     """
-    return _mime(loss_fn, client_optimizer, corrected=True, momentum=momentum, server_lr=server_lr, **local)
+    gradient = fc.value_and_grad(loss_fn)
+
+    def direction(y, batch, x, c):
+        loss, g = gradient(y, batch)
+        return loss, jax.tree.map(lambda g, at_x, c: g - at_x + c, g, gradient(x, batch)[1], c)
+
+    return _frozen(loss_fn, client_optimizer, direction, momentum, server_lr, sends_gradient=True, **local)
 
 
 def mimelite(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    momentum: Scalar = 0.9,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    momentum: fc.Scalar = 0.9,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """MimeLite: Mime without the correction, local steps with the frozen state of a centralized optimizer.
 
     Client, from y = x:  y <- y + U(g_i(y), s), K times;  G_i = grad f_i(x), all its examples.
@@ -111,60 +94,52 @@ def mimelite(
     Paper: Karimireddy, Jaggi, Kale, Mohri, Reddi, Stich, Suresh, "Breaking the Centralized Barrier for Cross-Device
     Federated Learning", 2021, algorithm 1 (MimeLite).
     """
-    return _mime(loss_fn, client_optimizer, corrected=False, momentum=momentum, server_lr=server_lr, **local)
+    gradient = fc.value_and_grad(loss_fn)
+    return _frozen(loss_fn, client_optimizer, gradient, momentum, server_lr, sends_gradient=False, **local)
 
 
-def _mime(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+def _frozen(
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
+    direction: Callable[..., Any],
+    momentum: fc.Scalar,
+    server_lr: fc.Scalar,
     *,
-    corrected: bool,
-    momentum: Scalar,
-    server_lr: Scalar,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
-    """Mime, or MimeLite without the correction."""
-    checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-    gradient = value_and_grad(loss_fn)
+    sends_gradient: bool,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
+    """Local steps with the state s of the base optimizer as the server has it, along `direction(y, batch, x, c)`."""
+    fc.checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    gradient_at_x = fc.full_gradient_program(loss_fn)
 
-    def base_optimizer(round: Array) -> optax.GradientTransformation:
-        return optax.chain(optax.ema(momentum, debias=False), optimizer_at(client_optimizer, round))
+    def base_optimizer(round: fc.Counter) -> optax.GradientTransformation:
+        return optax.chain(optax.ema(momentum, debias=False), fc.optimizer_at(client_optimizer, round))
 
-    def init(params: Params) -> MimeState:
-        return MimeState(params, base_optimizer(jnp.int32(0)).init(sums.widen(params)), jnp.int32(0))
+    def init(params: fc.Params) -> MimeState:
+        return MimeState(params, base_optimizer(0).init(fc.sums.widen(params)))
 
-    def round(state: MimeState, cohort: Cohort, key: Key) -> tuple[MimeState, Metrics]:
+    def update(state: MimeState, cohort: fc.Cohort, key: fc.Key):
         optimizer = base_optimizer(state.round)
-        full = whole.run(full_gradient_program(loss_fn), state.params, (), cohort, key)
+        full = clients.full_pass().run(gradient_at_x, state.params, (), cohort, key)
         c = full.aggregate
 
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, *_ = shared
-            return x
-
-        def client_step(shared: Any, y: Params, batch: Batch) -> Any:
+        def client_step(shared, y, batch):
             x, s, c = shared
-            loss, g = gradient(y, batch)
-            if corrected:
-                g = jax.tree.map(lambda g, at_x, c: g - at_x + c, g, gradient(x, batch)[1], c)
-            update, _ = optimizer.update(g, s, y)
-            return optax.apply_updates(y, update), loss
+            loss, g = direction(y, batch, x, c)
+            step, _ = optimizer.update(g, s, y)
+            return optax.apply_updates(y, step), loss
 
-        def client_final(shared: Any, y: Params) -> Any:
-            x, *_ = shared
-            return optax.tree.sub(y, x), ()
-
-        program = ClientProgram(client_init, client_step, client_final)
-        shared = (state.params, state.opt_state, c if corrected else ())
+        program = fc.ClientProgram(
+            init=lambda shared, own, key: shared[0],
+            step=client_step,
+            final=lambda shared, y: (optax.tree.sub(y, shared[0]), ()),
+        )
+        shared = state.params, state.opt_state, c if sends_gradient else ()
         results = clients.run(program, shared, (), cohort, key)
-        results = results._replace(uploaded=results.uploaded + full.uploaded)
-        params = move(state.params, server_lr, results.aggregate)
-        _, refreshed = optimizer.update(sums.widen(c), state.opt_state, sums.widen(state.params))
-        opt_state = optax.tree.where(cohort.num_participants > 0, refreshed, state.opt_state)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return MimeState(params, opt_state, state.round + 1), metrics
+        params = fc.add_scaled(state.params, server_lr, results.aggregate)
+        _, opt_state = optimizer.update(fc.sums.widen(c), state.opt_state, fc.sums.widen(state.params))
+        return MimeState(params, opt_state), results._replace(uploaded=results.uploaded + full.uploaded)
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

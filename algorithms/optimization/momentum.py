@@ -1,52 +1,26 @@
 """FedAvg-M, SCAFFOLD-M and their variance-reduced forms FedAvg-M-VR and SCAFFOLD-M-VR."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import plain_gradient
-from algorithms.optimization.fedcm import AGGREGATIONS, client_momentum, local_work_done, mean_work_done
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    Length,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    descend,
-    gather,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    sums,
-    value_and_grad,
-)
+import fedjax_core as fc
+from algorithms.optimization.fedcm import fedcm
+from algorithms.parts import unequal_work
 
 
 def fedavg_m(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    beta: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
+    beta: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
     aggregation: str = "mean",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAvg-M: the previous global direction in every local step, which makes FedAvg proof against unlike clients.
 
     Client, from y = x:  y <- y - lr (beta g_i(y) + (1 - beta) G), K times.
@@ -74,10 +48,8 @@ def fedavg_m(
     Paper: Cheng, Huang, Wu, Yuan, "Momentum Benefits Non-IID Federated Learning Simply and Provably", 2024,
     FedAvg-M.
     """
-    checks.scalar("beta", beta, low=0, high=1, low_open=True)
-    return client_momentum(
-        plain_gradient(loss_fn), client_optimizer, alpha=beta, server_lr=server_lr, aggregation=aggregation, **local
-    )
+    fc.checks.scalar("beta", beta, low=0, high=1, low_open=True)
+    return fedcm(loss_fn, client_optimizer, alpha=beta, server_lr=server_lr, aggregation=aggregation, **local)
 
 
 class FedAvgMVRState(NamedTuple):
@@ -86,21 +58,21 @@ class FedAvgMVRState(NamedTuple):
     The model before is x + step G.
     """
 
-    params: Params
-    direction: Params
-    step: Array
-    round: Array
+    params: fc.Params
+    direction: fc.Params
+    step: fc.Array
+    round: fc.Counter = 0
 
 
 def fedavg_m_vr(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    beta: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
+    beta: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
     aggregation: str = "mean",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedAvg-M-VR: FedAvg-M whose direction follows the model by differences of gradients on the same batch.
 
     Client, from y = x:  y <- y - lr (g_i(y) + (1 - beta) (G - g_i(x_prev))), both g_i on one batch, K times.
@@ -126,47 +98,33 @@ def fedavg_m_vr(
     Paper: Cheng, Huang, Wu, Yuan, "Momentum Benefits Non-IID Federated Learning Simply and Provably", 2024,
     FedAvg-M-VR.
     """
-    checks.scalar("beta", beta, low=0, high=1, low_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
-    checks.one_of("aggregation", aggregation, AGGREGATIONS)
-    clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
+    fc.checks.scalar("beta", beta, low=0, high=1, low_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.one_of("aggregation", aggregation, unequal_work.RULES)
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
 
-    def init(params: Params) -> FedAvgMVRState:
-        return FedAvgMVRState(params, optax.tree.zeros_like(params), jnp.zeros(()), jnp.int32(0))
+    def init(params: fc.Params) -> FedAvgMVRState:
+        return FedAvgMVRState(params, optax.tree.zeros_like(params), jnp.zeros(()))
 
-    def round(state: FedAvgMVRState, cohort: Cohort, key: Key) -> tuple[FedAvgMVRState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def direction(y, batch, shared, _):
+        x, G, step = shared
+        loss, g = gradient(y, batch)
+        _, at_previous = gradient(fc.add_scaled(x, step, G), batch)
+        return loss, jax.tree.map(lambda g, d, b: g + (1 - beta) * (d - b), g, G, at_previous)
 
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-            x, _, _ = shared
-            return x, optimizer.init(x), Length.start(optimizer)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            x, direction, step = shared
-            y, opt_state, length = carry
-            loss, g = gradient(y, batch)
-            _, before = gradient(move(x, step, direction), batch)
-            v = jax.tree.map(lambda g, d, b: g + (1 - beta) * (d - b), g, direction, before)
-            y, opt_state = descend(optimizer, y, opt_state, v)
-            return (y, opt_state, length.extend(optimizer)), loss
-
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, _, _ = shared
-            y, _, length = carry
-            return local_work_done(optax.tree.sub(x, y), length, aggregation), ()
-
-        program = ClientProgram(client_init, client_step, client_final)
+    def update(state: FedAvgMVRState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(
+            fc.measured(fc.optimizer_at(client_optimizer, state.round)),
+            direction,
+            start=fc.first_part,
+            upload=unequal_work.upload(aggregation),
+        )
         results = clients.run(program, (state.params, state.direction, state.step), (), cohort, key)
-        decrease, direction, length = mean_work_done(results.aggregate, aggregation)
-        step = server_lr * length
-        params = move(state.params, -server_lr, decrease)
-        anybody = cohort.num_participants > 0
-        direction, step = optax.tree.where(anybody, (direction, step), (state.direction, state.step))
-        metrics = round_metrics(results, cohort, state.params, params)
-        return FedAvgMVRState(params, direction, step, state.round + 1), metrics
+        decrease, G, length = unequal_work.mean(results.aggregate, aggregation)
+        return FedAvgMVRState(fc.add_scaled(state.params, -server_lr, decrease), G, server_lr * length), results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
 class ScaffoldMState(NamedTuple):
@@ -176,24 +134,24 @@ class ScaffoldMState(NamedTuple):
     The model before is x + step G.
     """
 
-    params: Params
-    direction: Params
-    step: Array
-    control: Params
-    client_controls: ClientTable
-    round: Array
+    params: fc.Params
+    direction: fc.Params
+    step: fc.Array
+    control: fc.Params
+    client_controls: fc.ClientTable
+    round: fc.Counter = 0
 
 
 def scaffold_m(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    beta: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
+    beta: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
     aggregation: str = "mean",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """SCAFFOLD-M: SCAFFOLD with the previous global direction in every local step.
 
     Client, from y = x:  y <- y - lr (beta (g_i(y) - c_i + c) + (1 - beta) G), K times;
@@ -222,28 +180,37 @@ def scaffold_m(
     Paper: Cheng, Huang, Wu, Yuan, "Momentum Benefits Non-IID Federated Learning Simply and Provably", 2024,
     SCAFFOLD-M.
     """
-    return _scaffold_momentum(
-        loss_fn,
+    fc.checks.scalar("beta", beta, low=0, high=1, low_open=True)
+    gradient = fc.value_and_grad(loss_fn)
+
+    def direction(y, batch, shared, c_i):
+        _, c, G, _ = shared
+        loss, g = gradient(y, batch)
+        # v = beta (g - c_i + c) + (1 - beta) G
+        v = jax.tree.map(lambda g, c, c_i, d: g + beta * (c - c_i) + (1 - beta) * (d - g), g, c, c_i, G)
+        return loss, v, g
+
+    return _controlled(
+        direction,
         client_optimizer,
-        reduced=False,
         num_clients=num_clients,
-        beta=beta,
         server_lr=server_lr,
         aggregation=aggregation,
+        sends_step=False,
         **local,
     )
 
 
 def scaffold_m_vr(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    beta: Scalar = 0.1,
-    server_lr: Scalar = 1.0,
+    beta: fc.Scalar = 0.1,
+    server_lr: fc.Scalar = 1.0,
     aggregation: str = "mean",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """SCAFFOLD-M-VR: SCAFFOLD-M whose direction follows the model by differences of gradients on the same batch.
 
     Client, from y = x:  y <- y - lr (g_i(y) + beta (c - c_i) + (1 - beta) (G - g_i(x_prev))), K times, both g_i on
@@ -273,83 +240,75 @@ def scaffold_m_vr(
     Paper: Cheng, Huang, Wu, Yuan, "Momentum Benefits Non-IID Federated Learning Simply and Provably", 2024,
     SCAFFOLD-M-VR.
     """
-    return _scaffold_momentum(
-        loss_fn,
+    fc.checks.scalar("beta", beta, low=0, high=1, low_open=True)
+    gradient = fc.value_and_grad(loss_fn)
+
+    def direction(y, batch, shared, c_i):
+        x, c, G, step = shared
+        loss, g = gradient(y, batch)
+        _, b = gradient(fc.add_scaled(x, step, G), batch)
+        # v = g - b + beta (b - c_i + c) + (1 - beta) G, the model before last standing in b
+        v = jax.tree.map(lambda g, c, c_i, d, b: g + beta * (c - c_i) + (1 - beta) * (d - b), g, c, c_i, G, b)
+        return loss, v, g
+
+    return _controlled(
+        direction,
         client_optimizer,
-        reduced=True,
         num_clients=num_clients,
-        beta=beta,
         server_lr=server_lr,
         aggregation=aggregation,
+        sends_step=True,
         **local,
     )
 
 
-def _scaffold_momentum(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+def _controlled(
+    direction: Callable[..., Any],
+    client_optimizer: fc.ClientOptimizer,
     *,
-    reduced: bool,
     num_clients: int,
-    beta: Scalar,
-    server_lr: Scalar,
+    server_lr: fc.Scalar,
     aggregation: str,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
-    """SCAFFOLD-M, variance-reduced or not."""
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("beta", beta, low=0, high=1, low_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
-    checks.one_of("aggregation", aggregation, AGGREGATIONS)
-    clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
+    sends_step: bool,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
+    """The two parts that both have: SCAFFOLD's controls, and the global direction G.
 
-    def init(params: Params) -> ScaffoldMState:
+    Args:
+      direction: `direction(y, batch, (x, c, G, step), c_i) -> (loss, v, g)`.
+      sends_step: whether the direction needs the server's step, x_prev = x + step G.
+    """
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.one_of("aggregation", aggregation, unequal_work.RULES)
+    clients = fc.local_training(**local)
+    decrease_of = unequal_work.upload(aggregation)
+
+    def init(params: fc.Params) -> ScaffoldMState:
         zeros = optax.tree.zeros_like(params)
-        return ScaffoldMState(
-            params, zeros, jnp.zeros(()), sums.wide_zeros(params), client_table(num_clients, zeros), jnp.int32(0)
-        )
+        controls = fc.client_table(num_clients, zeros)
+        return ScaffoldMState(params, zeros, jnp.zeros(()), fc.sums.wide_zeros(params), controls)
 
-    def round(state: ScaffoldMState, cohort: Cohort, key: Key) -> tuple[ScaffoldMState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def upload(done, shared):
+        c_i, c_i_new = done.own, done.mean
+        return (decrease_of(done, shared)[0], optax.tree.sub(c_i_new, c_i)), c_i_new
 
-        def client_init(shared: Any, c_i: Params, key: Key) -> Any:
-            x, *_ = shared
-            return x, optimizer.init(x), Length.start(optimizer), c_i, sums.start_tree(x), jnp.int32(0)
-
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-            x, direction, c, step = shared
-            y, opt_state, length, c_i, total, k = carry
-            loss, g = gradient(y, batch)
-            # g itself in the place of the gradient at x_prev gives beta (g - c_i + c) + (1 - beta) G.
-            before = gradient(move(x, step, direction), batch)[1] if reduced else g
-            v = jax.tree.map(
-                lambda g, c, c_i, d, b: g + beta * (c - c_i) + (1 - beta) * (d - b), g, c, c_i, direction, before
-            )
-            y, opt_state = descend(optimizer, y, opt_state, v)
-            return (y, opt_state, length.extend(optimizer), c_i, sums.add_tree(total, g), k + 1), loss
-
-        def client_final(shared: Any, carry: Any) -> Any:
-            x, *_ = shared
-            y, _, length, c_i, total, k = carry
-            c_i_new = sums.mean_tree(total, k, x)
-            upload = local_work_done(optax.tree.sub(x, y), length, aggregation), optax.tree.sub(c_i_new, c_i)
-            return upload, c_i_new
-
-        program = ClientProgram(client_init, client_step, client_final)
-        control = sums.cast_like(state.control, state.params)
-        shared = (state.params, state.direction, control, state.step if reduced else ())
-        results = clients.run(program, shared, gather(state.client_controls, cohort), cohort, key)
-        mean, control_change = results.aggregate
-        decrease, direction, length = mean_work_done(mean, aggregation)
-        step = server_lr * length
-        params = move(state.params, -server_lr, decrease)
-        anybody = cohort.num_participants > 0
-        direction, step = optax.tree.where(anybody, (direction, step), (state.direction, state.step))
+    def update(state: ScaffoldMState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.measured(fc.optimizer_at(client_optimizer, state.round))
+        program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=upload, with_mean=True)
+        c = fc.sums.cast_like(state.control, state.params)
+        shared = state.params, c, state.direction, state.step if sends_step else ()
+        results = clients.run(program, shared, fc.gather(state.client_controls, cohort), cohort, key)
+        work, change = results.aggregate
+        decrease, G, length = unequal_work.mean(work, aggregation)
         # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
-        control = move(state.control, jnp.sum(results.weights) / num_clients, control_change)
-        client_controls = scatter(state.client_controls, cohort, results.outputs)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return ScaffoldMState(params, direction, step, control, client_controls, state.round + 1), metrics
+        state = ScaffoldMState(
+            params=fc.add_scaled(state.params, -server_lr, decrease),
+            direction=G,
+            step=server_lr * length,
+            control=fc.add_scaled(state.control, jnp.sum(results.weights) / num_clients, change),
+            client_controls=fc.scatter(state.client_controls, cohort, results.outputs),
+        )
+        return state, results
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

@@ -1,61 +1,34 @@
 """MOON."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Examples,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    descend,
-    gather,
-    global_algorithm,
-    local_training,
-    masks,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    value_and_grad,
-)
+import fedjax_core as fc
 
 
 class MoonState(NamedTuple):
     """Global model x, every client's previous local model v_i, and the number of rounds done."""
 
-    params: Params
-    client_models: ClientTable
-    round: Array
+    params: fc.Params
+    client_models: fc.ClientTable
+    round: fc.Counter = 0
 
 
 def moon(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    features: Callable[[Params, Examples, Key], Array],
+    features: Callable[[fc.Params, fc.Examples, fc.Key], fc.Array],
     num_clients: int,
-    mu: Scalar = 1.0,
-    temperature: Scalar = 0.5,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    mu: fc.Scalar = 1.0,
+    temperature: fc.Scalar = 0.5,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """MOON: representations are drawn to the global model's and pushed off those of the client's last local model.
 
     Client, from y = x:  z, z_g, z_p = features of the batch under y, x and v_i (x and v_i are constants);
@@ -88,16 +61,16 @@ def moon(
 
     Paper: Li, He, Song, "Model-Contrastive Federated Learning", 2021, algorithm 1.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("mu", mu, low=0)
-    checks.scalar("temperature", temperature, low=0, low_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("mu", mu, low=0)
+    fc.checks.scalar("temperature", temperature, low=0, low_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
 
-    def directions(params: Params, examples: Examples, key: Key, mask: Array) -> Array:
+    def unit_features(params: fc.Params, examples: fc.Examples, key: fc.Key, mask: fc.Array) -> fc.Array:
         """The representations [B, d], scaled to length 1."""
-        z = masks.call(features, params, examples, key, mask=mask)
-        size = checks.leading_axis(examples)
+        z = fc.masks.call(features, params, examples, key, mask=mask)
+        size = fc.checks.leading_axis(examples)
         if jnp.ndim(z) < 2 or z.shape[0] != size:
             raise ValueError(
                 f"features must return one representation per example, float[{size}, ...], but returned shape "
@@ -107,38 +80,27 @@ def moon(
         square = jnp.sum(jnp.square(z), axis=1, keepdims=True)
         return z / jnp.sqrt(jnp.where(square > 0, square, 1))
 
-    def init(params: Params) -> MoonState:
-        return MoonState(params, client_table(num_clients, params), jnp.int32(0))
+    def init(params: fc.Params) -> MoonState:
+        return MoonState(params, fc.client_table(num_clients, params))
 
-    def round(state: MoonState, cohort: Cohort, key: Key) -> tuple[MoonState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def direction(y, batch, x, v_i):
+        z_g = unit_features(x, batch.examples, batch.key, batch.mask)
+        z_p = unit_features(v_i, batch.examples, batch.key, batch.mask)
 
-        def client_init(x: Params, v_i: Params, key: Key) -> Any:
-            return x, optimizer.init(x), v_i
+        def contrastive_loss(y, examples, key, mask):
+            z = unit_features(y, examples, key, mask)
+            l_con = jax.nn.softplus(jnp.sum(z * (z_p - z_g), axis=1) / temperature)
+            return fc.masks.call(loss_fn, y, examples, key, mask=mask) + mu * l_con
 
-        def client_step(x: Params, carry: Any, batch: Batch) -> Any:
-            y, opt_state, v_i = carry
-            z_g = directions(x, batch.examples, batch.key, batch.mask)
-            z_p = directions(v_i, batch.examples, batch.key, batch.mask)
+        return fc.value_and_grad(contrastive_loss)(y, batch)
 
-            def contrastive_loss(y: Params, examples: Examples, key: Key, mask: Array) -> Array:
-                z = directions(y, examples, key, mask)
-                l_con = jax.nn.softplus(jnp.sum(z * (z_p - z_g), axis=1) / temperature)
-                return masks.call(loss_fn, y, examples, key, mask=mask) + mu * l_con
+    def upload(done, x):
+        return optax.tree.sub(done.params, x), done.params
 
-            loss, g = value_and_grad(contrastive_loss)(y, batch)
-            y, opt_state = descend(optimizer, y, opt_state, g)
-            return (y, opt_state, v_i), loss
+    def update(state: MoonState, cohort: fc.Cohort, key: fc.Key):
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, upload=upload)
+        results = clients.run(program, state.params, fc.gather(state.client_models, cohort), cohort, key)
+        params = fc.add_scaled(state.params, server_lr, results.aggregate)
+        return MoonState(params, fc.scatter(state.client_models, cohort, results.outputs)), results
 
-        def client_final(x: Params, carry: Any) -> Any:
-            y, _, _ = carry
-            return optax.tree.sub(y, x), y
-
-        program = ClientProgram(client_init, client_step, client_final)
-        results = clients.run(program, state.params, gather(state.client_models, cohort), cohort, key)
-        params = move(state.params, server_lr, results.aggregate)
-        client_models = scatter(state.client_models, cohort, results.outputs)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return MoonState(params, client_models, state.round + 1), metrics
-
-    return global_algorithm(init, round)
+    return fc.federated(init, update)

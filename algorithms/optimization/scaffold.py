@@ -6,55 +6,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import Gradient, plain_gradient
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    descend,
-    full_gradient_program,
-    gather,
-    global_algorithm,
-    local_training,
-    local_work,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    sums,
-)
+import fedjax_core as fc
 
 
 class ScaffoldState(NamedTuple):
     """Global model x, server control c, every client's control c_i, and the number of rounds done."""
 
-    params: Params
-    control: Params
-    client_controls: ClientTable
-    round: Array
+    params: fc.Params
+    control: fc.Params
+    client_controls: fc.ClientTable
+    round: fc.Counter = 0
 
 
 def scaffold(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    server_lr: Scalar = 1.0,
+    server_lr: fc.Scalar = 1.0,
     option: str = "II",
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """SCAFFOLD: control variates cancel the drift of the clients.
 
     Client, from y = x:  y <- y - lr (g_i(y) + c - c_i), K times;
@@ -79,90 +51,45 @@ def scaffold(
     Paper: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated
     Learning", 2020, algorithm 1.
     """
-    checks.one_of("option", option, ("I", "II"))
-    return controlled_averaging(
-        plain_gradient(loss_fn),
-        client_optimizer,
-        num_clients=num_clients,
-        server_lr=server_lr,
-        new_control=full_gradient_program(loss_fn) if option == "I" else None,
-        **local,
-    )
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    fc.checks.one_of("option", option, ("I", "II"))
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
+    gradient_at_x = fc.kept_by_client(fc.full_gradient_program(loss_fn))
 
+    def init(params: fc.Params) -> ScaffoldState:
+        controls = fc.client_table(num_clients, optax.tree.zeros_like(params))
+        return ScaffoldState(params, fc.sums.wide_zeros(params), controls)
 
-def controlled_averaging(
-    gradient: Gradient,
-    client_optimizer: ClientOptimizer,
-    *,
-    num_clients: int,
-    server_lr: Scalar,
-    new_control: ClientProgram | None = None,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
-    """SCAFFOLD along any local direction g; c_i+ is the mean of the K g, or what `new_control` would upload at x."""
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
+    def direction(y, batch, shared, own):
+        (_, c), (c_i, _) = shared, own
+        loss, g = gradient(y, batch)
+        return loss, jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i), g
 
-    def init(params: Params) -> ScaffoldState:
-        zeros = optax.tree.zeros_like(params)
-        return ScaffoldState(params, sums.wide_zeros(params), client_table(num_clients, zeros), jnp.int32(0))
+    def upload(done, shared):
+        (x, _), (c_i, at_x) = shared, done.own
+        c_i_new = at_x if option == "I" else done.mean
+        return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
 
-    def round(state: ScaffoldState, cohort: Cohort, key: Key) -> tuple[ScaffoldState, Metrics]:
-        controls = gather(state.client_controls, cohort)
-        given: Any = ()
-        if new_control is not None:
-            whole = clients._replace(work=local_work(clients.work.batch_size, order="sequential"))
-            given = whole.run(kept_by_the_client(new_control), state.params, (), cohort, key).outputs
-        optimizer = optimizer_at(client_optimizer, state.round)
-        program = controlled_program(gradient, optimizer, given=new_control is not None)
-        sent = state.params, sums.cast_like(state.control, state.params)
-        results = clients.run(program, sent, (controls, given), cohort, key)
-        displacement, control_change = results.aggregate
-        params = move(state.params, server_lr, displacement)
+    def update(state: ScaffoldState, cohort: fc.Cohort, key: fc.Key):
+        at_x: Any = ()
+        if option == "I":
+            at_x = clients.full_pass().run(gradient_at_x, state.params, (), cohort, key).outputs
+        program = fc.local_descent(
+            fc.optimizer_at(client_optimizer, state.round),
+            direction,
+            start=fc.first_part,
+            upload=upload,
+            with_mean=option == "II",
+        )
+        shared = state.params, fc.sums.cast_like(state.control, state.params)
+        own = fc.gather(state.client_controls, cohort), at_x
+        results = clients.run(program, shared, own, cohort, key)
+        delta, change = results.aggregate
+        params = fc.add_scaled(state.params, server_lr, delta)
         # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
-        share = jnp.sum(results.weights) / num_clients
-        control = move(state.control, share, control_change)
-        client_controls = scatter(state.client_controls, cohort, results.outputs)
-        metrics = round_metrics(results, cohort, state.params, params)
-        return ScaffoldState(params, control, client_controls, state.round + 1), metrics
+        control = fc.add_scaled(state.control, jnp.sum(results.weights) / num_clients, change)
+        return ScaffoldState(params, control, fc.scatter(state.client_controls, cohort, results.outputs)), results
 
-    return global_algorithm(init, round)
-
-
-def kept_by_the_client(program: ClientProgram) -> ClientProgram:
-    """The program with its upload as output instead: nothing is sent."""
-    return program._replace(final=lambda shared, carry: ((), program.final(shared, carry)[0]))
-
-
-def controlled_program(
-    gradient: Gradient, optimizer: optax.GradientTransformation, *, given: bool = False
-) -> ClientProgram:
-    """Local training along g + c - c_i, from the shared (x, c) and the input (c_i, c_i+).
-
-    Uploads y_i - x and c_i+ - c_i, and keeps c_i+. That is the mean of the K directions g, or the input if it is given.
-    """
-
-    def client_init(shared: Any, client_input: Any, key: Key) -> Any:
-        x, _ = shared
-        c_i, c_i_new = client_input
-        return x, optimizer.init(x), c_i, c_i_new if given else sums.start_tree(x), jnp.int32(0)
-
-    def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
-        x, c = shared
-        y, opt_state, c_i, c_i_new, k = carry
-        loss, g = gradient(x, y, batch)
-        corrected = jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i)
-        y, opt_state = descend(optimizer, y, opt_state, corrected)
-        if not given:  # a sum of gradients until client_final
-            c_i_new = sums.add_tree(c_i_new, g)
-        return (y, opt_state, c_i, c_i_new, k + 1), loss
-
-    def client_final(shared: Any, carry: Any) -> Any:
-        x, _ = shared
-        y, _, c_i, c_i_new, k = carry
-        if not given:
-            c_i_new = sums.mean_tree(c_i_new, k, x)
-        return (optax.tree.sub(y, x), optax.tree.sub(c_i_new, c_i)), c_i_new
-
-    return ClientProgram(client_init, client_step, client_final)
+    return fc.federated(init, update)

@@ -11,31 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fedjax_core import Array, Batch, Examples, Key, LossFn, Params, Scalar, batch_loss, checks, linalg, sums
+import fedjax_core as fc
 
-Estimate = Callable[[Params, Batch], tuple[Array, Params]]
+Estimate = Callable[[fc.Params, fc.Batch], tuple[fc.Array, fc.Params]]
 """`(y, batch) -> (f_i(y), estimate of its gradient)`, from values of f_i alone."""
 
 
-def query(loss_fn: LossFn, points: Array, unravel: Callable[[Array], Params], batch: Batch) -> Array:
+def query(loss_fn: fc.LossFn, points: fc.Array, unravel: Callable[[fc.Array], fc.Params], batch: fc.Batch) -> fc.Array:
     """Values float[Q] of a client's function at points float[Q, d]: Q queries, made in one call.
 
     The function is the mean loss over the batch. All points see the same examples and the same key.
     """
-    values = jax.vmap(lambda x: batch_loss(loss_fn, unravel(x), batch))(points)
+    values = jax.vmap(lambda x: fc.batch_loss(loss_fn, unravel(x), batch))(points)
     return values.astype(points.dtype)
 
 
-def flatten(params: Params) -> tuple[Array, Callable[[Array], Params]]:
+def flatten(params: fc.Params) -> tuple[fc.Array, Callable[[fc.Array], fc.Params]]:
     """Parameters end to end, float[d], and the way back to parameters of their own dtypes.
 
     The vector is float32 at least, which decompositions and differences of values need.
     """
-    x, unravel = ravel_pytree(sums.widen(params))
-    return x, lambda x: sums.cast_like(unravel(x), params)
+    x, unravel = ravel_pytree(fc.sums.widen(params))
+    return x, lambda x: fc.sums.cast_like(unravel(x), params)
 
 
-def settle(points: Array, params: Params) -> Array:
+def settle(points: fc.Array, params: fc.Params) -> fc.Array:
     """Points float[Q, d] as parameters like `params` hold them: their values are those of rounded points."""
     if all(jnp.result_type(leaf) == points.dtype for leaf in jax.tree.leaves(params)):
         return points
@@ -43,31 +43,31 @@ def settle(points: Array, params: Params) -> Array:
     return jax.vmap(lambda x: flatten(unravel(x))[0])(points)
 
 
-def uniform_box(key: Key, center: Array, radius: Scalar, count: int) -> Array:
+def uniform_box(key: fc.Key, center: fc.Array, radius: fc.Scalar, count: int) -> fc.Array:
     """`count` points float[count, d], uniform in the box of half-width `radius` around `center`, float[d]."""
     # Drawn in single precision, so that a run in double precision queries the same points.
     draw = jax.random.uniform(key, (count, center.size), jnp.float32, -1.0, 1.0)
     return center + jnp.asarray(radius, center.dtype) * draw.astype(center.dtype)
 
 
-def orthonormal_directions(key: Key, count: int, like: Array) -> Array:
+def orthonormal_directions(key: fc.Key, count: int, like: fc.Array) -> fc.Array:
     """`count` <= d random directions float[count, d] of length 1 at right angles, for `like`, float[d].
 
     Gaussian vectors put through Gram-Schmidt. Without the signs, a QR decomposition leaves them to the backend.
     """
     draw = jax.random.normal(key, (count, like.size), jnp.float32).astype(like.dtype)
-    columns, triangle = linalg.qr(draw.T)
+    columns, triangle = fc.linalg.qr(draw.T)
     return (columns * jnp.where(jnp.diag(triangle) < 0, -1, 1).astype(like.dtype)).T
 
 
-def finite_differences(loss_fn: LossFn, *, num_directions: int, mu: Scalar) -> Estimate:
+def finite_differences(loss_fn: fc.LossFn, *, num_directions: int, mu: fc.Scalar) -> Estimate:
     """Forward differences: g = (1 / q) sum_s (f_i(y + mu s) - f_i(y)) / mu s, over q orthonormal random s.
 
     Its mean is grad f_i / d up to terms of order mu, not grad f_i. With q = d it is grad f_i / d. It costs q + 1
     queries, `num_queries` of them. There are at most d directions at right angles, so q is the lesser of the two.
     """
 
-    def estimate(y: Params, batch: Batch) -> tuple[Array, Params]:
+    def estimate(y: fc.Params, batch: fc.Batch) -> tuple[fc.Array, fc.Params]:
         x, unravel = flatten(y)
         direction_key, loss_key = jax.random.split(batch.key)
         s = orthonormal_directions(direction_key, min(num_directions, x.size), x)
@@ -81,12 +81,12 @@ def finite_differences(loss_fn: LossFn, *, num_directions: int, mu: Scalar) -> E
     return estimate
 
 
-def num_queries(num_directions: int, params: Params) -> int:
+def num_queries(num_directions: int, params: fc.Params) -> int:
     """Queries that one estimate of `finite_differences` costs: q + 1."""
     return min(num_directions, sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))) + 1
 
 
-def host_loss(function: Callable[[list[tuple[Params, Examples]]], Sequence[Any]]) -> LossFn:
+def host_loss(function: Callable[[list[tuple[fc.Params, fc.Examples]]], Sequence[Any]]) -> fc.LossFn:
     """A loss function from one that is not JAX: a simulator, a subprocess, a C library.
 
     It runs on the host while the compiled round waits, through `jax.pure_callback`. All queries that a step makes, of
@@ -103,8 +103,8 @@ def host_loss(function: Callable[[list[tuple[Params, Examples]]], Sequence[Any]]
       A loss function, which has no gradient. It ignores its key.
     """
 
-    def loss_fn(params: Params, batch: Examples, key: Key | None = None) -> Array:
-        size = checks.leading_axis(batch, "batch")
+    def loss_fn(params: fc.Params, batch: fc.Examples, key: fc.Key | None = None) -> fc.Array:
+        size = fc.checks.leading_axis(batch, "batch")
         dtype = jnp.result_type(float, *jax.tree.leaves(params))
         ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves((params, batch))]
 

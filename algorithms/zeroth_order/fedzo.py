@@ -1,64 +1,38 @@
 """FedZO, FedProx-ZO and SCAFFOLD-ZO: methods for gradients, run on finite differences."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from algorithms.optimization.fedavg import displacement_program
-from algorithms.optimization.scaffold import controlled_program
+import fedjax_core as fc
 from algorithms.zeroth_order.estimators import Estimate, finite_differences, num_queries
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    gather,
-    global_algorithm,
-    local_training,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    sums,
-)
 
 
 class FedZOState(NamedTuple):
-    """Global model x, the number of rounds done, and queries made so far by all clients, int32[]."""
+    """Global model x, queries made so far by all clients, int32[], and the number of rounds done."""
 
-    params: Params
-    round: Array
-    queries: Array
+    params: fc.Params
+    queries: fc.Array
+    round: fc.Counter = 0
 
 
 class Queries(NamedTuple):
     """Queries made in this round by all participants, corrections included, int32[]."""
 
-    queries: Array
+    queries: fc.Array
 
 
 def fedzo(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_directions: int = 20,
-    mu: Scalar = 0.01,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    mu: fc.Scalar = 0.01,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedZO: FedAvg on gradients that are estimated from function values.
 
     Client, from y = x:  s_1 .. s_q random directions of length 1 at right angles;
@@ -94,15 +68,15 @@ def fedzo(
 
 
 def fedprox_zo(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    proximal: Scalar = 1.0,
+    proximal: fc.Scalar = 1.0,
     num_directions: int = 20,
-    mu: Scalar = 0.01,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    mu: fc.Scalar = 0.01,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FedProx-ZO: FedProx on gradients that are estimated from function values.
 
     Client, from y = x:  y <- y - lr (g + proximal (y - x)), K times, g as in FedZO.
@@ -132,61 +106,61 @@ def fedprox_zo(
 
 
 def _fedzo(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
-    proximal: Scalar,
+    proximal: fc.Scalar,
     num_directions: int,
-    mu: Scalar,
-    server_lr: Scalar,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    mu: fc.Scalar,
+    server_lr: fc.Scalar,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
+    """Both, FedZO with proximal = 0."""
     _check(num_directions, mu, server_lr)
-    checks.scalar("proximal", proximal, low=0)
-    clients = local_training(**local)
+    fc.checks.scalar("proximal", proximal, low=0)
+    clients = fc.local_training(**local)
     estimate = finite_differences(loss_fn, num_directions=num_directions, mu=mu)
 
-    def init(params: Params) -> FedZOState:
-        return FedZOState(params, jnp.int32(0), jnp.int32(0))
+    def init(params: fc.Params) -> FedZOState:
+        return FedZOState(params, jnp.int32(0))
 
-    def round(state: FedZOState, cohort: Cohort, key: Key) -> tuple[FedZOState, Metrics]:
+    def update(state: FedZOState, cohort: fc.Cohort, key: fc.Key):
         pull = jnp.where(state.round > 0, proximal, 0)
 
-        def gradient(x: Params, y: Params, batch: Batch) -> tuple[Array, Params]:
+        def direction(y, batch, x, _):
             value, g = estimate(y, batch)
-            return value, move(g, pull, optax.tree.sub(y, x))
+            return value, fc.add_scaled(g, pull, optax.tree.sub(y, x))
 
-        program = displacement_program(gradient, optimizer_at(client_optimizer, state.round))
+        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
         results = clients.run(program, state.params, (), cohort, key)
-        params = move(state.params, server_lr, results.aggregate)
+        params = fc.add_scaled(state.params, server_lr, results.aggregate)
         queries = jnp.sum(results.steps, dtype=jnp.int32) * num_queries(num_directions, state.params)
-        metrics = round_metrics(results, cohort, state.params, params, Queries(queries))
-        return FedZOState(params, state.round + 1, state.queries + queries), metrics
+        return FedZOState(params, state.queries + queries), results, Queries(queries)
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
 class ScaffoldZOState(NamedTuple):
-    """Global model x, control c and the clients' c_i (both () in option I), rounds, queries as in FedZO."""
+    """Global model x, control c and the clients' c_i (both () in option I), queries as in FedZO, the rounds done."""
 
-    params: Params
-    control: Params
-    client_controls: ClientTable
-    round: Array
-    queries: Array
+    params: fc.Params
+    control: fc.Params
+    client_controls: fc.ClientTable
+    queries: fc.Array
+    round: fc.Counter = 0
 
 
 def scaffold_zo(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
     option: str = "II",
     num_directions: int = 20,
-    mu: Scalar = 0.01,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    mu: fc.Scalar = 0.01,
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """SCAFFOLD-ZO: SCAFFOLD on gradients that are estimated from function values.
 
     Client, from y = x:  y <- y - lr (g + c - c_i), K times, g as in FedZO.
@@ -215,64 +189,69 @@ def scaffold_zo(
     Paper: Shu, Lin, Dai, Low, "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients",
     2023, section 6 (a baseline).
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
-    checks.one_of("option", option, ("I", "II"))
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.one_of("option", option, ("I", "II"))
     _check(num_directions, mu, server_lr)
-    clients = local_training(**local)
-    once = clients._replace(work=clients.work._replace(num_epochs=None, num_steps=1))
+    clients = fc.local_training(**local)
     estimate = finite_differences(loss_fn, num_directions=num_directions, mu=mu)
 
-    def init(params: Params) -> ScaffoldZOState:
+    def init(params: fc.Params) -> ScaffoldZOState:
         zeros = optax.tree.zeros_like(params) if option == "II" else ()
-        control = sums.widen(zeros)
-        return ScaffoldZOState(params, control, client_table(num_clients, zeros), jnp.int32(0), jnp.int32(0))
+        return ScaffoldZOState(params, fc.sums.widen(zeros), fc.client_table(num_clients, zeros), jnp.int32(0))
 
-    def round(state: ScaffoldZOState, cohort: Cohort, key: Key) -> tuple[ScaffoldZOState, Metrics]:
+    def direction(y, batch, shared, c_i):
+        _, c = shared
+        value, g = estimate(y, batch)
+        return value, jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i), g
+
+    def with_control(done, shared):
+        (x, _), c_i, c_i_new = shared, done.own, done.mean
+        return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
+
+    def displacement(done, shared):
+        return optax.tree.sub(done.params, shared[0]), ()
+
+    def update(state: ScaffoldZOState, cohort: fc.Cohort, key: fc.Key):
         control_key, key = jax.random.split(key)
-        estimates = jnp.int32(0)
-        optimizer = optimizer_at(client_optimizer, state.round)
-        program = controlled_program(lambda x, y, batch: estimate(y, batch), optimizer)
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
+        each = num_queries(num_directions, state.params)
         if option == "I":
-            pass_at_x = once.run(one_estimate(estimate), state.params, (), cohort, control_key)
-            c, c_i, estimates = pass_at_x.aggregate, pass_at_x.outputs, jnp.sum(pass_at_x.steps, dtype=jnp.int32)
+            at_x = clients.one_step().run(one_estimate(estimate), state.params, (), cohort, control_key)
             # The c_i have gone up in that pass; of the local steps only y_i - x does.
-            moved = program._replace(final=lambda shared, carry: (program.final(shared, carry)[0][0], ()))
-            results = clients.run(moved, (state.params, c), (c_i, ()), cohort, key)
-            results = results._replace(uploaded=results.uploaded + pass_at_x.uploaded)
-            displacement, control_change = results.aggregate, ()
+            program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=displacement)
+            results = clients.run(program, (state.params, at_x.aggregate), at_x.outputs, cohort, key)
+            results = results._replace(uploaded=results.uploaded + at_x.uploaded)
+            queries = (jnp.sum(at_x.steps, dtype=jnp.int32) + jnp.sum(results.steps, dtype=jnp.int32)) * each
+            delta = results.aggregate
         else:
-            given = gather(state.client_controls, cohort), ()
-            sent = state.params, sums.cast_like(state.control, state.params)
-            results = clients.run(program, sent, given, cohort, key)
-            displacement, control_change = results.aggregate
-        params = move(state.params, server_lr, displacement)
-        queries = (estimates + jnp.sum(results.steps, dtype=jnp.int32)) * num_queries(num_directions, state.params)
-        if option == "II":
+            program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=with_control, with_mean=True)
+            c_i = fc.gather(state.client_controls, cohort)
+            shared = state.params, fc.sums.cast_like(state.control, state.params)
+            results = clients.run(program, shared, c_i, cohort, key)
+            queries = jnp.sum(results.steps, dtype=jnp.int32) * each
+            delta, change = results.aggregate
             share = jnp.sum(results.weights) / num_clients
             state = state._replace(
-                control=move(state.control, share, control_change),
-                client_controls=scatter(state.client_controls, cohort, results.outputs),
+                control=fc.add_scaled(state.control, share, change),
+                client_controls=fc.scatter(state.client_controls, cohort, results.outputs),
             )
-        metrics = round_metrics(results, cohort, state.params, params, Queries(queries))
-        return state._replace(params=params, round=state.round + 1, queries=state.queries + queries), metrics
+        params = fc.add_scaled(state.params, server_lr, delta)
+        return state._replace(params=params, queries=state.queries + queries), results, Queries(queries)
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
-def one_estimate(estimate: Estimate) -> ClientProgram:
+def one_estimate(estimate: Estimate) -> fc.ClientProgram:
     """A program of one step that uploads, and keeps as output, an estimate of the gradient at the shared params."""
 
-    def client_init(x: Params, client_input: Any, key: Key) -> Params:
-        return optax.tree.zeros_like(x)
-
-    def client_step(x: Params, carry: Params, batch: Batch) -> Any:
+    def client_step(x, carry, batch):
         value, g = estimate(x, batch)
         return g, value
 
-    return ClientProgram(client_init, client_step, lambda x, g: (g, g))
+    return fc.ClientProgram(lambda x, own, key: optax.tree.zeros_like(x), client_step, lambda x, g: (g, g))
 
 
-def _check(num_directions: int, mu: Scalar, server_lr: Scalar) -> None:
-    checks.positive_int("num_directions", num_directions, "an estimate needs at least one direction")
-    checks.scalar("mu", mu, low=0, low_open=True)
-    checks.scalar("server_lr", server_lr, low=0)
+def _check(num_directions: int, mu: fc.Scalar, server_lr: fc.Scalar) -> None:
+    fc.checks.positive_int("num_directions", num_directions, "an estimate needs at least one direction")
+    fc.checks.scalar("mu", mu, low=0, low_open=True)
+    fc.checks.scalar("server_lr", server_lr, low=0)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
+import fedjax_core as fc
 from algorithms.zeroth_order.estimators import flatten, query, settle, uniform_box
 from algorithms.zeroth_order.surrogate import (
     KERNELS,
@@ -21,49 +22,22 @@ from algorithms.zeroth_order.surrogate import (
     push,
     random_features,
 )
-from fedjax_core import (
-    Algorithm,
-    Array,
-    Batch,
-    ClientOptimizer,
-    ClientProgram,
-    ClientTable,
-    Cohort,
-    Key,
-    LocalOptions,
-    LossFn,
-    Metrics,
-    Params,
-    Scalar,
-    checks,
-    client_table,
-    descend,
-    gather,
-    global_algorithm,
-    local_training,
-    mean_over_participants,
-    move,
-    optimizer_at,
-    round_metrics,
-    scatter,
-    value_and_grad,
-)
 
 
 class Memory(NamedTuple):
     """What a client remembers: its queries, and the local model float[d] of its last round."""
 
     history: History
-    last: Array
+    last: fc.Array
 
 
 class FZooSState(NamedTuple):
-    """Global model x, the clients' memories, the number of rounds done, queries made so far by all clients int32[]."""
+    """Global model x, the clients' memories, queries made so far by all clients int32[], and the rounds done."""
 
-    params: Params
-    memories: ClientTable
-    round: Array
-    queries: Array
+    params: fc.Params
+    memories: fc.ClientTable
+    queries: fc.Array
+    round: fc.Counter = 0
 
 
 class Accuracy(NamedTuple):
@@ -74,8 +48,8 @@ class Accuracy(NamedTuple):
       error: norm of their difference, relative to that of grad f_i.
     """
 
-    cosine: Array
-    error: Array
+    cosine: fc.Array
+    error: fc.Array
 
 
 class FZooSMetrics(NamedTuple):
@@ -84,39 +58,39 @@ class FZooSMetrics(NamedTuple):
     The means are NaN in a round without participants.
     """
 
-    queries: Array
-    value: Array
+    queries: fc.Array
+    value: fc.Array
     accuracy: Any
 
 
 def fzoos(
-    loss_fn: LossFn,
-    client_optimizer: ClientOptimizer,
+    loss_fn: fc.LossFn,
+    client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
     capacity: int = 1000,
     neighbors: int = 150,
     kernel: str = "matern",
-    noise: Scalar = 1e-6,
-    shortest: Scalar = 0.1,
-    longest: Scalar = 100.0,
+    noise: fc.Scalar = 1e-6,
+    shortest: fc.Scalar = 0.1,
+    longest: fc.Scalar = 100.0,
     initial: int = 10,
     active: int = 5,
     active_candidates: int = 100,
     survey: int = 50,
     survey_candidates: int = 200,
-    radius: Scalar = 0.01,
+    radius: fc.Scalar = 0.01,
     num_features: int = 10000,
     feature_neighbors: int = 500,
-    feature_lengthscale: Scalar = 1.0,
+    feature_lengthscale: fc.Scalar = 1.0,
     feature_seed: int = 0,
-    ridge: Scalar = 1e-5,
-    correction_decay: Scalar = 1.0,
+    ridge: fc.Scalar = 1e-5,
+    correction_decay: fc.Scalar = 1.0,
     safeguard: bool = False,
     diagnose: bool = False,
-    server_lr: Scalar = 1.0,
-    **local: Unpack[LocalOptions],
-) -> Algorithm:
+    server_lr: fc.Scalar = 1.0,
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
     """FZooS: clients descend along gradients of surrogates of their own queries, corrected by a shared surrogate.
 
     Survey, at x:        query x; of `survey_candidates` points in the box of half-width mean |x - y_i| / 2 around it
@@ -180,40 +154,42 @@ def fzoos(
     Paper: Shu, Lin, Dai, Low, "Federated Zeroth-Order Optimization using Trajectory-Informed Surrogate Gradients",
     2023, algorithm 2.
     """
-    checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
     counts = {"neighbors": neighbors, "initial": initial, "active": active, "survey": survey}
     counts |= {"num_features": num_features, "feature_neighbors": feature_neighbors}
     for name, value in counts.items():
-        checks.positive_int(name, value, "surrogates are made of queries and features")
+        fc.checks.positive_int(name, value, "surrogates are made of queries and features")
     for name, kept, candidates in (("active", active, active_candidates), ("survey", survey, survey_candidates)):
-        checks.positive_int(f"{name}_candidates", candidates, f"choose the {kept} queries from at least as many")
+        fc.checks.positive_int(f"{name}_candidates", candidates, f"choose the {kept} queries from at least as many")
         if candidates < kept:
             raise ValueError(
                 f"{name}_candidates={candidates} is less than {name}={kept}: choose from at least as many points"
             )
-    checks.positive_int("capacity", capacity, "room for the queries of a survey")
+    fc.checks.positive_int("capacity", capacity, "room for the queries of a survey")
     if capacity <= max(initial, survey, active):
         raise ValueError(
             f"capacity={capacity} has no room for a survey of x and {max(initial, survey, active)} points: raise it to "
             "the queries of several rounds"
         )
-    checks.one_of("kernel", kernel, tuple(KERNELS))
+    fc.checks.one_of("kernel", kernel, tuple(KERNELS))
     for name, positive in (("shortest", shortest), ("radius", radius), ("feature_lengthscale", feature_lengthscale)):
-        checks.scalar(name, positive, low=0, low_open=True)
-    least_longest: Any = shortest if checks.is_concrete(shortest) else 0
-    checks.scalar("longest", longest, low=least_longest, low_open=True)
+        fc.checks.scalar(name, positive, low=0, low_open=True)
+    least_longest: Any = shortest if fc.checks.is_concrete(shortest) else 0
+    fc.checks.scalar("longest", longest, low=least_longest, low_open=True)
     for name, variance in (("noise", noise), ("ridge", ridge)):
-        checks.scalar(name, variance, low=0)
-    checks.scalar("correction_decay", correction_decay, low=0)
-    checks.scalar("server_lr", server_lr, low=0)
-    clients = local_training(**local)
-    once = clients._replace(work=clients.work._replace(num_epochs=None, num_steps=1))
-    gradient = value_and_grad(loss_fn)
+        fc.checks.scalar(name, variance, low=0)
+    fc.checks.scalar("correction_decay", correction_decay, low=0)
+    fc.checks.scalar("server_lr", server_lr, low=0)
+    clients = fc.local_training(**local)
+    once = clients.one_step()
+    gradient = fc.value_and_grad(loss_fn)
 
-    def closest(history: History, x: Array) -> Neighbors:
+    def closest(history: History, x: fc.Array) -> Neighbors:
         return nearest(history, x, count=min(neighbors, capacity))
 
-    def most_uncertain(key: Key, history: History, x: Array, half_width: Scalar, candidates: int, count: int) -> Any:
+    def most_uncertain(
+        key: fc.Key, history: History, x: fc.Array, half_width: fc.Scalar, candidates: int, count: int
+    ) -> Any:
         """Points float[count, d] around x at which the gradient is least known, and the lengthscale that says so."""
         near = closest(history, x)
         lengthscale = fit_lengthscale(near, kernel=kernel, noise=noise, shortest=shortest, longest=longest)
@@ -221,27 +197,27 @@ def fzoos(
         variance = gradient_variance(condition(near, lengthscale, kernel=kernel, noise=noise), z, kernel=kernel)
         return x + z[jax.lax.top_k(variance, count)[1]], lengthscale
 
-    def init(params: Params) -> FZooSState:
+    def init(params: fc.Params) -> FZooSState:
         x, _ = flatten(params)
-        memories = client_table(num_clients, Memory(empty_history(capacity, x), x))
-        return FZooSState(params, memories, jnp.int32(0), jnp.int32(0))
+        memories = fc.client_table(num_clients, Memory(empty_history(capacity, x), x))
+        return FZooSState(params, memories, jnp.int32(0))
 
-    def round(state: FZooSState, cohort: Cohort, key: Key) -> tuple[FZooSState, Metrics]:
-        optimizer = optimizer_at(client_optimizer, state.round)
+    def update(state: FZooSState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
         x, unravel = flatten(state.params)
         features = random_features(feature_seed, num_features, feature_lengthscale, x)
         survey_key, local_key, safeguard_key = jax.random.split(key, 3)
 
-        def ask(history: History, points: Array, batch: Batch) -> tuple[History, Array]:
+        def ask(history: History, points: fc.Array, batch: fc.Batch) -> tuple[History, fc.Array]:
             points = settle(points, state.params)
             values = query(loss_fn, points, unravel, batch)
             return push(history, points, values), values
 
         # At x: a program of one step, and its carry (history, nu_i, f_i(x)).
-        def survey_init(x: Array, memory: Memory, key: Key) -> Any:
+        def survey_init(x: fc.Array, memory: Memory, key: fc.Key) -> Any:
             return memory, jnp.zeros(num_features, x.dtype), jnp.zeros((), x.dtype)
 
-        def survey_step(x: Array, carry: Any, batch: Batch) -> Any:
+        def survey_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
             (history, last), _, _ = carry
             box_key, loss_key = jax.random.split(batch.key)
             batch = batch._replace(key=loss_key)
@@ -252,30 +228,30 @@ def fzoos(
             near = nearest(history, x, count=min(feature_neighbors, capacity))
             return (Memory(history, last), fit_weights(features, near, x, ridge=ridge), value[0]), value[0]
 
-        def first_step(x: Array, carry: Any, batch: Batch) -> Any:
+        def first_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
             (history, last), nu_i, _ = carry
             box_key, loss_key = jax.random.split(batch.key)
             points = jnp.concatenate([x[None], uniform_box(box_key, x, radius, initial)])
             history, values = ask(history, points, batch._replace(key=loss_key))
             return (Memory(history, last), nu_i, values[0]), values[0]
 
-        def survey_final(x: Array, carry: Any) -> Any:
+        def survey_final(x: fc.Array, carry: Any) -> Any:
             _, nu_i, value = carry
             return (nu_i, value), carry
 
-        def first_final(x: Array, carry: Any) -> Any:
+        def first_final(x: fc.Array, carry: Any) -> Any:
             _, _, value = carry
             return value, carry
 
         # From x: T steps with the carry (y, optimizer, history, nu - nu_i, f_i(y), accuracy).
-        def client_init(shared: Any, client_input: Any, key: Key) -> Any:
+        def client_init(shared: Any, client_input: Any, key: fc.Key) -> Any:
             x, nu = shared
             (history, _), nu_i, value, corrected = client_input
             y, zero = unravel(x), jnp.zeros((), x.dtype)
             difference = jnp.where(corrected, nu - nu_i, 0)
             return y, optimizer.init(y), history, difference, value, Accuracy(zero, zero)
 
-        def client_step(shared: Any, carry: Any, batch: Batch) -> Any:
+        def client_step(shared: Any, carry: Any, batch: fc.Batch) -> Any:
             params, opt_state, history, difference, value, accuracy = carry
             y, _ = flatten(params)
             box_key, loss_key = jax.random.split(batch.key)
@@ -290,7 +266,7 @@ def fzoos(
             if diagnose:
                 true, _ = flatten(gradient(params, batch)[1])
                 accuracy = jax.tree.map(jnp.add, accuracy, compare(surrogate, true))
-            params, opt_state = descend(optimizer, params, opt_state, unravel(g))
+            params, opt_state = fc.optimizer_step(optimizer, params, opt_state, unravel(g))
             history, values = ask(history, flatten(params)[0][None], batch)
             return (params, opt_state, history, difference, values[0], accuracy), value
 
@@ -299,14 +275,14 @@ def fzoos(
             y, _ = flatten(params)
             return y - shared[0], (Memory(history, y), accuracy)
 
-        def value_step(x: Array, carry: Any, batch: Batch) -> Any:
+        def value_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
             value = query(loss_fn, x[None], unravel, batch)[0]
             return value, value
 
-        memories = gather(state.memories, cohort)
+        memories = fc.gather(state.memories, cohort)
         new = cohort.mask & (memories.history.asked == 0)
         surveyed, looked = (
-            once.run(ClientProgram(survey_init, step, final), x, memories, cohort.only(chosen), survey_key)
+            once.run(fc.ClientProgram(survey_init, step, final), x, memories, cohort.only(chosen), survey_key)
             for step, final, chosen in (
                 (survey_step, survey_final, cohort.mask & ~new),
                 (first_step, first_final, new),
@@ -318,29 +294,29 @@ def fzoos(
             surveyed.outputs,
         )
         nu, value_of_old = surveyed.aggregate
-        program = ClientProgram(client_init, client_step, client_final)
+        program = fc.ClientProgram(client_init, client_step, client_final)
         results = clients.run(program, (x, nu), (memories, nu_i, values, ~new), cohort, local_key)
         memories, accuracy = results.outputs
-        x_new = move(x, server_lr, results.aggregate)
+        x_new = fc.add_scaled(x, server_lr, results.aggregate)
 
         weights = results.weights.astype(x.dtype)
         share = weights / jnp.where(jnp.sum(weights) > 0, jnp.sum(weights), 1)
         of_new = jnp.sum(share * new)
         at_x = of_new * looked.aggregate + (1 - of_new) * value_of_old
         # A newcomer has no use for nu, and no nu_i.
-        num_new = mean_over_participants(new, cohort)
+        num_new = fc.mean_over_participants(new, cohort)
         downloaded = results.downloaded - num_new * nu.size
         uploaded = results.uploaded + surveyed.uploaded - num_new * nu.size
         queries = jnp.sum(new) * (1 + initial) + jnp.sum(cohort.mask & ~new) * (1 + survey)
         queries += jnp.sum(results.steps) * (active + 1)
         if safeguard:
-            last = ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
+            last = fc.ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
             check = once.run(last, x_new, (), cohort, safeguard_key)
             x_new = jnp.where(check.aggregate < at_x, x_new, x)
             downloaded, uploaded = downloaded + check.downloaded, uploaded + check.uploaded
             queries += jnp.sum(check.steps)
 
-        def measured(mean: Array) -> Array:
+        def measured(mean: fc.Array) -> fc.Array:
             return jnp.where(cohort.num_participants > 0, mean, jnp.nan)
 
         params = unravel(x_new)
@@ -348,20 +324,14 @@ def fzoos(
         if diagnose:
             steps = jnp.maximum(results.steps, 1).astype(x.dtype)
             accuracy = jax.tree.map(lambda total: measured(jnp.sum(share * total / steps)), accuracy)
-        metrics = round_metrics(
-            results._replace(downloaded=downloaded, uploaded=uploaded),
-            cohort,
-            state.params,
-            params,
-            FZooSMetrics(queries, measured(at_x), accuracy if diagnose else ()),
-        )
-        memories = scatter(state.memories, cohort, memories)
-        return FZooSState(params, memories, state.round + 1, state.queries + queries), metrics
+        state = FZooSState(params, fc.scatter(state.memories, cohort, memories), state.queries + queries)
+        extra = FZooSMetrics(queries, measured(at_x), accuracy if diagnose else ())
+        return state, results._replace(downloaded=downloaded, uploaded=uploaded), extra
 
-    return global_algorithm(init, round)
+    return fc.federated(init, update)
 
 
-def compare(surrogate: Array, true: Array) -> Accuracy:
+def compare(surrogate: fc.Array, true: fc.Array) -> Accuracy:
     """Cosine and relative error of a surrogate gradient, float[d] both."""
     norm = jnp.linalg.norm(true)
     norm = jnp.where(norm > 0, norm, 1)

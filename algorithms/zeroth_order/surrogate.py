@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_core import Array, Scalar, linalg
+import fedjax_core as fc
 
 GRID = 8
 """Lengthscales at which the likelihood is compared before the best is refined."""
@@ -30,9 +30,9 @@ class History(NamedTuple):
       asked: int32[], number of queries ever stored; the next goes to row asked mod H, over the oldest if it is full.
     """
 
-    points: Array
-    values: Array
-    asked: Array
+    points: fc.Array
+    values: fc.Array
+    asked: fc.Array
 
 
 class Neighbors(NamedTuple):
@@ -46,11 +46,11 @@ class Neighbors(NamedTuple):
       scale: float[], their largest value less their least; 1 where all are equal.
     """
 
-    offsets: Array
-    targets: Array
-    present: Array
-    low: Array
-    scale: Array
+    offsets: fc.Array
+    targets: fc.Array
+    present: fc.Array
+    low: fc.Array
+    scale: fc.Array
 
 
 class GaussianProcess(NamedTuple):
@@ -64,9 +64,9 @@ class GaussianProcess(NamedTuple):
     """
 
     neighbors: Neighbors
-    factor: Array
-    coefficients: Array
-    lengthscale: Array
+    factor: fc.Array
+    coefficients: fc.Array
+    lengthscale: fc.Array
 
 
 class Kernel(NamedTuple):
@@ -78,21 +78,21 @@ class Kernel(NamedTuple):
         coordinate of the gradient, and d k / d log l = h(s) s^2.
     """
 
-    value: Callable[[Array], Array]
-    slope: Callable[[Array], Array]
+    value: Callable[[fc.Array], fc.Array]
+    slope: Callable[[fc.Array], fc.Array]
 
 
-def _matern(s: Array) -> Array:
+def _matern(s: fc.Array) -> fc.Array:
     t = jnp.sqrt(5).astype(s.dtype) * s
     return (1 + t + t**2 / 3) * jnp.exp(-t)
 
 
-def _matern_slope(s: Array) -> Array:
+def _matern_slope(s: fc.Array) -> fc.Array:
     t = jnp.sqrt(5).astype(s.dtype) * s
     return 5 / 3 * (1 + t) * jnp.exp(-t)
 
 
-def _rbf(s: Array) -> Array:
+def _rbf(s: fc.Array) -> fc.Array:
     return jnp.exp(-(s**2) / 2)
 
 
@@ -100,12 +100,12 @@ KERNELS = {"matern": Kernel(_matern, _matern_slope), "rbf": Kernel(_rbf, _rbf)}
 """Matern-5/2, and the squared exponential."""
 
 
-def empty_history(capacity: int, x: Array) -> History:
+def empty_history(capacity: int, x: fc.Array) -> History:
     """Room for `capacity` queries at points like x, float[d]."""
     return History(jnp.zeros((capacity, x.size), x.dtype), jnp.zeros(capacity, x.dtype), jnp.int32(0))
 
 
-def push(history: History, points: Array, values: Array) -> History:
+def push(history: History, points: fc.Array, values: fc.Array) -> History:
     """The history with Q <= H more queries: points float[Q, d] and their values float[Q]."""
     rows = (history.asked + jnp.arange(points.shape[0])) % history.values.shape[0]
     return History(
@@ -114,7 +114,7 @@ def push(history: History, points: Array, values: Array) -> History:
 
 
 @partial(jax.jit, static_argnames="count")
-def nearest(history: History, x: Array, *, count: int) -> Neighbors:
+def nearest(history: History, x: fc.Array, *, count: int) -> Neighbors:
     """The `count` stored queries nearest to x, float[d] (all of them if there are fewer), nearest first.
 
     A query whose value was no number is passed over.
@@ -137,21 +137,21 @@ class _Search(NamedTuple):
     far the last two points lay from the best.
     """
 
-    left: Array
-    right: Array
-    points: Array
-    values: Array
-    next: Array
-    by_parabola: Array
-    move: Array
-    before: Array
-    steps: Array
+    left: fc.Array
+    right: fc.Array
+    points: fc.Array
+    values: fc.Array
+    next: fc.Array
+    by_parabola: fc.Array
+    move: fc.Array
+    before: fc.Array
+    steps: fc.Array
 
 
 @partial(jax.jit, static_argnames="kernel")
 def fit_lengthscale(
-    neighbors: Neighbors, *, kernel: str, noise: Scalar, shortest: Scalar = 0.1, longest: Scalar = 100.0
-) -> Array:
+    neighbors: Neighbors, *, kernel: str, noise: fc.Scalar, shortest: fc.Scalar = 0.1, longest: fc.Scalar = 100.0
+) -> fc.Array:
     """The lengthscale of greatest marginal likelihood, float[].
 
     `GRID` candidates, evenly spaced in log l from `shortest` to `longest` times the root mean square distance of the
@@ -171,9 +171,9 @@ def fit_lengthscale(
     span = [jnp.log(jnp.asarray(bound, r.dtype) * typical) for bound in (shortest, longest)]
     grid = span[0] + (span[1] - span[0]) * jnp.linspace(0, 1, GRID, dtype=r.dtype)
 
-    def likelihood(log_l: Array) -> Array:
+    def likelihood(log_l: fc.Array) -> fc.Array:
         factor = _factor(neighbors, k(r * jnp.exp(-log_l)), noise)
-        value = -jnp.sum(linalg.solve_lower(factor, u) ** 2) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
+        value = -jnp.sum(fc.linalg.solve_lower(factor, u) ** 2) / 2 - jnp.sum(jnp.log(jnp.diag(factor)))
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
     def propose(state: _Search) -> _Search:
@@ -186,7 +186,7 @@ def fit_lengthscale(
         section = x + (3 - 5**0.5) / 2 * (larger - x)
         return state._replace(next=jnp.where(good, vertex, section), by_parabola=good)
 
-    def moving(state: _Search) -> Array:
+    def moving(state: _Search) -> fc.Array:
         return (state.steps < REFINEMENTS) & (jnp.abs(state.next - state.points[0]) > TOLERANCE)
 
     def step(state: _Search) -> _Search:
@@ -226,19 +226,19 @@ def fit_lengthscale(
     if precision > TOLERANCE:
         return jnp.exp(x)
 
-    def slope(log_l: Array) -> Array:
+    def slope(log_l: fc.Array) -> fc.Array:
         s = r * jnp.exp(-log_l)
         factor = _factor(neighbors, k(s), noise)
-        inverse = linalg.cho_solve(factor, jnp.eye(u.size, dtype=u.dtype))
+        inverse = fc.linalg.cho_solve(factor, jnp.eye(u.size, dtype=u.dtype))
         coefficients = inverse @ u
         change = jnp.where(pairs, h(s) * s**2, 0)
         return (coefficients @ change @ coefficients - jnp.sum(inverse * change)) / 2
 
-    def apart(state: tuple[Array, Array, Array, Array]) -> Array:
+    def apart(state: tuple[fc.Array, fc.Array, fc.Array, fc.Array]) -> fc.Array:
         before, _, x, steps = state
         return (steps < REFINEMENTS) & (jnp.abs(x - before) > precision)
 
-    def secant(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    def secant(state: tuple[fc.Array, fc.Array, fc.Array, fc.Array]) -> tuple[fc.Array, fc.Array, fc.Array, fc.Array]:
         before, at_before, x, steps = state
         at_x = slope(x)
         new = x - at_x * (x - before) / (at_x - at_before)
@@ -248,14 +248,14 @@ def fit_lengthscale(
 
 
 @partial(jax.jit, static_argnames="kernel")
-def condition(neighbors: Neighbors, lengthscale: Array, *, kernel: str, noise: Scalar) -> GaussianProcess:
+def condition(neighbors: Neighbors, lengthscale: fc.Array, *, kernel: str, noise: fc.Scalar) -> GaussianProcess:
     """The posterior given the neighbors' targets, each observed with variance `noise`."""
     factor = _factor(neighbors, KERNELS[kernel].value(_distances(neighbors) / lengthscale), noise)
-    return GaussianProcess(neighbors, factor, linalg.cho_solve(factor, neighbors.targets), lengthscale)
+    return GaussianProcess(neighbors, factor, fc.linalg.cho_solve(factor, neighbors.targets), lengthscale)
 
 
 @partial(jax.jit, static_argnames="kernel")
-def gradient_mean(process: GaussianProcess, *, kernel: str) -> Array:
+def gradient_mean(process: GaussianProcess, *, kernel: str) -> fc.Array:
     """Mean of the gradient at the center, float[d], in the units of the function's values."""
     offsets, scale = process.neighbors.offsets, process.lengthscale
     r = jnp.sqrt(jnp.sum(offsets**2, axis=1))
@@ -264,14 +264,14 @@ def gradient_mean(process: GaussianProcess, *, kernel: str) -> Array:
 
 
 @partial(jax.jit, static_argnames="kernel")
-def gradient_variance(process: GaussianProcess, z: Array, *, kernel: str) -> Array:
+def gradient_variance(process: GaussianProcess, z: fc.Array, *, kernel: str) -> fc.Array:
     """Variance of the gradient at center + z for each row of z, float[Q, d]: its trace over coordinates, float[Q].
 
     In the units of the scaled targets: d h(0) / l^2 - tr(dk(z, X) (K + noise I)^-1 dk(X, z)). The products
     (z - x_i)'(z - x_j) are put together from those of z and X, so that no array of Q n d numbers is made.
     """
     offsets, present, scale = process.neighbors.offsets, process.neighbors.present, process.lengthscale
-    inverse = linalg.cho_solve(process.factor, jnp.eye(present.size, dtype=z.dtype))
+    inverse = fc.linalg.cho_solve(process.factor, jnp.eye(present.size, dtype=z.dtype))
     gram, cross = _dot(offsets, offsets.T), _dot(z, offsets.T)
     square = jnp.sum(z**2, axis=1)
     r = jnp.sqrt(jnp.maximum(square[:, None] + jnp.diag(gram) - 2 * cross, 0))
@@ -291,11 +291,11 @@ class Features(NamedTuple):
       phases: b, float[M], uniform in [0, 2 pi).
     """
 
-    frequencies: Array
-    phases: Array
+    frequencies: fc.Array
+    phases: fc.Array
 
 
-def random_features(seed: int, num_features: int, lengthscale: Scalar, x: Array) -> Features:
+def random_features(seed: int, num_features: int, lengthscale: fc.Scalar, x: fc.Array) -> Features:
     """The features that everyone draws from the same seed, for points like x, float[d]; nobody has to send them."""
     frequency_key, phase_key = jax.random.split(jax.random.key(seed))
     w = jax.random.normal(frequency_key, (x.size, num_features), jnp.float32).astype(x.dtype)
@@ -304,7 +304,7 @@ def random_features(seed: int, num_features: int, lengthscale: Scalar, x: Array)
 
 
 @jax.jit
-def fit_weights(features: Features, neighbors: Neighbors, x: Array, *, ridge: Scalar) -> Array:
+def fit_weights(features: Features, neighbors: Neighbors, x: fc.Array, *, ridge: fc.Scalar) -> fc.Array:
     """Weights nu = scale phi(X)' (phi(X) phi(X)' + ridge I)^-1 u, float[M], of neighbors of the center x.
 
     In the units of the function's values (the constant `low` is left out, which no gradient sees).
@@ -312,11 +312,11 @@ def fit_weights(features: Features, neighbors: Neighbors, x: Array, *, ridge: Sc
     phi = jnp.cos(_dot(neighbors.offsets + x, features.frequencies) + features.phases)
     phi = jnp.where(neighbors.present[:, None], phi * jnp.sqrt(2 / phi.shape[1]).astype(phi.dtype), 0)
     factor = _factor(neighbors, _dot(phi, phi.T), ridge)
-    return neighbors.scale * _dot(linalg.cho_solve(factor, neighbors.targets), phi)
+    return neighbors.scale * _dot(fc.linalg.cho_solve(factor, neighbors.targets), phi)
 
 
 @jax.jit
-def features_gradient(features: Features, weights: Array, x: Array) -> Array:
+def features_gradient(features: Features, weights: fc.Array, x: fc.Array) -> fc.Array:
     """Gradient S(x; nu) = -sqrt(2 / M) W (sin(W'x + b) nu) of phi(x)'nu, float[d]; linear in the weights."""
     w, b = features
     scale = jnp.sqrt(2 / b.size).astype(x.dtype)
@@ -332,15 +332,15 @@ def jitter(dtype: jnp.dtype) -> float:
     return 32 * float(jnp.finfo(dtype).eps)
 
 
-def _factor(neighbors: Neighbors, gram: Array, noise: Scalar) -> Array:
+def _factor(neighbors: Neighbors, gram: fc.Array, noise: fc.Scalar) -> fc.Array:
     """Cholesky factor of gram + noise I; a neighbor that is not there is independent of all and has variance 1."""
     present = neighbors.present
     both = present[:, None] & present
     diagonal = jnp.where(present, jnp.asarray(noise, gram.dtype) + jitter(gram.dtype), 1)
-    return linalg.cholesky(jnp.where(both, gram, 0) + jnp.diag(diagonal))
+    return fc.linalg.cholesky(jnp.where(both, gram, 0) + jnp.diag(diagonal))
 
 
-def _distances(neighbors: Neighbors) -> Array:
+def _distances(neighbors: Neighbors) -> fc.Array:
     """float[n, n], distances of the neighbors from each other."""
     gram = _dot(neighbors.offsets, neighbors.offsets.T)
     square = jnp.diag(gram)
@@ -348,5 +348,5 @@ def _distances(neighbors: Neighbors) -> Array:
     return jnp.sqrt(jnp.where(apart, jnp.maximum(square[:, None] + square - 2 * gram, 0), 0))
 
 
-def _dot(a: Array, b: Array) -> Array:
+def _dot(a: fc.Array, b: fc.Array) -> fc.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""FedAMD: traces of an independent program, anchors and miners, and the mean of the bullseyes."""
+"""FedAMD: traces of an independent program, anchors and miners, and the mean of the anchors' gradients."""
 
 from functools import cache
 
@@ -62,7 +62,7 @@ def gradients(x):
     return np.einsum("nij,nj->ni", Q3_A, np.asarray(x) - Q3_B)
 
 
-def mean_bullseye(state):
+def mean_anchor(state):
     return np.asarray(state.total) / float(state.weight)
 
 
@@ -91,15 +91,15 @@ def test_each_participant_is_an_anchor_with_the_probability():
     np.testing.assert_array_equal(draw_anchors(jax.random.key(0), cohort, 1.0), cohort.mask)
 
 
-def test_anchors_alone_never_move_the_model_and_miners_alone_never_change_a_bullseye():
+def test_anchors_alone_never_move_the_model_and_miners_alone_never_change_an_anchor():
     states, _ = run(make(probability=1.0), FULL)
     for state in states[1:]:
         np.testing.assert_array_equal(state.params, Q3_START)
-        np.testing.assert_allclose(state.bullseyes.rows.gradient, gradients(Q3_START))
+        np.testing.assert_allclose(state.anchors.rows.gradient, gradients(Q3_START))
     states, _ = run(make(probability=0.0), FULL)
     for state in states[1:]:
-        np.testing.assert_allclose(state.bullseyes.rows.gradient, gradients(Q3_START))
-        np.testing.assert_allclose(mean_bullseye(state), gradients(Q3_START).mean(0))
+        np.testing.assert_allclose(state.anchors.rows.gradient, gradients(Q3_START))
+        np.testing.assert_allclose(mean_anchor(state), gradients(Q3_START).mean(0))
 
 
 def test_clients_with_one_step_all_take_the_step_of_the_mean():
@@ -112,7 +112,7 @@ def test_in_sequence_every_miner_round_has_the_true_gradient():
     states, metrics = run(make(period=2), [[0, 1, 2]] * 6)
     assert [int(m.extra.anchors) for m in metrics] == [3, 0, 3, 0, 3, 0]
     for t in (1, 3, 5):  # before a miner round
-        np.testing.assert_allclose(mean_bullseye(states[t]), gradients(states[t].params).mean(0), rtol=1e-10)
+        np.testing.assert_allclose(mean_anchor(states[t]), gradients(states[t].params).mean(0), rtol=1e-10)
 
 
 @pytest.mark.parametrize("curvatures", ["equal", "equal data"])
@@ -133,20 +133,20 @@ def test_the_total_is_that_of_the_table(weights):
     p = {"uniform": np.ones(3), "examples": np.array([1.0, 2.0, 4.0])}
     p = p[weights] if isinstance(weights, str) else weights
     for state in states[1:]:
-        rows = state.bullseyes.rows
+        rows = state.anchors.rows
         mean = np.average(rows.gradient, axis=0, weights=p * rows.known)
-        np.testing.assert_allclose(mean_bullseye(state), mean, rtol=1e-10)
+        np.testing.assert_allclose(mean_anchor(state), mean, rtol=1e-10)
     assert [int(m.extra.newcomers) for m in metrics] == [2, 1, 0, 0, 0, 0]
     np.testing.assert_allclose(states[-1].weight, 3, rtol=1e-12)
 
 
-def test_a_bullseye_is_the_gradient_of_all_examples_in_batches_of_three():
+def test_an_anchor_is_the_gradient_of_all_examples_in_batches_of_three():
     population, params = softmax_population((5, 1, 8)), softmax_params()
     states, _ = run(make(softmax_loss, probability=1.0, batch_size=3), FULL[:1], population, params=params)
     for i in range(3):
         client = population.client(i)
         g = jax.grad(lambda p, client=client: jnp.mean(softmax_loss(p, client, None)))(params)
-        np.testing.assert_allclose(states[-1].bullseyes.rows.gradient["w"][i], g["w"], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(states[-1].anchors.rows.gradient["w"][i], g["w"], rtol=1e-10, atol=1e-12)
 
 
 def test_it_reaches_the_optimum_with_partial_participation():
@@ -154,7 +154,7 @@ def test_it_reaches_the_optimum_with_partial_participation():
     simulation = jax.jit(simulate(make(probability=0.4), samplers.schedule(cohorts), len(cohorts)))
     state, _ = simulation(jnp.asarray(Q3_START), q3_population(), jax.random.key(0))
     np.testing.assert_allclose(state.params, Q3_OPTIMUM, atol=1e-10)
-    np.testing.assert_allclose(state.bullseyes.rows.gradient, gradients(Q3_OPTIMUM), atol=1e-9)
+    np.testing.assert_allclose(state.anchors.rows.gradient, gradients(Q3_OPTIMUM), atol=1e-9)
 
 
 def test_scalars_are_counted_for_each_kind_of_participant():

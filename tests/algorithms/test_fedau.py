@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import algorithms
-from algorithms.optimization.fedau import interval_table, inverse_probabilities, mean_interval
+from algorithms.parts.participation import interval_table, inverse_probabilities, mean_interval
 from fedjax_core import Population, clients, samplers, simulate
 from tests import reference
 from tests.problems import FULL, PART, Q3_A, Q3_B, Q3_OPTIMUM, Q3_START, q3_population, quadratic_loss

@@ -7,17 +7,18 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Length, per_length
+from fedjax_core import measured, per_length
 from tests.problems import Q3_START, q3_population, quadratic_loss
 
 BY_LENGTH = ["fednova", "fedcm", "mofedsam", "fedavg_m", "fedavg_m_vr", "scaffold_m", "scaffold_m_vr"]
 
 
 def after(optimizer, steps, mu=0.0):
-    length = Length.start(optimizer)
+    optimizer, model = measured(optimizer, mu), jnp.zeros(2)
+    state = optimizer.init(model)
     for _ in range(steps):
-        length = length.extend(optimizer, mu)
-    return -length.z
+        _, state = optimizer.update(model, state, model)
+    return state.damped_length
 
 
 HALVING = optax.sgd(lambda count: 0.1 * 0.5**count)
@@ -73,7 +74,7 @@ NOT_LINEAR = {
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_other_optimizers_are_refused(name):
     with pytest.raises(ValueError, match="divides what a client has moved by the length of its local work"):
-        Length.start(NOT_LINEAR[name](0.1))
+        measured(NOT_LINEAR[name](0.1)).init(jnp.zeros(2))
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
