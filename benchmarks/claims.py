@@ -25,8 +25,8 @@ import optax
 
 import algorithms
 import models
-from algorithms.optimization.autoflip import masked
-from algorithms.optimization.fal import pgd, robust
+from algorithms.exploration.autoflip import masked
+from algorithms.robustness.fal import pgd, robust
 from benchmarks import _measure
 from fedjax_core import ModelState, Population, continue_rounds, evaluate, samplers
 from models import losses, metrics

@@ -1,7 +1,8 @@
 """A federated method of your own: FedAvg in which no client's upload is longer than a bound.
 
-What a client does is three small functions; the round puts them around the server's update. Batches, masks, keys,
-unequal clients, lanes and devices are the library's business. The end of the file checks the method.
+What is its own is what a client uploads and what the server makes of it. Local steps, batches, masks, keys, unequal
+clients, lanes and devices, the counter of rounds and the metrics are the library's business. The end of the file checks
+the method.
 """
 
 import os
@@ -14,34 +15,15 @@ import optax
 from sklearn.datasets import load_digits
 
 import algorithms
-from fedjax_core import (
-    Array,
-    ClientProgram,
-    Params,
-    Population,
-    descend,
-    global_algorithm,
-    local_training,
-    round_metrics,
-    samplers,
-    simulate,
-    value_and_grad,
-)
+import fedjax_core as fc
 
 NUM_ROUNDS = int(os.environ.get("FEDJAX_CORE_EXAMPLE_ROUNDS", "30"))
-
-
-class ClippedState(NamedTuple):
-    """Global model x and the number of rounds done."""
-
-    params: Params
-    round: Array
 
 
 class ClippedMetrics(NamedTuple):
     """Share of the participants whose upload was shortened."""
 
-    clipped: Array
+    clipped: fc.Array
 
 
 def clipped_fedavg(loss_fn, client_optimizer, *, max_norm, **local):
@@ -50,37 +32,23 @@ def clipped_fedavg(loss_fn, client_optimizer, *, max_norm, **local):
     Client, from y = x:  y <- y - lr g_i(y), K times;  d_i = y - x;  uploads d_i min(1, max_norm / |d_i|).
     Server:              x <- x + mean_S of the uploads.
     """
-    clients = local_training(**local)
-    gradient = value_and_grad(loss_fn)
+    clients = fc.local_training(**local)
 
-    def client_init(x, client_input, key):
-        return x, client_optimizer.init(x)
-
-    def client_step(x, carry, batch):
-        y, opt_state = carry
-        loss, g = gradient(y, batch)
-        return descend(client_optimizer, y, opt_state, g), loss
-
-    def client_final(x, carry):
-        y, _ = carry
-        d = optax.tree.sub(y, x)
+    def upload(done, x):
+        d = optax.tree.sub(done.params, x)
         scale = jnp.minimum(1, max_norm / jnp.maximum(optax.tree.norm(d), 1e-12))
         # First what goes to the server, then what is kept per client, here for the metrics.
         return optax.tree.scale(scale, d), scale < 1
 
-    program = ClientProgram(client_init, client_step, client_final)
+    program = fc.local_descent(client_optimizer, fc.value_and_grad(loss_fn), upload=upload)
 
-    def init(params):
-        return ClippedState(params, jnp.int32(0))
-
-    def round(state, cohort, key):
+    def update(state, cohort, key):
         results = clients.run(program, state.params, (), cohort, key)
-        params = optax.tree.add(state.params, results.aggregate)
         clipped = jnp.sum(results.outputs) / jnp.maximum(cohort.num_participants, 1)
-        metrics = round_metrics(results, cohort, state.params, params, extra=ClippedMetrics(clipped))
-        return ClippedState(params, state.round + 1), metrics
+        params = optax.tree.add(state.params, results.aggregate)
+        return state._replace(params=params), results, ClippedMetrics(clipped)
 
-    return global_algorithm(init, round)  # all clients use `state.params`
+    return fc.federated(fc.ModelState, update)  # the state is the model alone; all clients use it
 
 
 # From here on: use it like any method of the library.
@@ -92,14 +60,14 @@ def loss_fn(params, batch, key):
 pixels, labels = load_digits(return_X_y=True)
 examples = {"x": (pixels / 16).astype(np.float32), "y": labels.astype(np.int32)}
 shards = np.array_split(np.argsort(labels, kind="stable"), 50)  # one or two digits per client
-population = Population.from_clients([{k: v[s] for k, v in examples.items()} for s in shards])
+population = fc.Population.from_clients([{k: v[s] for k, v in examples.items()} for s in shards])
 params = {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}
-sampler = samplers.uniform(50, 10)
+sampler = fc.samplers.uniform(50, 10)
 
 
 def run(method):
     """Final model and metrics of every round, from the same seed for every method."""
-    state, metrics = jax.jit(simulate(method, sampler, NUM_ROUNDS))(params, population, jax.random.key(0))
+    state, metrics = jax.jit(fc.simulate(method, sampler, NUM_ROUNDS))(params, population, jax.random.key(0))
     return method.params(state), metrics
 
 

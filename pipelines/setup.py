@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 import models
-from algorithms.optimization.fal import pgd, robust
+from algorithms.robustness.fal import pgd, robust
 from fedjax_core import (
     Algorithm,
     Array,

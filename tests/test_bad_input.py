@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from algorithms.optimization.fal import pgd
+from algorithms.robustness.fal import pgd
 from fedjax_core import (
     ClientProgram,
     HostPopulation,

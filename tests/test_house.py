@@ -102,7 +102,7 @@ def test_imports_run_one_way(package: str):
 @pytest.mark.parametrize(
     ("package", "statement", "allowed"),
     [
-        ("fedjax_core", "import algorithms.optimization", False),
+        ("fedjax_core", "import algorithms.drift", False),
         ("fedjax_core", "from flax import linen", False),
         ("fedjax_core", "import jax.numpy as jnp", True),
         ("algorithms", "from models.cnn import cnn", False),
@@ -147,6 +147,27 @@ def full_names(tree: ast.AST) -> list[tuple[ast.AST, str]]:
         if parts and isinstance(inner, ast.Name) and inner.id in known:
             found.append((node, ".".join([known[inner.id], *reversed(parts)])))
     return found
+
+
+@pytest.mark.quick
+def test_methods_share_parts_and_not_each_others_helpers():
+    """Of another method's file a method takes the factory or the state; everything else that is shared is a part."""
+    folders = [folder for folder in (ROOT / "algorithms").iterdir() if folder.is_dir() and folder.name != "parts"]
+    files = [path for folder in folders for path in folder.glob("*.py")]
+    methods = {f"algorithms.{path.parent.name}.{path.stem}" for path in files if defines_factory(path)}
+    wrong = [
+        f"{place(path, node)} takes {alias.name} from {node.module}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module in methods
+        for alias in node.names
+        if not (alias.name in algorithms.__all__ or alias.name.endswith("State"))
+    ]
+    assert not wrong, "shared parts live in algorithms/parts:\n" + "\n".join(wrong)
+
+
+def defines_factory(path: Path) -> bool:
+    return any(getattr(node, "name", None) in algorithms.__all__ for node in ast.parse(path.read_text()).body)
 
 
 def gone_names(tree: ast.AST) -> list[tuple[ast.AST, str, str]]:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import algorithms
-from algorithms.optimization.fal import pgd, robust
+from algorithms.robustness.fal import pgd, robust
 from fedjax_core import Population, evaluate
 from tests.problems import FULL, PART, assert_trees_close, softmax_loss, softmax_params, softmax_population
 

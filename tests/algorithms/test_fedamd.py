@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import algorithms
-from algorithms.optimization.fedamd import draw_anchors
+from algorithms.participation.fedamd import draw_anchors
 from fedjax_core import Population, clients, samplers, simulate
 from tests import reference
 from tests.problems import (

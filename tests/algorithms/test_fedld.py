@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from algorithms.optimization.fedld import principal_mean
+from algorithms.drift.fedld import principal_mean
 from fedjax_core import Population, clients
 from tests import reference
 from tests.problems import (

@@ -10,8 +10,8 @@ import pytest
 
 import algorithms
 import models
-from algorithms.optimization.autoflip import export, keep
-from algorithms.optimization.fedlex import Map, to_unit
+from algorithms.exploration.autoflip import export, keep
+from algorithms.exploration.fedlex import Map, to_unit
 from fedjax_core import ClientTable, clients
 from tests import reference
 from tests.problems import (

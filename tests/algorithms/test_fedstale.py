@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import algorithms
-from algorithms.optimization.fedstale import remember
+from algorithms.parts.memory import remember
 from fedjax_core import ClientTable, clients, gather
 from tests import reference
 from tests.problems import (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms.optimization.fal import pgd
+from algorithms.robustness.fal import pgd
 from fedjax_core import evaluate, simulate
 from pipelines import Config, checkpoint, engines, files, run_directory, setup, train
 from pipelines.progress import Reporter

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.optimization.fedfix import FedFixState
+from algorithms.participation.fedfix import FedFixState
 from algorithms.parts import stale
 from algorithms.parts.memory import remember
 

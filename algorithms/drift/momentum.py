@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.optimization.fedcm import fedcm
+from algorithms.drift.fedcm import fedcm
 from algorithms.parts import unequal_work
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.optimization.scaffold import ScaffoldState
+from algorithms.drift.scaffold import ScaffoldState
 from algorithms.parts.sharpness import sam_gradient
 
 

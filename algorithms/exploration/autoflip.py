@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import fedjax_core as fc
-from algorithms.optimization.fedlex import FedLEx, Maps, loss_exploration, momentum_step
+from algorithms.parts.exploration import FedLEx, Maps, loss_exploration, momentum_step
 
 
 class AutoFLIPState(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import optax
 
 import fedjax_core as fc
-from algorithms.optimization.fedcm import FedCMState
+from algorithms.drift.fedcm import FedCMState
 from algorithms.parts import unequal_work
 from algorithms.parts.averaging import averaging
 from algorithms.parts.sharpness import sam_gradient

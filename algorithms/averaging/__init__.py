@@ -1,0 +1,1 @@
+"""What the server makes of what clients have moved: averages, normalized or extrapolated, and server optimizers."""

@@ -1,0 +1,1 @@
+"""Training guided by an exploration of the clients' losses beforehand."""

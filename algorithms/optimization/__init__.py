@@ -1,1 +1,0 @@
-"""Federated optimization: one file per method. Import the factories from `algorithms`."""

@@ -1,0 +1,1 @@
+"""Models that withstand attacks on their inputs."""

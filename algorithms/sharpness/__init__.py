@@ -1,0 +1,1 @@
+"""Local steps toward flat minima."""
