@@ -113,7 +113,7 @@ def optimizer_at(optimizer: ClientOptimizer, round: Counter) -> optax.GradientTr
     return chosen
 
 
-def _made(optimizer: Any, *args: Array) -> Any:
+def _made(optimizer: Any, *args: Any) -> Any:
     """`optimizer(*args)`, which may compute with its arguments but not look at them."""
     try:
         return optimizer(*args)

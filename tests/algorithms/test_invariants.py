@@ -403,7 +403,7 @@ def test_asam_scales_with_the_weights():
         ("feddyn", 1, 1, N),
         ("fedexp", 1, 1, {}),
         ("fedsam", 1, 1, {}),
-        ("fednova", 1, 1.5, {}),  # one scalar more, P = 2
+        ("fednova", 1, 2.0, {}),  # two scalars more, P = 2
         ("fedcm", 2, 1.5, {}),
         ("mofedsam", 2, 1.5, {}),
     ],
