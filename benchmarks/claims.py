@@ -30,8 +30,10 @@ from algorithms.robustness.fal import pgd, robust
 from benchmarks import _measure
 from fedjax_core import ModelState, Population, continue_rounds, evaluate, samplers
 from models import losses, metrics
-from pipelines import continual, data, partition
-from pipelines.continual_config import Continual
+from pipelines.data import datasets
+from pipelines.federation import partition
+from pipelines.studies import continual
+from pipelines.studies.continual_config import Continual
 
 SEEDS = 20
 RATES = (0.03, 0.1, 0.3, 1.0)  # client learning rates tried on digits
@@ -107,7 +109,7 @@ def distance(name, rounds=200, cohort=10, lr=0.1, heterogeneity=3.0, rank=10, no
 
 @cache
 def digits():
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     assignment = partition.dirichlet(dataset.train["y"], 50, alpha=0.1, min_size=2)
     model = models.mlp((8, 8, 1), 10, hidden=(50,))
     return partition.federate(dataset, assignment), dataset, model

@@ -28,9 +28,12 @@ import numpy as np
 
 from benchmarks import _measure
 from fedjax_core import continue_rounds, evaluate
-from pipelines import figures, methods, setup, train
-from pipelines.config import Config
-from pipelines.history import evaluated_rounds
+from pipelines.common import figures
+from pipelines.configuration import methods
+from pipelines.configuration.config import Config
+from pipelines.experiment import setup
+from pipelines.results.history import evaluated_rounds
+from pipelines.run import train
 
 MODELS = {"logistic_regression": 0.78, "mlp": 0.80}
 """Model to the test accuracy for which rounds are counted."""

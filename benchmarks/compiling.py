@@ -23,8 +23,9 @@ import models
 from benchmarks import _measure
 from fedjax_core import Population, samplers, simulate
 from models import losses
-from pipelines import Config, setup
-from pipelines import methods as known
+from pipelines import Config
+from pipelines.configuration import methods as known
+from pipelines.experiment import setup
 
 BATCH = 20
 

@@ -31,7 +31,8 @@ import models
 from benchmarks import _measure
 from fedjax_core import evaluate, evaluate_clients, samplers, simulate
 from models import losses, metrics
-from pipelines import data, embedding, partition
+from pipelines.data import datasets
+from pipelines.federation import embedding, partition
 
 CLIENTS = 25
 CLUSTERS = 10
@@ -41,16 +42,16 @@ RATE = 0.1
 MEASURES = ("client_loss_mean", "client_loss_std", "test_loss", "test_accuracy")
 
 
-def load(data_dir: str | None) -> tuple[data.Dataset, int]:
+def load(data_dir: str | None) -> tuple[datasets.Dataset, int]:
     """Fashion-MNIST where it is prepared, else digits; and the fewest examples of a client."""
     try:
-        return data.load("fashion_mnist", data_dir), 128
+        return datasets.load("fashion_mnist", data_dir), 128
     except ValueError as missing:
         print(f"{missing}\nTaking digits instead.", file=sys.stderr)
-        return data.load("digits"), 8
+        return datasets.load("digits"), 8
 
 
-def normalized(dataset: data.Dataset) -> data.Dataset:
+def normalized(dataset: datasets.Dataset) -> datasets.Dataset:
     """The data set with the floats that a model is to see."""
     if dataset.normalization is None:
         return dataset
@@ -59,7 +60,7 @@ def normalized(dataset: data.Dataset) -> data.Dataset:
     return dataset._replace(train=train, test=test, normalization=None)
 
 
-def run(dataset: data.Dataset, assignment: partition.Assignment, rounds: int, seed: int) -> dict[str, float]:
+def run(dataset: datasets.Dataset, assignment: partition.Assignment, rounds: int, seed: int) -> dict[str, float]:
     """FedAvg on a split, and how its global model does on every client's data and on the test part."""
     model = models.mlp(dataset.input_shape, dataset.num_classes, hidden=(100,))
     metric_fn = metrics.classification(model)

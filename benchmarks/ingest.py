@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks import _measure
-from pipelines import data, prepared
+from pipelines.data import datasets, prepared
 
 
 def plain_loop(folder: Path) -> dict[str, np.ndarray]:
@@ -41,10 +41,10 @@ def plain_loop(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def build(name: str, data_dir: str | None) -> data.Dataset:
+def build(name: str, data_dir: str | None) -> datasets.Dataset:
     """Into a cache that is empty."""
     with tempfile.TemporaryDirectory() as folder:
-        return data.load(name, data_dir, cache_dir=folder)
+        return datasets.load(name, data_dir, cache_dir=folder)
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         row["speedup_over_plain_loop"] = report["plain loop"]["median_s"] / row["median_s"]
 
     with tempfile.TemporaryDirectory() as cache_dir:
-        load = partial(data.load, args.dataset, args.data_dir, cache_dir=cache_dir)
+        load = partial(datasets.load, args.dataset, args.data_dir, cache_dir=cache_dir)
         load()
         again = {"mapped": partial(load, verify=False), "mapped, checksums compared": partial(load, verify=True)}
         times = _measure.take_turns(again, 4 * args.repeats)

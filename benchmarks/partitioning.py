@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks import _measure
-from pipelines import partition
+from pipelines.federation import partition
 
 YARDSTICK = "shuffle and sort"
 OPTIONS = {

@@ -29,9 +29,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import _measure
 from fedjax_core import Plan, client_mesh, continue_rounds, everywhere, place, samplers, shardings
-from pipelines import continual, processes
-from pipelines.continual_config import METHODS, Continual
-from pipelines.progress import duration, plain
+from pipelines.common import processes
+from pipelines.common.progress import duration, plain
+from pipelines.studies import continual
+from pipelines.studies.continual_config import METHODS, Continual
 
 # partition: method: (average accuracy, forgetting) in %
 PUBLISHED = {

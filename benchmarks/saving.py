@@ -11,9 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipelines import progress
-from pipelines.config import Config
-from pipelines.train import train
+from pipelines.common import progress
+from pipelines.configuration.config import Config
+from pipelines.run.train import train
 
 
 def main() -> None:

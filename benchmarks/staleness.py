@@ -29,7 +29,8 @@ import models
 from benchmarks import _measure
 from fedjax_core import Population, continue_rounds
 from models import losses
-from pipelines import data, partition
+from pipelines.data import datasets
+from pipelines.federation import partition
 
 CLIENTS = 8
 ROUNDS = 200
@@ -50,7 +51,7 @@ def swapped(labels: np.ndarray, owner: np.ndarray, share: float) -> np.ndarray:
 
 def curves(seeds: int) -> np.ndarray:
     """Objective in the second half of the rounds, float[swaps, rates, betas, seeds]."""
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     model = models.logistic_regression((8, 8, 1), 10)
     cross_entropy = losses.cross_entropy(model)
     assignment = partition.iid(dataset.train["y"], CLIENTS)

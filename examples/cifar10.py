@@ -15,7 +15,9 @@ import optax
 import algorithms
 import models
 from fedjax_core import continue_rounds, evaluate, evaluate_clients, samplers, spread
-from pipelines import Config, data, federation
+from pipelines import Config
+from pipelines.data import datasets
+from pipelines.federation import federations
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-dir", help="prepared data (default: the environment variable FEDJAX_CORE_DATA)")
@@ -25,17 +27,17 @@ parser.add_argument("--cohort-size", type=int, default=10, help="clients that ta
 args = parser.parse_args()
 
 try:
-    dataset = data.load("cifar10", args.data_dir)
+    dataset = datasets.load("cifar10", args.data_dir)
 except ValueError as error:
     parser.error(str(error))
 
 config = Config(dataset=dataset.name, clients=args.clients, partition="dirichlet", alpha=0.3, test_share=0.1)
-clients = federation.build(config, dataset)
+clients = federations.build(config, dataset)
 train, own_tests = clients.population("train"), clients.population("test")
 test = jax.tree.map(jnp.asarray, dataset.test)
 
 cnn = models.cnn(dataset.input_shape, dataset.num_classes)
-inputs = data.normalized(cnn, dataset.normalization)  # from bytes
+inputs = datasets.normalized(cnn, dataset.normalization)  # from bytes
 plain_loss, metric_fn = models.losses.cross_entropy(inputs), models.metrics.classification(inputs)
 
 

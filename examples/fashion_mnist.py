@@ -15,7 +15,9 @@ import optax
 import algorithms
 import models
 from fedjax_core import continue_rounds, evaluate, evaluate_clients, samplers, spread
-from pipelines import Config, data, federation
+from pipelines import Config
+from pipelines.data import datasets
+from pipelines.federation import federations
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-dir", help="prepared data (default: the environment variable FEDJAX_CORE_DATA)")
@@ -25,20 +27,20 @@ parser.add_argument("--cohort-size", type=int, default=10, help="clients that ta
 args = parser.parse_args()
 
 try:
-    dataset = data.load("fashion_mnist", args.data_dir)
+    dataset = datasets.load("fashion_mnist", args.data_dir)
 except ValueError as error:
     parser.error(str(error))
 
 # Who holds what: each class is dealt out in proportions from Dirichlet(0.1), and every client keeps a fifth of its
 # examples for its own test. `fedjax-core federate` draws such a federation; `fedjax-core list` names other partitions.
 config = Config(dataset=dataset.name, clients=args.clients, partition="dirichlet", alpha=0.1, test_share=0.2)
-clients = federation.build(config, dataset)
+clients = federations.build(config, dataset)
 train, own_tests = clients.population("train"), clients.population("test")
 test = jax.tree.map(jnp.asarray, dataset.test)
 
 # The images stay bytes, in memory and on the device: what a model is given is normalized inside the loss.
 cnn = models.cnn(dataset.input_shape, dataset.num_classes)
-inputs = data.normalized(cnn, dataset.normalization)
+inputs = datasets.normalized(cnn, dataset.normalization)
 loss_fn, metric_fn = models.losses.cross_entropy(inputs), models.metrics.classification(inputs)
 
 fedavg = algorithms.fedavg(loss_fn, optax.sgd(0.03), batch_size=20, num_epochs=1, weights="examples")

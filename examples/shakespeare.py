@@ -17,7 +17,9 @@ import optax
 import algorithms
 import models
 from fedjax_core import continue_staged, evaluate, evaluate_clients, samplers, spread
-from pipelines import Config, data, federation
+from pipelines import Config
+from pipelines.data import datasets
+from pipelines.federation import federations
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-dir", help="prepared data (default: the environment variable FEDJAX_CORE_DATA)")
@@ -27,13 +29,13 @@ parser.add_argument("--cohort-size", type=int, default=10, help="clients that ta
 args = parser.parse_args()
 
 try:
-    dataset = data.load("shakespeare", args.data_dir, sequence_length=80, vocabulary="characters")
+    dataset = datasets.load("shakespeare", args.data_dir, sequence_length=80, vocabulary="characters")
 except ValueError as error:
     parser.error(str(error))
 
 # Roles of at least 20 windows of text; the last tenth of what a role says is its test.
 config = Config(dataset=dataset.name, partition="natural", clients=args.clients, min_size=20)
-roles = federation.build(config, dataset)
+roles = federations.build(config, dataset)
 train, tests = roles.host_population("train"), roles.population("test")
 
 lstm = models.char_lstm(dataset.num_classes)

@@ -1,19 +1,19 @@
 """From data to a report: data -> federation -> run -> evaluate -> checkpoint -> report, and the command line.
 
-`fedjax-core train` is `pipelines.train.train(Config(...), out)` with words; `Config` is everything that can change a
-number. The modules, in the order data passes through them: `data`, `partition`, `methods`, `config`, `setup`, `train`
-(with `checkpoint` and `history`), `report`, `cli`.
+`fedjax-core train` is `pipelines.run.train.train(Config(...), out)` with words; `Config` is everything that can change
+a number. The packages, in the order data passes through them and in which they may import each other: `common`, `data`,
+`configuration`, `federation`, `experiment`, `results`, `run`, `studies`, `cli`.
 """
 
 from typing import Any
 
-from pipelines.config import Config
+from pipelines.configuration.config import Config
 
 __all__ = ["Config", "load_run"]
 
 
 def load_run(out: Any, **options: Any) -> Any:
-    """A run, loaded from its directory to be used: see `pipelines.loading.load_run`."""
-    from pipelines import loading  # with all that trains and reports, which a configuration does not need
+    """A run, loaded from its directory to be used: see `pipelines.run.loading.load_run`."""
+    from pipelines.run import loading  # with all that trains and reports, which a configuration does not need
 
     return loading.load_run(out, **options)

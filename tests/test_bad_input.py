@@ -23,7 +23,11 @@ from fedjax_core import (
     simulate,
     simulate_staged,
 )
-from pipelines import config, data, methods, partition, setup, train
+from pipelines.configuration import config, methods
+from pipelines.data import datasets
+from pipelines.experiment import setup
+from pipelines.federation import partition
+from pipelines.run import train
 from tests.problems import softmax_features, softmax_loss, softmax_params, softmax_population
 
 SGD = optax.sgd(0.1)
@@ -100,7 +104,7 @@ TABLE = [
     # names
     ("unknown method", lambda: methods.describe("fedavgg"), ["fedavgg", "fedavg"]),
     ("unknown model", lambda: setup.prepare(config.Config(model="mpl", x64=True)), ["mpl", "mlp"]),
-    ("unknown data set", lambda: data.load("digitz"), ["digitz", "digits"]),
+    ("unknown data set", lambda: datasets.load("digitz"), ["digitz", "digits"]),
     # staged populations
     ("rows out of range", lambda: HostPopulation.from_sizes(examples(), [2], [0, 4]), ["rows", "4", "0 to 3"]),
     ("rows of floats", lambda: HostPopulation.from_sizes(examples(), [2], [0.0, 1.0]), ["rows", "float64", "integers"]),

@@ -5,8 +5,8 @@ import pytest
 
 import algorithms
 from benchmarks import comparison
-from pipelines import methods
-from pipelines.config import Config
+from pipelines.configuration import methods
+from pipelines.configuration.config import Config
 
 
 def curve(*values, chosen=0):

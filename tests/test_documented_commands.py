@@ -9,9 +9,12 @@ from pathlib import Path
 import click
 import pytest
 
-from pipelines import Config, cli, continual, methods, zeroth_order
-from pipelines.config import MACHINE_FIELDS, REPORT_FIELDS
-from pipelines.continual_config import Continual
+from pipelines import Config
+from pipelines.cli import commands
+from pipelines.configuration import methods
+from pipelines.configuration.config import MACHINE_FIELDS, REPORT_FIELDS
+from pipelines.studies import continual, zeroth_order
+from pipelines.studies.continual_config import Continual
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -23,7 +26,7 @@ PAGES = sorted(
 _SHOWN = re.compile(r"(?:fedjax-core|bootstrap\.py|python3? -m pipelines)((?: (?:\"[^\"\n]*\"|'[^'\n]*'|[^`\n\"'])*)?)")
 
 
-def commands(text):
+def commands_in(text):
     """The words after `fedjax-core` of every command in a text, with lines that end in a backslash joined."""
     found = []
     for match in _SHOWN.finditer(re.sub(r"\\+\n\s*", "", text)):
@@ -34,7 +37,7 @@ def commands(text):
         except ValueError:
             continue
         words = [word.partition("|")[0] for word in words]  # of alternatives, the first
-        if words and words[0] in cli.main.commands:
+        if words and words[0] in commands.main.commands:
             found.append(words)
     return found
 
@@ -59,7 +62,7 @@ def parsed(command, words):
 
 
 def found():
-    return [(path.relative_to(ROOT).as_posix(), words) for path in PAGES for words in commands(path.read_text())]
+    return [(path.relative_to(ROOT).as_posix(), words) for path in PAGES for words in commands_in(path.read_text())]
 
 
 def test_commands_are_found():
@@ -71,9 +74,9 @@ def test_commands_are_found():
 @pytest.mark.parametrize(("page", "words"), [pytest.param(p, w, id=f"{p}: {' '.join(w)}"[:120]) for p, w in found()])
 def test_a_command_of_the_documentation_can_be_given(page, words):
     try:
-        values = parsed(cli.main, words)
+        values = parsed(commands.main, words)
         if values and words[0] == "train" and not any(":" in name for name in values["methods"]):
-            cli.parse_settings(values["settings"], values["methods"] or Config().methods)
+            commands.parse_settings(values["settings"], values["methods"] or Config().methods)
             for name in values["methods"]:
                 methods.describe(name)
     except (click.UsageError, ValueError) as error:
@@ -81,14 +84,14 @@ def test_a_command_of_the_documentation_can_be_given(page, words):
 
 
 def test_a_command_that_there_is_not_is_found():
-    assert commands("Give `fedjax-core train --rouns 3`, or\n    fedjax-core list      # all") == [
+    assert commands_in("Give `fedjax-core train --rouns 3`, or\n    fedjax-core list      # all") == [
         ["train", "--rouns", "3"],
         ["list"],
     ]
     with pytest.raises(click.UsageError, match="--rouns"):
-        parsed(cli.main, ["train", "--rouns", "3"])
+        parsed(commands.main, ["train", "--rouns", "3"])
     with pytest.raises(click.UsageError, match="integer"):
-        parsed(cli.main, ["zeroth-order", "synthetic", "--rounds", "few"])
+        parsed(commands.main, ["zeroth-order", "synthetic", "--rounds", "few"])
 
 
 def test_commands_that_are_shown_one_after_another_have_a_directory_each_or_share_a_run():
@@ -105,7 +108,7 @@ def test_commands_that_are_shown_one_after_another_have_a_directory_each_or_shar
     by_page = {}
     for page, words in found():
         if "--out" in words[:-1] and words[0] == "train":
-            by_page.setdefault((page, words[words.index("--out") + 1]), []).append(parsed(cli.main, words))
+            by_page.setdefault((page, words[words.index("--out") + 1]), []).append(parsed(commands.main, words))
     pinned = {field.name for field in fields(Config)} - {"rounds", "seeds", "methods", *MACHINE_FIELDS, *REPORT_FIELDS}
     for (page, out), runs in by_page.items():
         for before, after in pairwise(runs):

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from pipelines import own_model, sources
+from pipelines.data import sources
+from pipelines.experiment import own_model
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "frameworks.md").read_text()
 SECTIONS = {part.splitlines()[0].strip(): part for part in re.split(r"^##? (?=[A-Z])", PAGE, flags=re.MULTILINE)[1:]}

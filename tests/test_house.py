@@ -166,6 +166,25 @@ def test_methods_share_parts_and_not_each_others_helpers():
     assert not wrong, "shared parts live in algorithms/parts:\n" + "\n".join(wrong)
 
 
+LAYERS = ["common", "data", "configuration", "federation", "experiment", "results", "run", "studies", "cli"]
+
+
+@pytest.mark.quick
+def test_pipelines_imports_run_one_way():
+    """A package of `pipelines` imports itself and what stands before it in `LAYERS`."""
+    folders = [path.name for path in (ROOT / "pipelines").iterdir() if (path / "__init__.py").exists()]
+    assert sorted(folders) == sorted(LAYERS), "enter a new package in LAYERS, and in pipelines/README.md"
+    wrong = [
+        f"{place(path, node)} imports {node.module}"
+        for path in python_files("pipelines")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipelines.")
+        if path.parent.name in LAYERS
+        if LAYERS.index((node.module or "").split(".")[1]) > LAYERS.index(path.parent.name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def defines_factory(path: Path) -> bool:
     return any(getattr(node, "name", None) in algorithms.__all__ for node in ast.parse(path.read_text()).body)
 

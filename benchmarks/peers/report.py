@@ -143,7 +143,7 @@ def plot(result: dict, path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from pipelines import figures
+    from pipelines.common import figures
 
     names = list(result["workloads"])
     figure, axes = plt.subplots(1, len(names), figsize=(2.3 * len(names) + 1.5, 2.9), sharey=True, squeeze=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import Config
-from pipelines.train import train
+from pipelines.configuration.config import Config
+from pipelines.run.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,867 @@
+"""The command line: `fedjax-core train`, `federate`, `continual`, `list`, `zeroth-order`, `evaluate` and `export`."""
+
+import dataclasses
+import logging
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem, get_completion_class
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.cli import catalog, terminal
+from pipelines.cli.run_commands import evaluate, export
+from pipelines.cli.terminal import usage_errors
+from pipelines.cli.zeroth_order_command import zeroth_order
+from pipelines.common import files, progress
+from pipelines.common import processes as several
+from pipelines.common.names import pick
+from pipelines.common.own import short
+from pipelines.common.progress import duration, size
+from pipelines.configuration import config_file as config_files
+from pipelines.configuration import methods
+from pipelines.configuration.config import CLIENT_SETTINGS, MOST_DEVICES, Config, count
+from pipelines.federation import heterogeneity
+from pipelines.results import logs
+from pipelines.studies import continual_config
+
+_DEFAULTS = Config()
+_LOST = 3
+
+
+class _Option(click.Option):
+    """An option that knows under which heading of the help it stands."""
+
+    def __init__(self, *args: Any, heading: str = "Other", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+class _Command(click.Command):
+    """A command whose help shows its options under headings, in the order they are declared."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "heading", "Other"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=24)
+
+
+def _option(heading: str, *flags: str, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option under a heading; unless told otherwise its default is that of the field of `Config` it sets."""
+    field = flags[-1] if not flags[-1].startswith("-") else flags[0].removeprefix("--").replace("-", "_")
+    if "default" not in kwargs and hasattr(_DEFAULTS, field) and not kwargs.get("multiple"):
+        kwargs["default"] = getattr(_DEFAULTS, field)
+    kwargs.setdefault("show_default", kwargs.get("default") is not None)
+    return click.option(*flags, cls=_Option, heading=heading, **kwargs)
+
+
+def _names(*kinds: str) -> Callable[..., list[Any]]:
+    """Completes names of the kinds, or of all kinds, in a shell; after a + the next one."""
+
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
+        found = catalog.kinds(ctx.params.get("data_dir"))
+
+        before, mark, begun = incomplete.rpartition("+")
+        return [
+            CompletionItem(before + mark + name, help=catalog.first_paragraph(card())[:80])
+            for kind in kinds or found
+            for name, card in found[kind].items()
+            if name.startswith(begun)
+        ]
+
+    return complete
+
+
+class _Clients(click.ParamType):
+    """A number of clients, or "all" of them."""
+
+    name = "clients"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value is None or isinstance(value, int):
+            return value
+        if str(value).strip().lower() == "all":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of clients: write one, or all for the natural partition", param, ctx)
+
+
+class _Widths(click.ParamType):
+    """Comma-separated sizes."""
+
+    name = "widths"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no list of sizes: write for example 200,200", param, ctx)
+
+
+_FEDERATION_OPTIONS = (
+    _option(
+        "Data",
+        "--dataset",
+        metavar="NAME",
+        shell_complete=_names("data set"),
+        help="Data set, or several joined by + as domains; a .npz file; your own, as module:function.",
+    ),
+    _option("Data", "--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]"),
+    _option("Data", "--sequence-length", type=int, metavar="N", help="Text: positions of an example."),
+    _option("Data", "--vocabulary", metavar="NAME", help="Text: characters, bytes or a file of tokenizers."),
+    _option("Clients", "--clients", type=_Clients(), metavar="N", help="Number of clients; natural: or all."),
+    _option(
+        "Clients",
+        "--partition",
+        metavar="NAME",
+        shell_complete=_names("partition"),
+        help="Who holds which examples: iid, dirichlet, shards, classes, partial_classes, lognormal, power_law, "
+        "natural, domains, clusters or embedding; `fedjax-core list` says what they are.",
+    ),
+    _option(
+        "Clients",
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="dirichlet, partial_classes, clusters, embedding: small is more skewed.",
+    ),
+    _option("Clients", "--min-size", type=int, metavar="N", help="Fewest examples of a client, where it can be said."),
+    _option("Clients", "--shards-per-client", type=int, metavar="N", help="shards: shards of a client."),
+    _option("Clients", "--classes-per-client", type=int, metavar="N", help="classes, partial_classes: its classes."),
+    _option("Clients", "--sigma", type=float, metavar="S", help="lognormal: deviation of the logarithm of sizes."),
+    _option("Clients", "--exponent", type=float, metavar="A", help="power_law: of the sizes."),
+    _option("Clients", "--clusters", type=int, metavar="N", help="embedding: number of clusters."),
+    _option("Clients", "--imbalance", type=float, metavar="F", help="Long tail: largest over smallest class."),
+    _option(
+        "Clients",
+        "--feature-skew",
+        metavar="NAME",
+        shell_complete=_names("feature skew"),
+        help="What clients do to their inputs, such as rotation.",
+    ),
+    _option("Clients", "--severity", type=float, metavar="S", help="Strength of the feature skew."),
+    _option("Clients", "--validation-share", type=float, metavar="P", help="Share of a client's examples kept back."),
+    _option("Clients", "--test-share", type=float, metavar="P", help="Share kept to test it."),
+    _option("Clients", "--split-by", metavar="NAME", help="How they are taken: random or position."),
+    _option("Clients", "--gap", type=int, metavar="N", help="position: examples dropped between the parts."),
+    _option("Clients", "--new-clients", type=int, metavar="N", help="Clients that take no part in training."),
+    _option("Clients", "--partition-seed", type=int, metavar="SEED", help="Seed of all of this."),
+)
+
+
+_CONFIG = _option(
+    "Configuration",
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Options from a TOML, YAML or JSON file, or those of a run; what is given here goes before them.",
+)
+
+
+def _of_federation(command: Any) -> Any:
+    """The options that say what the federation is."""
+    for option in reversed(_FEDERATION_OPTIONS):
+        command = option(command)
+    return command
+
+
+_HELP = """Federated learning research in JAX: a whole federated round is one compiled step.
+
+\b
+fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
+fedjax-core federate         describe and draw a federation before anything is trained
+fedjax-core continual        learn one task after another, and see what is forgotten
+fedjax-core list             what there is to choose from
+fedjax-core list scaffold    a method's card and hyper-parameters
+fedjax-core zeroth-order     compare methods that have function values and no gradients
+fedjax-core evaluate RUN     test the models of a finished run on a data set
+fedjax-core export RUN       write them to files that other programs read
+fedjax-core completion bash  make the shell complete all of these (or zsh, or fish)
+"""
+
+
+@click.group(
+    cls=terminal.Group,
+    help=_HELP,  # not the docstring, which `python -OO` leaves out
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="fedjax-core", prog_name="fedjax-core")
+@click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
+def main(debug: bool) -> None:
+    """Federated learning research in JAX; the help text is given above."""
+
+
+main.add_command(zeroth_order)
+main.add_command(evaluate)
+main.add_command(export)
+
+
+_EXAMPLES = """
+
+\b
+Examples:
+  fedjax-core train
+  fedjax-core train --method fedavg --method fedprox --set fedprox.mu=0.01
+  fedjax-core train --dataset fashion_mnist --data-dir DIR --clients 100 --alpha 0.1 --seeds 1
+  fedjax-core train --dataset wine --model logistic_regression --clients 10 --cohort-size 5 --alpha 0.1
+  fedjax-core train --sampler markov --turn-on 0.1 --turn-off 0.3 --rounds 500 --out runs/markov
+  fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
+
+A run that was stopped, by Ctrl-C or otherwise, goes on when the same command is given again. A finished one goes on
+with more --rounds, --seeds or --method in the same --out. Exit codes: 0 done,
+1 the loss or the model is no longer finite, 2 a mistake in the arguments, 3 another process of the run is gone, 4 an
+unexpected error, whose traceback is kept in a file, 5 the run directory cannot be
+written to, 130 stopped by Ctrl-C.
+"""
+
+_CPU = "on the processor"
+_PROCESSES = "Join the other processes of a run on several machines; each gives the same command."
+
+
+@main.command(
+    cls=_Command,
+    help="Train with one or several federated methods, all seeds at once, and compare them." + _EXAMPLES,
+    short_help="Train and compare federated methods.",
+)
+@_CONFIG
+@_option(
+    "Configuration",
+    "--write-config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write all options to such a file, and stop.",
+)
+@_option("Configuration", "--print-config", is_flag=True, show_default=False, help="Print them as TOML, and stop.")
+@_of_federation
+@_option(
+    "Clients", "--federation", metavar="DIR", help="A federation saved by `fedjax-core federate`, instead of all that."
+)
+@_option(
+    "Methods and model",
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=_names("method"),
+    help="Method to run, or your own as module:function; may be given several times.  "
+    f"[default: {', '.join(_DEFAULTS.methods)}]",
+)
+@_option(
+    "Methods and model",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="[METHOD.]NAME=VALUE",
+    help="Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and client_lr_decay. "
+    "May be given several times.",
+)
+@_option(
+    "Methods and model",
+    "--model",
+    metavar="NAME",
+    shell_complete=_names("model"),
+    help="Model; `fedjax-core list` shows them. Your own: module:function.",
+)
+@_option(
+    "Methods and model",
+    "--hidden",
+    type=_Widths(),
+    default=",".join(map(str, _DEFAULTS.hidden)),
+    metavar="N,N,...",
+    help="mlp: widths of the hidden layers.",
+)
+@_option(
+    "Participation",
+    "--sampler",
+    metavar="NAME",
+    shell_complete=_names("sampler"),
+    help="Who takes part in a round: uniform, weighted (by size), full, bernoulli, cyclic, periodic or markov.",
+)
+@_option("Participation", "--cohort-size", type=int, metavar="N", help="uniform, weighted, cyclic: clients a round.")
+@_option("Participation", "--participation", type=float, metavar="P", help="bernoulli, periodic: share of rounds.")
+@_option("Participation", "--period", type=int, metavar="N", help="periodic: rounds of a period.")
+@_option("Participation", "--turn-on", type=float, metavar="P", help="markov: probability to come back.")
+@_option("Participation", "--turn-off", type=float, metavar="P", help="markov: probability to leave.")
+@_option("Local training", "--batch-size", type=int, metavar="N", help="Examples of a local step.")
+@_option("Local training", "--epochs", type=int, metavar="N", help="Local epochs.")
+@_option("Local training", "--steps", type=int, metavar="N", help="Local steps, instead of epochs.")
+@_option("Local training", "--order", metavar="NAME", help="Order of examples: shuffled, replacement or sequential.")
+@_option("Local training", "--weights", metavar="NAME", help="Weights of clients in averages: uniform or examples.")
+@_option(
+    "Local training",
+    "--client-optimizer",
+    metavar="NAME",
+    shell_complete=_names("client optimizer"),
+    help="sgd, adam or adamw.",
+)
+@_option("Local training", "--client-lr", type=float, metavar="LR", help="Learning rate of the clients.")
+@_option("Local training", "--client-momentum", type=float, metavar="M", help="Momentum of the clients (sgd).")
+@_option("Local training", "--client-lr-decay", type=float, metavar="F", help="Factor on client_lr after every round.")
+@_option("Run", "--rounds", type=int, metavar="N", help="Number of rounds.")
+@_option("Run", "--eval-every", type=int, metavar="N", help="Rounds between evaluations.")
+@_option(
+    "Run",
+    "--checkpoint-every",
+    type=int,
+    metavar="N",
+    show_default="25, or the next multiple",
+    help="Rounds between checkpoints, a multiple of that.",
+)
+@_option("Run", "--seeds", type=int, metavar="N", help="Number of seeds, run at once.")
+@_option("Run", "--first-seed", type=int, metavar="SEED", help="Seeds are counted from here.")
+@_option(
+    "Run",
+    "--patience",
+    type=int,
+    metavar="N",
+    help="Stop after N evaluations without improvement on the validation part; needs --validation-share.",
+)
+@_option("Run", "--stop-at", type=float, metavar="ACCURACY", help="Stop at this accuracy on the validation part.")
+@_option(
+    "Run",
+    "--keep-best",
+    is_flag=True,
+    show_default=False,
+    help="Keep the model that is best on the validation part; --patience and --stop-at do so too.",
+)
+@_option("Run", "--best-by", metavar="NAME", help="What is best there: accuracy or loss.")
+@_option(
+    "Run",
+    "--clients-over-time",
+    is_flag=True,
+    show_default=False,
+    help="Measure every client at every evaluation, and write clients.parquet at the end.",
+)
+@_option("Run", "--target", type=float, metavar="ACCURACY", help="Test accuracy for which rounds are counted.")
+@_option(
+    "Run",
+    "--attack-radius",
+    type=float,
+    metavar="R",
+    help="Largest change of an input in an attack under which test accuracy is measured too; 0 for none.",
+)
+@_option(
+    "Run", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
+)
+@_option("Run", "--quiet", is_flag=True, help="Print nothing but errors.")
+@_option(
+    "Run",
+    "--json",
+    "as_json",
+    is_flag=True,
+    show_default=False,
+    help="Print what happens as JSON, an object a line, and nothing else on the standard output.",
+)
+@_option(
+    "Run",
+    "--log",
+    "log_to",
+    multiple=True,
+    metavar="NAME",
+    help="Log metrics to tensorboard or wandb (offline), in the run directory. May be given twice.",
+)
+@_option(
+    "Machine",
+    "--mesh",
+    type=int,
+    metavar="N",
+    help=f"Devices to spread the cohort over; {_CPU} cores stand in for them.  [default: all]",
+)
+@_option(
+    "Machine",
+    "--lanes",
+    type=int,
+    metavar="N",
+    help=f"Clients trained at the same time.  [default: one a core {_CPU}, else tried out once]",
+)
+@_option("Machine", "--model-parallel", type=int, metavar="N", help="Devices of the mesh that share a client's model.")
+@_option("Machine", "--convolution", metavar="NAME", help="auto (tried out off the processor), dots or native.")
+@_option("Machine", "--memory", type=float, metavar="GIB", help="What one device may use.  [default: what it has]")
+@_option("Machine", "--processes", is_flag=True, show_default=False, help=_PROCESSES)
+@_option("Machine", "--coordinator", metavar="HOST:PORT", help="--processes: the first one, where no cluster says.")
+@_option("Machine", "--num-processes", type=int, metavar="N", help="--processes: how many, where no cluster says.")
+@_option("Machine", "--process-id", type=int, metavar="I", help="--processes: which this is, where no cluster says.")
+@_option(
+    "Machine",
+    "--staged",
+    is_flag=True,
+    show_default=False,
+    help="Keep examples and client state in host memory; each cohort is brought to the device.",
+)
+@_option("Machine", "--x64", is_flag=True, help="Double precision.", show_default=False)
+@_option(
+    "Machine",
+    "--cache/--no-cache",
+    default=True,
+    help="Keep compiled programs in the user's cache folder, so that a second run starts at once.",
+)
+@click.pass_context
+def train(
+    ctx: click.Context,
+    out: Path | None,
+    quiet: bool,
+    cache: bool,
+    processes: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    config_file: Path | None,
+    write_config: Path | None,
+    print_config: bool,
+    as_json: bool,
+    log_to: tuple[str, ...],
+    **values: Any,
+) -> None:
+    """Train and compare federated methods; the help text is given above."""
+    explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    typed = frozenset(explicit)
+    # Orbax tells of every step it takes through this logger.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if as_json:
+        ctx.call_on_close(lambda: _error_as_json(ctx))
+    with terminal.warnings_as_lines(), usage_errors(ctx):
+        if cache:
+            terminal.keep_compiled()
+        filed = {} if config_file is None else _from_file(config_file, values, explicit)
+        if values["steps"] is not None and "epochs" not in explicit:
+            values["epochs"] = None
+        if values["federation"] is not None:
+            values |= _saved_federation(values, explicit)
+        if "checkpoint_every" not in explicit:
+            del values["checkpoint_every"]  # the default goes by eval_every
+        chosen = list(values.pop("methods")) or list(_DEFAULTS.methods)
+        for name in chosen:
+            methods.describe(name)
+        settings = parse_settings(values["settings"], chosen)
+        for method, own in _filed_settings(filed, chosen).items():
+            settings[method] = own | settings.get(method, {})
+        config = Config(**values | {"methods": tuple(chosen), "settings": settings})
+        if write_config is not None:
+            config_files.write(write_config, config)
+        if print_config:
+            click.echo(config_files.text(config), nl=False)
+        if write_config is not None or print_config:
+            return
+        out = out or Path("runs") / config.slug()
+        files.check_directory(out)
+        # Of very many none is made, and the mesh is refused (`config.MOST_DEVICES`).
+        several.cores_as_devices(None if processes or (config.mesh or 1) > MOST_DEVICES else config.mesh)
+        if processes and not several.is_supervised():
+            sys.exit(_supervised(out))
+        if processes:
+            several.connect(coordinator, num_processes, process_id)
+        elif coordinator is not None or num_processes is not None or process_id is not None:
+            raise ValueError("--coordinator, --num-processes and --process-id are for --processes: add it")
+        terminal.check_jax()
+        logged = logs.logger(log_to, config, out) if log_to else None
+    console = terminal.console()
+    quiet = quiet or not several.is_first()
+    loud = progress.bar(console) if console.is_terminal else progress.plain()
+    reporter = progress.silent() if quiet else progress.json_lines() if as_json else loud
+    reporter = terminal.going_on(reporter, out)
+    if logged is not None and several.is_first():
+        said = reporter.finish
+        reporter = reporter._replace(log=logged.log, finish=lambda: (said(), logged.finish())[0])
+    for line in _unused(config, typed):
+        reporter.say(f"note: {line}")
+    try:
+        status = _train(ctx, config, out, explicit, reporter)
+    except files.Unwritable as error:
+        reporter.event("error", {"message": str(error), "exit_code": terminal.UNWRITABLE})
+        raise
+    if status == _LOST:
+        several.leave(status)
+    sys.exit(status)
+
+
+def _unused(config: Config, typed: Collection[str]) -> list[str]:
+    from pipelines.experiment import setup  # slow to import
+
+    return setup.unused(config, typed)
+
+
+def _error_as_json(ctx: click.Context) -> None:
+    """Tells the error that ended a command, if one did."""
+    if terminal.ERROR in ctx.meta:
+        progress.json_lines().event("error", {"message": ctx.meta[terminal.ERROR], "exit_code": 2})
+
+
+def _supervised(out: Path) -> int:
+    """Runs this command in a process of its own and returns the exit code."""
+    try:
+        return several.supervise(sys.argv[1:], out)
+    except several.Lost as error:
+        click.echo(f"Error: {error}", err=True)
+        return _LOST
+
+
+def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], reporter: progress.Reporter) -> int:
+    """Runs a configuration and returns the exit code."""
+    from pipelines.experiment import plans, setup
+    from pipelines.results import early, report
+    from pipelines.run import train as driver
+
+    with jax.enable_x64(config.x64), terminal.warnings_as_lines():
+        with usage_errors(ctx):
+            # A run that goes on keeps its plan, and with it its numbers to the last bit.
+            saved = driver.saved_config(out)
+            if saved is not None:
+                config = plans.kept(config.with_methods_of(saved), saved, explicit)
+            else:
+                config = plans.tuned(config, reporter)
+            experiment = setup.prepare(config)
+            driver.claim(out, config, experiment.federation)
+        for line in report.described(experiment):
+            reporter.say(line)
+        for line in (setup.unlikely_classes(experiment.dataset), setup.much_local_work(experiment)):
+            if line:
+                reporter.say(f"note: {line}")
+        for name in config.methods:
+            parts = setup.predicted_memory(experiment, name)
+            made_up = ", ".join(f"{part} {size(number)}" for part, number in parts.items())
+            reporter.say(f"{name}: {report.settings_line(config, name)}")
+            if advised := methods.advice(name, report.num_parameters(experiment)):
+                reporter.say(f"note: {advised}")
+            reporter.say(f"{name}: about {size(sum(parts.values()))} of memory predicted ({made_up})")
+        reporter.say(f"results: {out}")
+        try:
+            results = driver.run(experiment, out, reporter=reporter)
+        except (driver.Refused, driver.checkpoint.OtherRun) as error:
+            return _failed(reporter, error, 2)
+        except several.Lost as error:
+            return _failed(reporter, error, _LOST)
+        except driver.Interrupted as stop:
+            click.echo(stop.message, err=True)
+            reporter.event("stopped", {"message": stop.message})
+            return 128 + stop.signal
+        except driver.Diverged as error:
+            return _failed(reporter, error, 1)
+        eval_rounds = driver.history.evaluated_rounds(config.rounds, config.eval_every)
+        for name, result in results.items():
+            accuracy = early.reported(config, result.history, eval_rounds)["test/accuracy"]
+            final = report.mean_sd(accuracy[:, -1].astype(float))
+            reached = report.rounds_to_target(accuracy, eval_rounds, config.target)
+            compiled = "" if config.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
+            reporter.say(
+                f"{name}: test accuracy {final}, rounds to {100 * config.target:g} %: {reached} "
+                f"({compiled}ran {duration(result.info['run_seconds'])})"
+            )
+        reporter.say(
+            f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, "
+            f"{'clients.parquet, ' if config.clients_over_time else ''}checkpoints; curves and clients as .png and .pdf"
+        )
+        reporter.event("finished", {"path": str(out)})
+    return 0
+
+
+def _failed(reporter: progress.Reporter, error: Exception, exit_code: int) -> int:
+    """Tells an error that ended a run, and returns the exit code."""
+    click.echo(f"Error: {error}", err=True)
+    reporter.event("error", {"message": str(error), "exit_code": exit_code})
+    return exit_code
+
+
+@main.command(
+    cls=_Command,
+    short_help="Build, describe and draw a federation before anything is trained.",
+    help="""Build a federation, say how its clients differ and what would spoil a study with it, and save it.
+
+\b
+Examples:
+  fedjax-core federate --dataset fashion_mnist --clients 100 --alpha 0.1
+  fedjax-core federate --clients 20 --compare iid --compare shards
+  fedjax-core federate --dataset shakespeare --partition natural --clients all
+  fedjax-core federate --dataset mnist+usps --partition domains --clients 10
+  fedjax-core federate --dataset cifar10 --partition iid --feature-skew rotation --out federations/turned
+  fedjax-core train --federation federations/turned
+
+In the directory are federation.md, federation.png and .pdf, the assignments as .npz, and federation.json with their
+digest, so that a federation can be shared and is checked when it is used. Exit codes: 0 done, 2 a mistake in the
+arguments.
+""",
+)
+@_CONFIG
+@_of_federation
+@_option("Output", "--batch-size", type=int, metavar="N", help="Warn of clients with fewer examples.")
+@_option(
+    "Output",
+    "--compare",
+    multiple=True,
+    metavar="NAME",
+    help="Another partition to measure beside it, with the same options. May be given several times.",
+)
+@_option(
+    "Output",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory.  [default: federations/<what it is>]",
+)
+@click.pass_context
+def federate(
+    ctx: click.Context, out: Path | None, compare: tuple[str, ...], config_file: Path | None, **values: Any
+) -> None:
+    """Build, describe and draw a federation; the help text is given above."""
+    from pipelines.experiment import setup
+    from pipelines.federation import federations, portrait
+
+    explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    typed = frozenset(explicit)
+    with terminal.warnings_as_lines(), usage_errors(ctx):
+        if config_file is not None:
+            _from_file(config_file, values, explicit)
+        config = Config(**values)
+        out = out or Path("federations") / config.federation_slug()
+        files.check_directory(out)
+        terminal.check_jax()
+        for name in compare:
+            pick("partition to compare with", name, [n for n in federations.PARTITIONS if n != config.partition])
+        built = setup.federate(config)
+        others = {name: _train_part(config, built, name) for name in compare}
+    with usage_errors(ctx):
+        saved = federations.save(built, config, out)
+        rows = portrait.comparison(config, built, others)
+        portrait.write(out, config, built, rows, saved["warnings"])
+    console = terminal.console()
+    for line in portrait.described(config, built):
+        console.print(Text(line))
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*[heterogeneity.shown(value) for value in row.values()])
+    console.print()
+    console.print(table)
+    console.print()
+    for line in setup.unused(config, typed):
+        console.print(Text(f"note: {line}"))
+    for line in saved["warnings"]:
+        console.print(Text(f"warning: {line}"))
+    console.print(Text(f"digest: {saved['digest']}"))
+    console.print(Text(f"written: {out / 'federation.md'}, .png, .pdf and .json, and the assignments"))
+
+
+def _train_part(config: Config, built: Any, partition: str) -> Any:
+    """The training part of the federation that another partition gives."""
+    from pipelines.federation import federations
+
+    other = dataclasses.replace(config, partition=partition, feature_skew="none")
+    return federations.build(other, built.dataset).parts["train"].assignment
+
+
+def _from_file(path: Path, values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """Puts what a file says into the values of the options that are not given, and returns its settings of methods."""
+    found = config_files.read(path)
+    settings = {"settings": found.pop("settings", {}), "methods": found.get("methods")}
+    work = {"epochs", "steps"}
+    if explicit & work:  # one of them here does away with both there
+        found = {name: value for name, value in found.items() if name not in work}
+    if "steps" in found and found["steps"] is not None:
+        found.setdefault("epochs", None)
+    if found.get("federation") is None or "federation" in explicit:
+        found.pop("federation_digest", None)
+    given = {name: value for name, value in found.items() if name not in explicit}
+    values |= {name: value for name, value in given.items() if name in values}
+    explicit |= set(given) & set(values)
+    return settings
+
+
+def _filed_settings(filed: dict[str, Any], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
+    """The settings of a file for the methods of this run; those of other methods of the file are left out."""
+    settings: dict[str, dict[str, methods.Value]] = dict(filed.get("settings", {}))
+    general = parse_settings([f"{name}={value}" for name, value in settings.pop("", {}).items()], chosen)
+    for method, own in settings.items():
+        called = [each for each in chosen if short(each) == method]
+        name = called[0] if method not in chosen and len(called) == 1 else method
+        pick("method in settings", name, list(dict.fromkeys([*chosen, *(filed.get("methods") or ())])))
+        if name in chosen:
+            general[name] = general.get(name, {}) | own
+    return general
+
+
+def _saved_federation(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """What a saved federation says of the fields of the configuration; what was asked for beside must agree."""
+    from pipelines.federation import federations
+
+    fields, digest = federations.read(values["federation"])
+    for name in explicit & set(fields):
+        if values[name] != fields[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {values[name]} and --federation {values['federation']}, which was made with {fields[name]}: "
+                f"leave {flag} out, or make another federation"
+            )
+    return fields | {"federation_digest": digest}
+
+
+@main.command(
+    short_help="Learn one task after another, and see what is forgotten.",
+    help="""Train methods on one task after another and measure what they still know of the tasks before.
+
+\b
+Examples:
+  fedjax-core continual
+  fedjax-core continual --methods fot,fedavg,ewc,fedprox,joint
+  fedjax-core continual --scenario split --dataset cifar10 --model cnn --tasks 5 --rounds 20
+  fedjax-core continual --dataset mnist --data-dir DIR --tasks 10 --rounds 200 --clients 125 --cohort-size 64 \\
+      --hidden 400,400,400 --dropout 0.2,0.5,0.5 --batch-size 64 --client-lr 0.01 --energy 0.96
+
+In the run directory are accuracy.png and .pdf, the test accuracy on every task after every task, the same as
+accuracy.csv, results.tex and summary.json. A run that was stopped goes on when the same command is given again, and
+other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments, 5 the run
+directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
+""",
+)
+@continual_config.options
+@click.option("--save-every", type=int, default=50, show_default=True, metavar="N", help="Rounds between checkpoints.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
+)
+@click.pass_context
+def continual(ctx: click.Context, out: Path | None, save_every: int, **values: Any) -> None:
+    """Learn one task after another; the help text is given above."""
+    from pipelines.studies.continual import run, slug
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    several.cores_as_devices()
+    with terminal.warnings_as_lines(), terminal.stops(ctx), usage_errors(ctx):
+        config = continual_config.from_options(values)
+        out = out or Path("runs") / slug(config)
+        count("save_every", save_every, "1 saves after every round")
+        files.check_directory(out)
+        terminal.check_jax()
+        try:
+            run(config, out, save_every=save_every, reporter=terminal.going_on(progress.plain(), out))
+        except FloatingPointError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+    click.echo(f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.json, checkpoints")
+
+
+@main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers, plans.")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_names())
+@click.option("--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
+@click.pass_context
+def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> None:
+    """Show all there is, all of one kind ("methods", "data sets"), or everything about the thing called NAME."""
+    console = terminal.console()
+    with usage_errors(ctx):
+        groups = catalog.kinds(data_dir)
+        # "data sets" is two words for the shell.
+        whole = catalog.kind_called(" ".join(names), groups) if names else None
+        for i, name in enumerate(names if whole is None else [whole]):
+            if i:
+                click.echo()
+            kind = catalog.kind_called(name, groups)
+            if name in methods.names() or methods.looks_own(name):
+                _show_method(console, methods.describe(name))
+            elif kind is not None and not any(name in entries for entries in groups.values()):
+                console.print(_kind_table(kind, groups[kind]))
+            else:
+                click.echo(catalog.described(name, data_dir))
+    if names:
+        return
+    for i, (kind, entries) in enumerate(groups.items()):
+        if i:
+            console.print()
+        console.print(_kind_table(kind, entries))
+    click.echo(
+        "\n`fedjax-core list NAME` shows everything about one of them. Your own method, model or data set is named "
+        "module:name."
+    )
+
+
+def _kind_table(kind: str, entries: Mapping[str, Callable[[], str]]) -> Table:
+    """Everything of a kind, a line each."""
+    if kind == "method":
+        table = _table("methods", "what it is", "paper")
+        for each in map(methods.describe, entries):
+            table.add_row(each.name, Text(each.title), Text(each.paper))
+        return table
+    table = _table(f"{kind}s", "what it is")
+    for entry, card in entries.items():
+        table.add_row(entry, Text(textwrap.shorten(catalog.first_paragraph(card()), 300, placeholder=" ...")))
+    return table
+
+
+@main.command(short_help="Print what makes a shell complete commands, options and names.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script by which a shell completes commands, options and names.
+
+    \b
+    bash:  echo 'eval "$(fedjax-core completion bash)"' >> ~/.bashrc
+    zsh:   echo 'eval "$(fedjax-core completion zsh)"' >> ~/.zshrc
+    fish:  fedjax-core completion fish > ~/.config/fish/completions/fedjax-core.fish
+    """
+    made = get_completion_class(shell)
+    assert made is not None
+    click.echo(made(main, {}, "fedjax-core", "_FEDJAX_CORE_COMPLETE").source())
+
+
+def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
+    """Reads `[METHOD.]NAME=VALUE` pairs; a pair without a method goes to every chosen method that has the name.
+
+    A method of the user's own, `module:name`, may be called by its name alone.
+
+    Raises:
+      ValueError: if a pair is malformed, the method is not among the chosen, or nothing has the name.
+    """
+    settings: dict[str, dict[str, methods.Value]] = {}
+    own: dict[str, dict[str, methods.Value]] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {pair!r} is not of the form NAME=VALUE or METHOD.NAME=VALUE")
+        method, dot, name = key.strip().rpartition(".")
+        if dot:
+            called = [each for each in chosen if short(each) == method]
+            method = called[0] if method not in chosen and len(called) == 1 else method
+            pick("method among those of this run", method, chosen)
+            own.setdefault(method, {})[name] = value
+            continue
+        having = [m for m in chosen if name in CLIENT_SETTINGS or name in methods.describe(m).hyperparameters]
+        if not having:
+            known = {n for m in chosen for n in methods.describe(m).hyperparameters} | set(CLIENT_SETTINGS)
+            pick(f"hyper-parameter of {', '.join(chosen)}", name, sorted(known))
+        for each in having:
+            settings.setdefault(each, {})[name] = value
+    # What is said of one method goes before what is said of all, wherever it stands.
+    return {m: {**settings.get(m, {}), **own.get(m, {})} for m in chosen if m in settings or m in own}
+
+
+def _show_method(console: Console, method: methods.Method) -> None:
+    click.echo(method.card)
+    click.echo()
+    if not method.hyperparameters:
+        click.echo("It has no hyper-parameters of its own.")
+        return
+    table = _table("hyper-parameter", "default of the factory", "in a run unless set")
+    for name, default in method.hyperparameters.items():
+        used = methods.settings_of(method.name, {}).get(name, "has to be set")
+        table.add_row(
+            Text(f"--set {short(method.name)}.{name}=..."), "" if default is None else str(default), str(used)
+        )
+    console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=i == 0)
+    return table

@@ -1,0 +1,182 @@
+"""The commands that use a finished run: `fedjax-core evaluate` and `fedjax-core export`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.cli import terminal
+from pipelines.cli.terminal import usage_errors
+from pipelines.configuration.config import LIMIT
+
+_RUN = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+_METHOD = click.option(
+    "--method", "methods", multiple=True, metavar="NAME", help="Of the run; may be given several times.  [default: all]"
+)
+_SEED = click.option(
+    "--seed", "seeds", type=int, multiple=True, metavar="SEED", help="Likewise, a seed of the run.  [default: all]"
+)
+
+
+@click.command(
+    short_help="Test the models of a finished run on a data set.",
+    help="""Test the final global models of the run in the directory RUN, on its own data or on another data set.
+
+\b
+Examples:
+  fedjax-core evaluate runs/mine
+  fedjax-core evaluate runs/mine --split train --method scaffold --seed 0
+  fedjax-core evaluate runs/mine --dataset mine.npz
+
+Neither the devices nor, with --dataset, the data of the run need be there. Exit codes: 0 done, 2 a mistake in the
+arguments.
+""",
+)
+@_RUN
+@click.option("--dataset", metavar="NAME", help="Data set to test on, a .npz file too.  [default: the run's own]")
+@click.option("--data-dir", metavar="DIR", help="Prepared data.  [default: that of the run]")
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    metavar="NAME",
+    help="test or train: a part of the data set; of the run's own also validation and new, those of its clients.",
+)
+@_METHOD
+@_SEED
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    run: Path,
+    dataset: str | None,
+    data_dir: str | None,
+    split: str,
+    methods: tuple[str, ...],
+    seeds: tuple[int, ...],
+    as_json: bool,
+) -> None:
+    """Test the models of a run; the help text is given above."""
+    from pipelines.run import loading, scoring
+
+    with terminal.warnings_as_lines(), usage_errors(ctx):
+        terminal.check_jax()
+        loaded = loading.load_run(run, methods=methods or None, with_data=dataset is None)
+        examples, note = scoring.examples_of(loaded, dataset, data_dir, split)
+        scores = scoring.score(loaded, examples, seeds=seeds or None)
+    if note:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        for row in scores:
+            click.echo(json.dumps(row))
+        return
+    _print(scores, dataset or loaded.config.dataset, split, len(examples["y"]))
+
+
+@click.command(
+    short_help="Write the models of a finished run to files that other programs read.",
+    help="""Write the models of the run in the directory RUN to files: of every method and seed the global model, or
+with --client or --personal the models of clients.
+
+\b
+Examples:
+  fedjax-core export runs/mine --format npz --out models
+  fedjax-core export runs/mine --method scaffold --seed 0 --out scaffold.msgpack
+  fedjax-core export runs/mine --format safetensors --method scaffold --client 0,1,2 --out models
+
+The names of leaves are their paths in the model, such as params.Dense_0.kernel; docs/runs.md shows how each format is
+read. Neither the devices nor the data of the run need be there. Exit codes: 0 done, 2 a mistake in the arguments.
+""",
+)
+@_RUN
+@click.option("--format", "kind", metavar="NAME", help="safetensors, msgpack or npz.  [default: the ending of --out]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A directory, or with one model a file that ends in the format's name.  [default: RUN/models]",
+)
+@_METHOD
+@_SEED
+@click.option("--client", "clients", metavar="ID,ID,...", help="Clients whose models to write, counted from 0.")
+@click.option("--personal", is_flag=True, help="The models of all clients.")
+@click.pass_context
+def export(
+    ctx: click.Context,
+    run: Path,
+    kind: str | None,
+    out: Path | None,
+    methods: tuple[str, ...],
+    seeds: tuple[int, ...],
+    clients: str | None,
+    personal: bool,
+) -> None:
+    """Write the models of a run; the help text is given above."""
+    from pipelines.common import files
+    from pipelines.run import export as files_of_models
+    from pipelines.run import loading
+
+    with terminal.warnings_as_lines(), usage_errors(ctx):
+        ending = "" if out is None else out.suffix.removeprefix(".")
+        as_file = ending in files_of_models.FORMATS
+        if kind is None and not as_file:
+            raise ValueError(f"say --format {', '.join(files_of_models.FORMATS)}, or give --out a file that ends so")
+        kind = files_of_models.checked_format(kind or ending)
+        if as_file and kind != ending:
+            raise ValueError(f"--format {kind} and --out {out}: let the file end in .{kind}, or leave --format out")
+        ids: Sequence[int] | None = _ids(clients)
+        if personal and ids is not None:
+            raise ValueError("--client names some clients and --personal means all: give one of them")
+        files.check_directory(run / "models" if out is None else out.parent if as_file else out)
+        terminal.check_jax()
+        loaded = loading.load_run(run, methods=methods or None, with_data=False)
+        if personal:
+            ids = range(loaded.data["clients"])
+        many = _count(loaded, seeds, ids)
+        if as_file and many != 1:
+            raise ValueError(
+                f"--out {out} is one file and there are {many} models: choose one by --method and --seed, or give a "
+                "directory"
+            )
+        target = run / "models" if out is None else out
+        written = 0
+        for model in files_of_models.models_of(loaded, methods=methods or None, seeds=seeds or None, clients=ids):
+            files.make_directory(target.parent if as_file else target)
+            path = target if as_file else target / f"{model.name}.{kind}"
+            files_of_models.write(path, model.params, kind)
+            written += 1
+    click.echo(f"written: {target}" if as_file else f"written: {written} models in {target}, {path.name} the last")
+
+
+def _count(loaded: Any, seeds: Sequence[int], ids: Sequence[int] | None) -> int:
+    each = 1 if ids is None else len(ids)
+    return each * sum(len(seeds or trained.seeds) for trained in loaded.methods.values())
+
+
+def _ids(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        ids = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        ids = []
+    if not ids or max(map(abs, ids)) > LIMIT:
+        raise ValueError(f"--client {text!r} is no list of client numbers: write for example 0,3,7")
+    return ids
+
+
+def _print(scores: Sequence[dict[str, Any]], dataset: str, split: str, count: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    names = [name for name in scores[0] if name not in ("method", "seed", "round")]
+    for heading in ("method", "seed", "round", *names):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in scores:
+        table.add_row(row["method"], str(row["seed"]), str(row["round"]), *(f"{row[name]:.6g}" for name in names))
+    console = Console(highlight=False)
+    console.print(f"{dataset}, {split}: {count:,} examples", markup=False)
+    console.print(table)

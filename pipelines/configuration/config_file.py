@@ -1,0 +1,189 @@
+"""A configuration in a file that people write: TOML, YAML or JSON, with the names of the options.
+
+    dataset = "fashion_mnist"
+    clients = 100
+    methods = ["fedavg", "fedprox"]
+
+    [settings.fedprox]
+    mu = 0.01
+
+A name is that of a field of `Config` or of an option of `fedjax-core train`, with - or _. What is left out has its
+default, and options of the command line go before what the file says. A run's own `config.json` is such a file too.
+"""
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.common import files
+from pipelines.common.names import pick
+from pipelines.configuration.config import Config
+
+_OPTIONS = {"method": "methods", "set": "settings"}
+_FORMATS = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON"}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The fields of `Config` that a file gives, each of its type; settings as method to name to value.
+
+    Args:
+      path: a file that ends in .toml, .yaml, .yml or .json; or the directory of a run.
+
+    Raises:
+      ValueError: if it is not there, is of another kind, cannot be read, has a name that is no field (with the
+        nearest), or a value of another type than the field.
+    """
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    content = _content(path)
+    if isinstance(content.get("config"), Mapping):  # as a run has it, beside the versions
+        content = dict(content["config"])
+    fields = {f.name for f in dataclasses.fields(Config)}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        name = pick(f"option in {path}", _OPTIONS.get(name, name), sorted(fields))
+        if name in found:
+            raise ValueError(f"{path} gives {name} twice, as {key!r} too: give it once")
+        found[name] = _of_type(f"{name} in {path}", name, value)
+    return found
+
+
+def text(config: Config, format: str = "TOML") -> str:
+    """A configuration as the text of such a file, every field with its value.
+
+    Args:
+      config: the configuration.
+      format: "TOML", "YAML" or "JSON".
+    """
+    values = json.loads(config.to_json())
+    if format == "JSON":
+        return json.dumps(values, indent=2) + "\n"
+    if format == "YAML":
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    values["clients"] = "all" if values["clients"] is None else values["clients"]
+    settings = values.pop("settings")
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    for method, chosen in settings.items():
+        lines += [
+            "",
+            f"[settings.{json.dumps(method, ensure_ascii=False)}]",
+            *(f"{name} = {_toml(value)}" for name, value in chosen.items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: str | Path, config: Config) -> None:
+    """Writes a configuration to a file, in the format that the end of its name says.
+
+    Raises:
+      ValueError: if it says none, or the file cannot be written.
+    """
+    path = Path(path)
+    format = _format(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, text(config, format))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}): choose another place") from None
+
+
+def _format(path: Path) -> str:
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"{path} is of no kind that a configuration can be: let its name end in .toml, .yaml or .json")
+    return _FORMATS[path.suffix.lower()]
+
+
+def _content(path: Path) -> dict[Any, Any]:
+    format = _format(path)
+    try:
+        raw = path.read_text(encoding="utf-8")
+        if format == "TOML":
+            content: Any = tomllib.loads(raw)
+        else:
+            content = yaml.safe_load(raw) if format == "YAML" else json.loads(raw)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # all three formats' errors are of these
+        raise ValueError(f"{path} is no {format}: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not names and values: write for example clients: 100")
+    return content
+
+
+def _of_type(where: str, name: str, value: Any) -> Any:
+    """A value as the type of its field."""
+    if name == "settings":
+        return _settings(where, value)
+    if name == "methods":
+        listed = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
+            return tuple(listed)
+        raise ValueError(f"{where} is {value!r}: write a list of names")
+    if name == "hidden":
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        return tuple(_number(where, part, int) for part in parts)
+    hint = typing.get_type_hints(Config)[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in kinds and (value is None or (name == "clients" and str(value).lower() == "all")):
+        return None
+    kind = kinds[0]
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{where} is {value!r}: write true or false")
+    if kind in (int, float):
+        return _number(where, value, kind)
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{where} is {value!r}: write a text in quotes")
+
+
+def _settings(where: str, value: Any) -> dict[str, dict[str, Any]]:
+    """Method to name to value; "" to what is said of all methods."""
+    if isinstance(value, list):
+        if not all(isinstance(each, str) and "=" in each for each in value):
+            raise ValueError(f"{where} is {value!r}: write METHOD.NAME=VALUE, or a table for each method")
+        value = {key.strip(): said.strip() for key, _, said in (each.partition("=") for each in value)}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}: write a table for each method")
+    found: dict[str, dict[str, Any]] = {}
+    for key, chosen in value.items():
+        if isinstance(chosen, Mapping):
+            found.setdefault(str(key), {}).update(chosen)
+        else:
+            method, _, own = str(key).rpartition(".")
+            found.setdefault(method, {})[own] = chosen
+    for method, chosen in found.items():
+        for own, number in chosen.items():
+            if not isinstance(number, bool | int | float | str):
+                raise ValueError(f"{where} has {method}.{own}={number!r}: write a number, true or false, or a text")
+    return found
+
+
+def _number(where: str, value: Any, kind: type) -> Any:
+    noun = "a whole number" if kind is int else "a number"
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        number = float(value) if kind is float else int(value)
+        if kind is int and number != float(value):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{where} is {value!r}: write {noun}") from None
+    return number
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Names, files and objects to checked arrays."""

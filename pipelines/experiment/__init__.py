@@ -1,0 +1,1 @@
+"""All that is made of a configuration before the first round: data, model, methods, plan, memory."""

@@ -1,0 +1,1 @@
+"""Who holds which examples, what clients do to them, and what that looks like."""

@@ -1,0 +1,1 @@
+"""A run directory: trained in, saved, resumed, grown, loaded, tested, exported."""

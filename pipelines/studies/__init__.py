@@ -1,0 +1,1 @@
+"""Runs of another shape: one task after another, and function values alone."""

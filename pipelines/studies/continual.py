@@ -1,0 +1,483 @@
+"""One task after another: what has been learned of each, and what is forgotten.
+
+    results = run(Continual(methods=("fot", "fedavg")), "runs/continual")
+
+A scenario makes the tasks of one data set. "permuted": the same examples with the pixels in another order in every
+task, one head for all. "split": the classes are dealt out to the tasks, each has its own head, and which task it is
+is told when it is tested. All tasks have the same number of examples, so that one compiled program serves them all.
+
+A method is trained for `rounds` rounds on every task, at whose end a method with an `end_task` looks back, and is then
+tested on all of them, learned or not. "joint" is FedAvg on the examples of all tasks together, for as many rounds and
+local steps as the others have in all: about what could be reached at best, if nothing were forgotten.
+
+A run directory (`pipelines.run.run_directory`) holds config.json and checkpoints/<method>, and accuracy.csv,
+accuracy.png and .pdf, results.tex and summary.json of the methods that are finished.
+"""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import algorithms
+import models
+from fedjax_core import (
+    Examples,
+    Plan,
+    Population,
+    checks,
+    client_mesh,
+    continue_rounds,
+    evaluate,
+    everywhere,
+    place,
+    samplers,
+    shardings,
+)
+from pipelines.common import figures, files, growth
+from pipelines.common.progress import Reporter, duration, silent
+from pipelines.configuration import methods
+from pipelines.data import datasets
+from pipelines.data.datasets import Dataset
+from pipelines.federation import partition
+from pipelines.federation.assignment import Assignment
+from pipelines.results import latex
+from pipelines.run import checkpoint, identity
+from pipelines.run.run_directory import Kind, Work, at_work, claim, interruption, read, waited_for
+from pipelines.studies import continual_config
+from pipelines.studies.continual_config import Continual
+
+
+class Scenario(NamedTuple):
+    """The tasks of a configuration, and the model that is to learn them.
+
+    Attributes:
+      model: of inputs as the tasks have them.
+      layers: path of every weight to protect to its width: all but the heads of single tasks.
+      population: `population(t)`, the clients' training examples of task t.
+      joint: `joint()`, those of all tasks.
+      test: `test(t)`, the test examples of task t.
+      identity: `identity()`, what a run must find again to go on (`pipelines.run.identity`).
+    """
+
+    model: models.Model
+    layers: dict[str, int]
+    population: Callable[[int], Population]
+    joint: Callable[[], Population]
+    test: Callable[[int], Examples]
+    identity: Callable[[], dict[str, str]]
+
+
+class Scores(NamedTuple):
+    """What one method has come to.
+
+    Attributes:
+      accuracy: float[T, T], test accuracy on task j (column) after task i (row).
+      untrained: float[T], that of the initial model.
+      seconds: of rounds and ends of tasks, without compiling and testing.
+      directions: fot: path of a protected weight to how many directions its basis has at the end, and its width.
+    """
+
+    accuracy: np.ndarray
+    untrained: np.ndarray
+    seconds: float
+    directions: Mapping[str, tuple[int, int]] = {}
+
+
+def measures(accuracy: np.ndarray, untrained: np.ndarray) -> dict[str, float]:
+    """What the accuracy matrix R, float[T, T], says; b, float[T], is the accuracy of the initial model.
+
+    average accuracy: mean_j R[T-1, j]. forgetting: mean_{j<T-1} R[j, j] - R[T-1, j], how much worse a task is at the
+    end than right after it was learned; backward transfer is its negative. forward transfer: mean_{j>0} R[j-1, j] -
+    b[j], how much better than at the start a task is before it is learned. With one task the last three are NaN. Of
+    "joint", which learns all tasks at once, the average accuracy alone says something. (Lopez-Paz, Ranzato, "Gradient
+    Episodic Memory for Continual Learning", 2017.)
+    """
+    final, learned = accuracy[-1], np.diagonal(accuracy)
+    several = len(accuracy) > 1
+    forgetting = float(np.mean(learned[:-1] - final[:-1])) if several else np.nan
+    return {
+        "average accuracy": float(np.mean(final)),
+        "forgetting": forgetting,
+        "backward transfer": -forgetting,
+        "forward transfer": float(np.mean(np.diagonal(accuracy, 1) - untrained[1:])) if several else np.nan,
+    }
+
+
+def scenario(config: Continual) -> Scenario:
+    """The tasks of a configuration.
+
+    Raises:
+      ValueError: as `pipelines.data.datasets.load` and the partitions; if the data set has no label per example, or
+        fewer classes than tasks; if the cohort is larger than the population.
+    """
+    dataset = datasets.load(config.dataset, config.data_dir)
+    if dataset.is_sequence or dataset.vocabulary_size is not None:
+        raise ValueError(f"dataset {config.dataset!r} is text: choose a data set of images or measurements")
+    samplers.uniform(config.clients, config.cohort_size)
+    return (_permuted if config.scenario == "permuted" else _split)(config, dataset)
+
+
+def _permuted(config: Continual, dataset: Dataset) -> Scenario:
+    size = int(np.prod(dataset.input_shape))
+
+    def order(t: int) -> np.ndarray:
+        return np.random.default_rng([config.seed, t]).permutation(size) if t else np.arange(size)
+
+    def part(examples: Examples, t: int) -> Examples:
+        x = examples["x"]
+        return {**examples, "x": x.reshape(len(x), size)[:, order(t)].reshape(x.shape)}
+
+    model = datasets.normalized(_model(config, dataset, dataset.num_classes), dataset.normalization)
+    train, test = (lambda t: part(dataset.train, t)), (lambda t: part(dataset.test, t))
+    return _scenario(config, dataset, model, train, test, lambda t: dataset.train["y"], heads=False)
+
+
+def _split(config: Continual, dataset: Dataset) -> Scenario:
+    each = dataset.num_classes // config.tasks
+    if each < 1:
+        raise ValueError(
+            f"tasks={config.tasks}, but {dataset.name} has {dataset.num_classes} classes to deal out: ask for fewer"
+        )
+    rng = np.random.default_rng(config.seed)
+    classes = rng.permutation(dataset.num_classes)[: each * config.tasks].reshape(config.tasks, each)
+
+    def parts(examples: Examples) -> list[Examples]:
+        rows = [rng.permutation(np.flatnonzero(np.isin(examples["y"], own))) for own in classes]
+        least = min(map(len, rows))  # one program for all tasks needs as many examples in each
+        return [
+            {
+                "x": {"inputs": examples["x"][kept], "task": np.full(least, t, np.int32)},
+                "y": np.argmax(examples["y"][kept][:, None] == classes[t], axis=1).astype(np.int32),
+            }
+            for t, kept in enumerate(r[:least] for r in rows)
+        ]
+
+    train, test = parts(dataset.train), parts(dataset.test)
+    model = datasets.normalized(_model(config, dataset, each * config.tasks), dataset.normalization)
+    model = models.heads.multi_head(model, config.tasks)
+    labels = lambda t: train[t]["y"]  # noqa: E731
+    return _scenario(config, dataset, model, train.__getitem__, test.__getitem__, labels, heads=True)
+
+
+def _model(config: Continual, dataset: Dataset, outputs: int) -> models.Model:
+    if config.model == "cnn":
+        model = models.cnn(dataset.input_shape, outputs)
+    else:
+        model = models.mlp(dataset.input_shape, outputs, config.hidden, config.dropout)
+    return models.initialization.uniform(model) if config.start == "uniform" else model
+
+
+def _scenario(
+    config: Continual,
+    dataset: Dataset,
+    model: models.Model,
+    train: Callable[[int], Any],
+    test: Callable[[int], Any],
+    labels: Callable[[int], np.ndarray],
+    *,
+    heads: bool,
+) -> Scenario:
+    """`train(t)` and `test(t)` are the examples of task t, `labels(t)` train's; `heads`: each task has its own."""
+
+    def assignment(t: int) -> Assignment:
+        deal = partition.iid if config.partition == "iid" else partition.shards
+        return deal(labels(t), config.clients, seed=config.seed + t)
+
+    def clients(t: int) -> list[Examples]:
+        """The examples of each client."""
+        examples = train(t)
+        return [jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples) for rows in assignment(t)]
+
+    def joint() -> Population:
+        tasks = [clients(t) for t in range(config.tasks)]
+        together = lambda *leaves: np.concatenate(leaves)  # noqa: E731
+        return Population.from_clients([jax.tree.map(together, *own) for own in zip(*tasks, strict=True)])
+
+    one = jax.tree.map(lambda leaf: leaf[:1], test(0)["x"])
+    widths = models.capture.layer_widths(model.apply, jax.eval_shape(model.init, jax.random.key(0)), one)
+    return Scenario(
+        model=model,
+        layers={path: width for path, width in widths.items() if not (heads and path.startswith("head/"))},
+        population=lambda t: Population.from_clients(clients(t)),
+        joint=joint,
+        test=lambda t: jax.tree.map(jnp.asarray, test(t)),
+        identity=lambda: identity.of(dataset, (assignment(t).digest() for t in range(config.tasks))),
+    )
+
+
+def build(
+    config: Continual, name: str, tasks: Scenario, *, num_steps: int | None = None, plan: Plan | None = None
+) -> Any:
+    """The method `name`, an `Algorithm` or one with an `end_task`; with `num_steps` local steps instead of epochs."""
+    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(config.client_lr))
+    length = {"num_epochs": config.epochs} if num_steps is None else {"num_steps": num_steps}
+    own: dict[str, dict[str, Any]] = {
+        "fot": {
+            "inputs": lambda params, batch: models.capture.layer_inputs(tasks.model.apply)(params, batch["x"]),
+            "layers": tasks.layers,
+            "energy": config.energy,
+            "energy_step": config.energy_step,
+            "rule": config.rule,
+            "oversampling": config.oversampling,
+        },
+        "ewc": {"lam": config.lam},
+        "fedprox": {"mu": config.mu},
+    }
+    factory = getattr(algorithms, "fedavg" if name == "joint" else name)
+    loss_fn = models.losses.cross_entropy(tasks.model)
+    return factory(loss_fn, optimizer, batch_size=config.batch_size, plan=plan, **length, **own.get(name, {}))
+
+
+def run(
+    config: Continual,
+    out: str | Path,
+    *,
+    save_every: int = continual_config.SAVE_EVERY,
+    plan: Plan | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Scores]:
+    """Runs a configuration in the directory `out`, or what is left of it.
+
+    Args:
+      config: what to run.
+      out: the run directory; made if need be.
+      save_every: rounds between checkpoints; what is computed does not depend on it.
+      plan: execution plan of the rounds; all devices unless given.
+      reporter: where words go; nowhere unless given.
+
+    Raises:
+      Interrupted: after SIGINT or SIGTERM, once the chunk is done and saved. A second signal ends the process.
+      Unwritable: if the directory cannot be written to; what was saved is whole.
+      ValueError: if something is wrong with the configuration, the directory holds another one's run or one of other
+        examples, or another process is at work in it.
+    """
+    checks.positive_int("save_every", save_every, "save after every round at most")
+    reporter = reporter or silent()
+    out = Path(out)
+    config = _joined(config, out)
+    tasks, content = scenario(config), json.loads(json.dumps(asdict(config)))
+    pinned = tasks.identity()
+
+    def check(there: Any) -> None:
+        growth.check(out, content, there, _GROWS, "configuration", "more methods")
+
+    claim(out, KIND, content, check, pinned, identity.place(config.dataset, config.data_dir))
+    if plan is None:
+        plan = Plan(mesh=client_mesh() if len(jax.devices()) > 1 else None)
+    results = {}
+    with at_work(out, KIND, reporter.say, lambda there: {"config": content}, pinned) as work:
+        for name in config.methods:
+            folder = out / "checkpoints" / name
+            with files.told(out, partial(_saved, name, folder)):
+                results[name] = _run_method(config, name, tasks, folder, save_every, plan, reporter, work)
+            if work.may_write:
+                with files.told(out, f"{name} is done and saved, and the report is not"):
+                    write(out, results)
+            shown = {key: f"{100 * value:.2f} %" for key, value in measures(*results[name][:2]).items()}
+            reporter.say(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}")
+        if not work.may_write:
+            reporter.say(f"{out} is read-only, so its report stays as it is")
+    return results
+
+
+def _saved(name: str, folder: Path) -> str:
+    """What is saved of a method, in words."""
+    round = checkpoint.latest_round(folder)
+    return f"{name} is saved after round {round}" if round else f"Nothing of {name} is saved yet"
+
+
+def write(out: Path, results: Mapping[str, Scores]) -> None:
+    """Writes accuracy.csv, accuracy.png and .pdf, results.tex and summary.json of finished methods."""
+    summary = {
+        name: {
+            **measures(scores.accuracy, scores.untrained),
+            "accuracy": scores.accuracy.tolist(),
+            "untrained": scores.untrained.tolist(),
+            "seconds": scores.seconds,
+            **({"directions": scores.directions} if scores.directions else {}),
+        }
+        for name, scores in results.items()
+    }
+    files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(out / "accuracy.csv", accuracy_csv(results))
+    files.write_text(out / "results.tex", results_tex(results))
+    with figures.style():
+        figures.write(out / "accuracy.png", heat_map(results))
+
+
+def accuracy_csv(results: Mapping[str, Scores]) -> str:
+    """One row per method, task learned last (-1 for the initial model) and task tested."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "after_task", "task", "accuracy"])
+    for name, scores in results.items():
+        for after, row in enumerate([scores.untrained, *scores.accuracy], -1):
+            writer.writerows([name, after, task, str(value)] for task, value in enumerate(row))
+    return text.getvalue()
+
+
+def results_tex(results: Mapping[str, Scores]) -> str:
+    """The measures of every method, in percent, as a table in LaTeX."""
+    rows = []
+    for name, scores in results.items():
+        values = measures(scores.accuracy, scores.untrained).values()
+        rows.append([shown_name(name), *("none" if np.isnan(v) else f"{100 * v:.2f} %" for v in values)])
+    first = next(iter(results.values()))
+    return latex.table(["method", *measures(first.accuracy, first.untrained)], rows, "made by fedjax-core continual")
+
+
+def shown_name(name: str) -> str:
+    """A method's name in figures and tables."""
+    return "Joint" if name == "joint" else methods.paper_name(name)
+
+
+def heat_map(results: Mapping[str, Scores]) -> Figure:
+    """The accuracy matrix of every method: tasks tested from left to right, tasks learned from top to bottom."""
+    num_tasks = len(next(iter(results.values())).untrained)
+    side = max(2.6, 0.42 * num_tasks)
+    figure = Figure(figsize=(side * len(results) + 1, side + 0.6), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for panel, (name, scores) in zip(panels, results.items(), strict=True):
+        image = panel.imshow(scores.accuracy, vmin=0, vmax=1, cmap="viridis")
+        for (i, j), value in np.ndenumerate(scores.accuracy):
+            color = "black" if value > 0.6 else "white"
+            panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
+        panel.set(title=shown_name(name), xlabel="tested on task", xticks=range(num_tasks), yticks=range(num_tasks))
+        panel.grid(visible=False)
+    panels[0].set_ylabel("after task")
+    figure.colorbar(image, ax=list(panels), label="test accuracy", format=figures.Percent())
+    return figure
+
+
+def _run_method(
+    config: Continual,
+    name: str,
+    tasks: Scenario,
+    folder: Path,
+    save_every: int,
+    plan: Plan,
+    reporter: Reporter,
+    work: Work,
+) -> Scores:
+    """Trains and tests one method; a checkpoint after the last round of a task holds the state after its end."""
+    everything, steps = None, None
+    if name == "joint":  # with as many local steps as a client takes on one task
+        everything = tasks.joint()
+        steps = config.epochs * -(-int(tasks.population(0).sizes.max()) // config.batch_size)
+    method = build(config, name, tasks, num_steps=steps, plan=plan)
+    sampler = samplers.uniform(config.clients, config.cohort_size)
+    init_key, run_key, end_key = jax.random.split(jax.random.key(config.seed), 3)
+    metric_fn = models.metrics.classification(tasks.model)
+    score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
+    initial = jax.jit(lambda key: method.init(tasks.model.init(key)))
+    shapes = jax.eval_shape(initial, init_key)
+    whole = None if plan.mesh is None else everywhere(plan.mesh)
+    kept = None if plan.mesh is None else shardings(shapes, plan.mesh)
+    end_task: Any = None
+    chunks: dict[int, Any] = {}
+
+    def spread(tree: Any) -> Any:
+        return tree if whole is None else place(tree, whole)
+
+    def alone(tree: Any) -> Any:
+        return tree if whole is None else jax.device_put(tree, jax.devices()[0])
+
+    def scores(state: Any) -> np.ndarray:
+        return np.array([score(method.params(state), spread(tasks.test(j))) for j in range(config.tasks)], float)
+
+    def save(state: Any) -> None:
+        arrays = {"accuracy": accuracy, "untrained": untrained}
+        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": seconds}, run=work.run)
+
+    def stop_if_asked(done: int) -> None:
+        if stop := work.stop():
+            where = f"after round {done} of {name}, which is saved" if done else f"before {name} began"
+            raise interruption(stop, where, continual_config.command(config, save_every, work.out))
+
+    saved = checkpoint.restore_latest(folder, shapes, f"the state of {name}", run=work.run)
+    state = initial(init_key) if saved is None else jax.tree.map(jnp.asarray, saved.state)
+    if kept is not None:
+        state = place(state, kept)
+    if saved is None:
+        accuracy, untrained, seconds = np.zeros((0, config.tasks)), scores(state), 0.0
+    else:
+        seconds = saved.info["seconds"]
+        accuracy, untrained = saved.arrays["accuracy"], saved.arrays["untrained"]
+        reporter.say(f"{name}: {saved.round} of {config.tasks * config.rounds} rounds are done")
+
+    if len(accuracy) < config.tasks:
+        work.check_writable()
+        stop_if_asked(0 if saved is None else saved.round)
+    for t in range(len(accuracy), config.tasks):
+        population, end = spread(everything or tasks.population(t)), (t + 1) * config.rounds
+        while (done := int(state.round)) < end:
+            length = min(save_every, end - done)
+            if length not in chunks:
+                results = None if kept is None else (kept, whole)
+                rounds = jax.jit(continue_rounds(method, sampler, length), out_shardings=results)
+                chunks[length] = rounds.lower(state, population, run_key).compile()
+            begin = time.monotonic()
+            state, metrics = waited_for(chunks[length](state, population, run_key))
+            seconds += time.monotonic() - begin
+            if not (np.isfinite(metrics.loss) | (metrics.participants == 0)).all():
+                raise FloatingPointError(
+                    f"the loss of {name} is no longer finite after {done} to {done + length} rounds: lower client_lr"
+                    + (", or lam" if name == "ewc" else "")
+                )
+            if done + length < end:
+                save(state)
+                stop_if_asked(done + length)
+        if hasattr(method, "end_task"):
+            ids = sampler(jax.random.split(run_key)[0], state.round - 1)  # the cohort of the last round
+            event = alone((state, population.cohort(ids), jax.random.fold_in(end_key, t)))
+            if end_task is None:
+                # On one device: decompositions of matrices do not split, and once a task their time hardly counts.
+                ending = build(config, name, tasks, num_steps=steps, plan=replace(plan, mesh=None))
+                end_task = jax.jit(ending.end_task).lower(*event).compile()
+            begin = time.monotonic()
+            state = waited_for(end_task(*event))
+            seconds += time.monotonic() - begin
+            if kept is not None:
+                state = place(state, kept)
+        accuracy = np.vstack([accuracy, scores(state)])
+        save(state)
+        shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])
+        reporter.say(f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)})")
+        if directions := _directions(state):
+            reporter.say("directions taken: " + ", ".join(f"{path} {k} of {d}" for path, (k, d) in directions.items()))
+        if t + 1 < config.tasks:
+            stop_if_asked(end)
+    return Scores(accuracy, untrained, seconds, _directions(state))
+
+
+def _directions(state: Any) -> dict[str, tuple[int, int]]:
+    """How full the bases are of a state that has some; a layer whose basis is full is frozen."""
+    return {path: (int(rank), len(columns)) for path, (columns, rank) in getattr(state, "bases", {}).items()}
+
+
+KIND = Kind("continual", continual_config.check)
+_GROWS = {"methods": growth.contains, "data_dir": growth.free}
+
+
+def slug(config: Continual) -> str:
+    """A short readable name of a run, the same with more methods and for no other."""
+    name = Path(config.dataset).stem or "data"
+    return f"continual-{config.scenario}-{name}-{growth.digest(json.loads(json.dumps(asdict(config))), _GROWS)}"
+
+
+def _joined(config: Continual, out: Path) -> Continual:
+    """The configuration with the methods that the run in `out` has already: others join them and none leaves."""
+    there = read(out, KIND)["config"]["methods"] if files.has_record(out / KIND.marker) else []
+    return replace(config, methods=(*there, *(name for name in config.methods if name not in there)))

@@ -1,0 +1,758 @@
+"""Experiments with function values alone: synthetic functions, a black-box attack, metrics that have no gradient.
+
+    fedjax-core zeroth-order synthetic --function ackley --heterogeneity 5 --out runs/ackley
+
+Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the same starts, over trials that draw
+functions and start anew. Where functions have gradients, FedAvg and SCAFFOLD are there with them: what the best of
+estimates would do, in local minima and with clients that drift apart. As many trials run at once as there are devices
+(from the command line, cores). Every (method, trial) is saved when it is done, so that the same command goes on where
+it was stopped (`pipelines.run.run_directory`; the record is study.json). What comes out: curves.csv, curves.png and
+.pdf, summary.md and results.tex.
+"""
+
+import csv
+import inspect
+import io
+import json
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.linalg.cython_lapack  # noqa: F401 - JAX loads it late, and threads are limited of what is loaded
+from jax.flatten_util import ravel_pytree
+from threadpoolctl import threadpool_limits
+
+import algorithms
+from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, masks, num_bytes, samplers
+from pipelines.common import files, growth
+from pipelines.common.names import pick
+from pipelines.configuration.config import count, finite
+from pipelines.data.dataset import Dataset
+from pipelines.experiment import memory
+from pipelines.federation.assignment import Assignment
+from pipelines.run import identity, run_directory
+from pipelines.run.checkpoint import CheckpointWarning, OtherRun
+from pipelines.run.run_directory import Kind, Work
+
+METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "FZooS": ("fzoos", {}),
+    "FedZO": ("fedzo", {}),
+    "FedProx-ZO": ("fedprox_zo", {}),
+    "SCAFFOLD-ZO I": ("scaffold_zo", {"option": "I"}),
+    "SCAFFOLD-ZO II": ("scaffold_zo", {"option": "II"}),
+}
+"""Name in figures to the factory in `algorithms` and what distinguishes it."""
+
+REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "FedAvg with gradients": ("fedavg", {}),
+    "SCAFFOLD with gradients": ("scaffold", {}),
+}
+"""The same for methods that make no queries: they are given the true gradients."""
+
+
+_ROUND = 200  # bytes of a round of a trial, in the curves of all methods and as text
+
+
+class Study(NamedTuple):
+    """What is compared; every field may change numbers, and is written to study.json.
+
+    Attributes:
+      task: "synthetic", "attack" or "metric", and `options` are the keyword arguments of the function of that name.
+      options: pairs (name, value).
+      rounds: rounds of each method.
+      steps: local steps of a round, T.
+      trials: functions and starts drawn anew.
+      lr: learning rate of the clients' Adam, whose steps end at the faces of the box [0, 1]^d.
+      directions: q of the baselines.
+      mu: length of the baselines' differences.
+      radius: half-width of the boxes of FZooS.
+      noise: variance that its surrogates allow a query; more for rough functions.
+      neighbors: queries that a surrogate is given.
+      features: random Fourier features, M.
+      lengthscale: of the features; it must be longer than the way that a client goes in a round.
+      correction_decay: how fast the corrections of FZooS fade within a round; 0 keeps them, for very unlike clients.
+      capacity: queries that a client remembers.
+    """
+
+    task: str
+    options: tuple[tuple[str, Any], ...] = ()
+    rounds: int = 50
+    steps: int = 10
+    trials: int = 10
+    lr: float = 0.01
+    directions: int = 20
+    mu: float = 0.01
+    radius: float = 0.01
+    noise: float = 1e-6
+    neighbors: int = 150
+    features: int = 10000
+    lengthscale: float = 1.0
+    correction_decay: float = 1.0
+    capacity: int = 1000
+
+
+class Task(NamedTuple):
+    """One trial's function F = mean_i f_i of x in [0, 1]^d.
+
+    Attributes:
+      loss_fn: f_i, from the one example that a client has.
+      population: what distinguishes the clients.
+      start: x_0, float[d].
+      optimum: least value of F, or None where it is not known.
+      differentiable: whether loss_fn has a gradient worth comparing with.
+    """
+
+    loss_fn: LossFn
+    population: Population
+    start: Array
+    optimum: float | None = None
+    differentiable: bool = True
+
+
+# The tasks: `name(trial, **options) -> Task`.
+
+
+def synthetic(
+    trial: int, *, function: str = "quadratic", dim: int = 300, clients: int = 5, heterogeneity: float = 0.5
+) -> Task:
+    """Quadratic, Ackley or Levy function of u = 20 x - 10, whose clients differ by `heterogeneity`.
+
+    quadratic: f_i = (0.1 / d) (<c_i, u^2> + <e_i, u> + 1), with c_i and e_i = 1 + heterogeneity (D_i - 1 / N) in each
+    coordinate, D from Dirichlet(1/N, ..., 1/N). The clients' average is the same function for any heterogeneity. ackley
+    and levy (the standard functions) have their minimum moved from client to client, by heterogeneity (D_i - 1 / N).
+    """
+    pick("function", function, _FUNCTIONS)
+    rng = np.random.default_rng([trial, 1])
+    shares = rng.dirichlet(np.full(clients, 1 / clients), (2, dim)).transpose(0, 2, 1) - 1 / clients
+    examples = {"first": heterogeneity * shares[0], "second": heterogeneity * shares[1]}
+    population = Population.from_sizes({k: v.astype(np.float32) for k, v in examples.items()}, [1] * clients)
+
+    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+        u = 20 * jnp.clip(x, 0, 1) - 10
+        return jax.vmap(lambda first, second: _FUNCTIONS[function](u, first, second))(batch["first"], batch["second"])
+
+    optimum = 0.1 * (-0.25 + 1 / dim) if function == "quadratic" else None
+    return Task(loss_fn, population, jnp.asarray(rng.uniform(size=dim), jnp.float32), optimum)
+
+
+def attack(
+    trial: int,
+    *,
+    dataset: str = "digits",
+    data_dir: str | None = None,
+    clients: int = 10,
+    alpha: float = 1.0,
+    epsilon: float = 0.3,
+    hidden: int = 32,
+) -> Task:
+    """One perturbation of a test image that is to mislead the classifiers of all clients, untargeted.
+
+    Client i's classifier, a perceptron, is trained by FedAvg in a cohort of itself on its Dirichlet(alpha) share of the
+    training set. f_i is the logit of the true class less the largest other one; the perturbation of every pixel is
+    epsilon (2 x - 1), of pixels in [0, 1], which stay there. Each trial takes another image, of those that all the
+    classifiers have right. It starts from no perturbation.
+    """
+    model, classifiers, images, labels = _classifiers(dataset, data_dir, clients, alpha, hidden)
+    image, label = images[trial % len(images)], labels[trial % len(images)]
+    examples = {
+        "classifier": classifiers,
+        "image": np.repeat(image[None], clients, 0),
+        "label": np.full(clients, label, np.int32),
+    }
+
+    def margin(classifier: Any, image: Array, label: Array, x: Array) -> Array:
+        moved = jnp.clip(image + epsilon * (2 * jnp.clip(x, 0, 1) - 1).reshape(image.shape), 0, 1)
+        logits = model.apply(classifier, moved[None])[0]
+        others = jnp.where(jnp.arange(logits.size) == label, -jnp.inf, logits)
+        return logits[label] - jnp.max(others)
+
+    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+        return jax.vmap(partial(margin, x=x))(batch["classifier"], batch["image"], batch["label"])
+
+    return Task(loss_fn, Population.from_sizes(examples, [1] * clients), jnp.full(image.size, 0.5, jnp.float32))
+
+
+def metric(
+    trial: int,
+    *,
+    score: str = "f1",
+    dataset: str = "digits",
+    data_dir: str | None = None,
+    clients: int = 7,
+    alpha: float = 10.0,
+    reach: float = 0.2,
+    hidden: int = 14,
+    pretraining: int = 3,
+    pool: int = 1,
+) -> Task:
+    """1 - macro precision, recall, F1 or Jaccard index of a small perceptron, whose weights x shifts by up to `reach`.
+
+    The perceptron has had `pretraining` rounds of FedAvg on all clients' examples. f_i is the score of the shifted
+    weights w + reach (2 x - 1) on client i's own training examples, all of them at once: it is no mean over examples
+    and piecewise constant, with steps as fine as the client has examples. A class that neither occurs nor is predicted
+    does not count. Of images the mean of every `pool` x `pool` pixels is taken, which leaves fewer weights.
+    """
+    pick("score", score, _SCORES)
+    checks.positive_int("pool", pool, "1 leaves images as they are")
+    model, start, population, num_classes = _pretrained(
+        dataset, data_dir, clients, alpha, hidden, pretraining, trial, pool
+    )
+    sizes = np.asarray(population.sizes)
+    width = int(sizes.max())
+    rows = np.minimum(np.arange(width), sizes[:, None] - 1) + np.asarray(population.offsets)[:-1, None]
+    examples = {k: np.asarray(v)[rows] for k, v in population.examples.items()}
+    examples["mask"] = np.arange(width) < sizes[:, None]
+    weights, unravel = ravel_pytree(start)
+
+    def one(x: Array, inputs: Array, labels: Array, mask: Array, weights: Array) -> Array:
+        logits = model.apply(unravel(weights + reach * (2 * jnp.clip(x, 0, 1) - 1)), inputs)
+        predicted = jax.nn.one_hot(jnp.argmax(logits, axis=1), num_classes) * mask[:, None]
+        true = jax.nn.one_hot(labels, num_classes) * mask[:, None]
+        hits, guessed, actual = (jnp.sum(a, axis=0) for a in (predicted * true, predicted, true))
+        values = _SCORES[score](hits, guessed, actual)
+        return 1 - jnp.sum(jnp.where(guessed + actual > 0, values, 0)) / jnp.sum(guessed + actual > 0)
+
+    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+        return jax.vmap(partial(one, x))(batch["x"], batch["y"], batch["mask"], batch["weights"])
+
+    examples["weights"] = np.repeat(np.asarray(weights)[None], clients, 0)
+    half = jnp.full(weights.size, 0.5, jnp.float32)
+    return Task(loss_fn, Population.from_sizes(examples, [1] * clients), half, differentiable=False)
+
+
+TASKS: Mapping[str, Callable[..., Task]] = {"synthetic": synthetic, "attack": attack, "metric": metric}
+
+
+def build(name: str, study: Study, task: Task) -> Algorithm:
+    """A method of `METHODS` or `REFERENCES` for a study."""
+    known = {**METHODS, **REFERENCES}
+    factory, own = known[pick("method", name, known)]
+    num_clients = task.population.num_clients
+    settings: dict[str, Any] = dict(own)
+    if factory in ("fzoos", "scaffold_zo", "scaffold"):
+        settings["num_clients"] = num_clients
+    if factory == "fzoos":
+        settings |= {"capacity": study.capacity, "neighbors": study.neighbors, "num_features": study.features}
+        settings |= {"feature_lengthscale": study.lengthscale, "correction_decay": study.correction_decay}
+        settings |= {"radius": study.radius, "noise": study.noise, "diagnose": task.differentiable}
+    elif name in METHODS:
+        settings |= {"num_directions": study.directions, "mu": study.mu}
+    plan = Plan(lanes=1) if jax.default_backend() == "cpu" else Plan(lanes=num_clients)
+    # Functions are flat outside their box: a coordinate that left it would have no slope to come back by.
+    optimizer = optax.chain(optax.adam(study.lr), _stay_in_box())
+    return getattr(algorithms, factory)(
+        task.loss_fn, optimizer, batch_size=1, num_steps=study.steps, plan=plan, **settings
+    )
+
+
+def _stay_in_box() -> optax.GradientTransformation:
+    """Cuts steps off where they would leave [0, 1]^d; the last of a chain."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x, step: jnp.clip(x + step, 0, 1) - x, params, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, Any], dict[str, Array]]:
+    """Returns `run(population, start, key) -> {"value", "queries": [rounds + 1]}` of one trial, to be jitted.
+
+    value is F(x) before the first and after every round, known to the figure but not to the method; queries are those
+    of all clients so far, per client, and absent for `REFERENCES`. FZooS adds "cosine" and "error", [rounds], if the
+    task has gradients.
+    """
+    algorithm = build(name, study, task)
+    one = continue_rounds(algorithm, samplers.full(task.population.num_clients), 1)
+
+    def run(population: Population, start: Array, key: Any) -> dict[str, Array]:
+        def value(x: Array) -> Array:
+            return jnp.mean(masks.call(task.loss_fn, x, population.examples, key))
+
+        def body(state: Any, _: None) -> tuple[Any, Any]:
+            state, metrics = one(state, population, key)
+            accuracy = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "accuracy", ()))
+            return state, (value(algorithm.params(state)), getattr(state, "queries", ()), accuracy)
+
+        state = algorithm.init(start)
+        _, (values, queries, accuracy) = jax.lax.scan(body, state, length=study.rounds)
+        result = {"value": jnp.concatenate([value(start)[None], values])}
+        if name in METHODS:
+            result["queries"] = jnp.concatenate([jnp.zeros(1, queries.dtype), queries]) / population.num_clients
+        return result | ({"cosine": accuracy.cosine, "error": accuracy.error} if accuracy else {})
+
+    return run
+
+
+def of_json(content: Any) -> Study:
+    """The study that JSON values say.
+
+    Raises:
+      ValueError, TypeError or AttributeError: if they say none.
+    """
+    study = Study(**{**content, "options": tuple(content["options"].items())})
+    check(study)
+    return study
+
+
+KIND = Kind("zeroth-order", of_json, "study.json", "group of trials")
+
+
+def check(study: Study) -> None:
+    """Raises ValueError for numbers that make no sense whatever the task."""
+    pick("task", study.task, TASKS)
+    options = dict(study.options)
+    for name in ("rounds", "steps", "trials", "directions", "neighbors", "features", "capacity"):
+        count(name, getattr(study, name), "take at least one")
+    for name in ("clients", "dim", "pool"):
+        if name in options:
+            count(name, options[name], "take at least one")
+    for name in ("lr", "mu", "radius", "lengthscale"):
+        checks.scalar(name, finite(name, getattr(study, name)), low=0, low_open=True)
+    for name in ("alpha", "epsilon", "reach"):
+        if name in options:
+            checks.scalar(name, finite(name, options[name]), low=0, low_open=True)
+    for name in ("noise", "correction_decay"):
+        checks.scalar(name, finite(name, getattr(study, name)), low=0)
+    finite("heterogeneity", options.get("heterogeneity", 0.0))
+
+
+def identity_of(study: Study) -> dict[str, str]:
+    """What a study must find again to go on: its data, if it has some, and the kind of random keys."""
+    if study.task == "synthetic":
+        return identity.keys()
+    defaults = {name: each.default for name, each in inspect.signature(TASKS[study.task]).parameters.items()}
+    own = defaults | dict(study.options)
+    dataset, assignment = _dealt(own["dataset"], own["data_dir"], own["clients"], own["alpha"])
+    return identity.of(dataset, [assignment.digest()])
+
+
+def command(study: Study, out: Path) -> str:
+    """The command line that runs a study in the directory `out`."""
+    own = {name: each.default for name, each in inspect.signature(TASKS[study.task]).parameters.items()}
+    usual = Study("")._asdict() | own
+    values = {k: v for k, v in study._asdict().items() if k not in ("task", "options")}
+    return run_directory.command_line(["zeroth-order", study.task], values | dict(study.options), usual, out)
+
+
+def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, np.ndarray]]:
+    """Runs what is not yet there of a study, and writes its report into the directory `out`.
+
+    Returns:
+      Name of a method to its curves, each [trials, rounds + 1] (see `curve`).
+
+    Raises:
+      Interrupted: after SIGINT or SIGTERM, once the trials at work are saved. A second signal ends the process.
+      Unwritable: if the directory cannot be written to; what was saved is whole.
+      ValueError: if something is wrong with the study, the directory holds another one or one of other examples, or
+        another process is at work in it.
+    """
+    check(study)
+    # Mistakes show in building a task, before the directory is there.
+    first = TASKS[study.task](0, **dict(study.options))
+    held = {
+        "trials": study.trials * (num_bytes(first.population) + num_bytes(first.start)),
+        "rounds": study.trials * study.rounds * _ROUND,
+    }
+    memory.refuse("the study", held, memory.available())
+    pinned = identity_of(study)
+    claim(study, out, pinned)
+    tasks = [first, *(TASKS[study.task](trial, **dict(study.options)) for trial in range(1, study.trials))]
+    names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]
+    at_work = run_directory.at_work(out, KIND, say, lambda there: {"config": _content(study)}, pinned)
+    # Systems of 150 unknowns are solved one after the other: a second thread has nothing to do but to wait loudly.
+    with threadpool_limits(1, user_api="blas"), at_work as work:
+        results = {name: _trials(name, study, tasks, work, say) for name in names}
+        if work.may_write:
+            with files.told(out, "All trials are done and saved, and the report is not"):
+                report(study, results, tasks[0].optimum, out)
+        else:
+            say(f"{out} is read-only, so its report stays as it is")
+    return results
+
+
+def _trials(
+    name: str, study: Study, tasks: Sequence[Task], work: Work, say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there, one a device."""
+    run = jax.jit(curve(name, study, tasks[0]))
+    parts = [_stored(work, name, trial) for trial in range(len(tasks))]
+    missing = [trial for trial, part in enumerate(parts) if part is None]
+    devices = jax.devices()
+    done = len(parts) - len(missing)
+
+    def saved() -> str:
+        return f"{done} of {len(parts)} trials of {name} are saved"
+
+    if missing:
+        with files.told(work.out, saved):
+            work.check_writable()
+    for group in (missing[i : i + len(devices)] for i in range(0, len(missing), len(devices))):
+        if stop := work.stop():
+            begun = f"after {done} of {len(parts)} trials of {name}, which are saved"
+            where = begun if done else f"before {name} began"
+            raise run_directory.interruption(stop, where, command(study, work.out))
+        # Calls return before they are done, so that all devices are at work; the first result is waited for.
+        results = [
+            run(*jax.device_put((tasks[trial].population, tasks[trial].start, jax.random.key(trial)), device))
+            for trial, device in zip(group, devices, strict=False)
+        ]
+        for trial, result in zip(group, results, strict=True):
+            values = {k: np.asarray(v) for k, v in run_directory.waited_for(result).items()}
+            with files.told(work.out, saved):
+                _store(work, name, trial, values)
+            parts[trial], done = values, done + 1
+            after = f"{values['queries'][-1]:g} queries a client" if "queries" in values else f"{study.rounds} rounds"
+            say(f"{name}, trial {trial}: F = {values['value'][-1]:.5g} after {after}")
+    whole = [part for part in parts if part is not None]
+    return {k: np.stack([part[k] for part in whole]) for k in whole[0]}
+
+
+def _path(work: Work, name: str, trial: int) -> Path:
+    return work.out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
+
+
+_OF = "of"
+"""Name in a file of curves of what they are of, as JSON text."""
+
+
+def _stored(work: Work, name: str, trial: int) -> dict[str, np.ndarray] | None:
+    """The curves of a trial; None if they are not there or damaged, which a digest tells.
+
+    Raises:
+      OtherRun: if they are of another study.
+    """
+    path = _path(work, name, trial)
+    if not os.path.lexists(path):
+        return None
+    try:
+        with np.load(path) as stored:
+            curves = dict(stored)
+        of = json.loads(str(curves.pop(_OF))) if _OF in curves else {}  # earlier versions did not say
+        damage = "it is not what was written, its sha256 differs" if of and of["sha256"] != _digest(curves) else ""
+        whose, what = of.get("run", ""), [of.get("method", name), of.get("trial", trial)]
+    except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
+        damage = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        damage = str(error)
+    if damage:
+        warnings.warn(f"{path} is damaged ({damage}): the trial is run again", CheckpointWarning, stacklevel=2)
+        return None
+    if work.run and whose and whose != work.run:
+        raise OtherRun(
+            f"{path} was written by another study ({whose}, and this one is {work.run}): put this study's own curves "
+            "back, or remove that file to have the trial run again"
+        )
+    if what != [name, trial]:
+        raise OtherRun(
+            f"{path} is of {what[0]}, trial {what[1]}: put the curves of {name}, trial {trial}, back, or remove that "
+            "file to have the trial run again"
+        )
+    return curves
+
+
+def _store(work: Work, name: str, trial: int, curves: Mapping[str, np.ndarray]) -> None:
+    path = _path(work, name, trial)
+    of = json.dumps({"run": work.run, "method": name, "trial": trial, "sha256": _digest(curves)})
+    path.parent.mkdir(exist_ok=True)
+    files.write(path, partial(_save, arrays={**curves, _OF: np.asarray(of)}))
+
+
+def _digest(curves: Mapping[str, np.ndarray]) -> str:
+    hashed = sha256()
+    for name, values in sorted(curves.items()):
+        hashed.update(f"{name} {values.dtype} {values.shape}".encode())
+        hashed.update(np.ascontiguousarray(values).tobytes())
+    return hashed.hexdigest()
+
+
+def claim(study: Study, out: Path, pinned: Mapping[str, str] | None = None) -> None:
+    """Makes `out` the directory of a study, or checks that it holds the same one, or one with fewer trials.
+
+    Args:
+      study: the study.
+      out: the directory.
+      pinned: what `identity_of` says of it; not compared unless given.
+
+    Raises:
+      ValueError: if it holds another one (with what differs), one of other examples, or something else.
+      Unwritable: if it cannot be written to.
+    """
+    own, content = dict(study.options), _content(study)
+
+    def check(there: Any) -> None:
+        growth.check(out, _flat(content), _flat(there), _GROWS, "study", "more trials")
+
+    where = identity.place(str(own.get("dataset", study.task)), own.get("data_dir"))
+    run_directory.claim(out, KIND, content, check, pinned or {}, where)
+
+
+def _content(study: Study) -> dict[str, Any]:
+    """A study as JSON values."""
+    content: dict[str, Any] = json.loads(json.dumps(study._asdict() | {"options": dict(study.options)}))
+    return content
+
+
+_GROWS = {"trials": growth.at_least, "data_dir": growth.free}
+
+
+def slug(study: Study) -> str:
+    """A short readable name of a study, the same for more trials of it and for no other."""
+    values = _flat(study._asdict() | {"options": dict(study.options)})
+    kind = str(values.get("function") or values.get("score") or values.get("dataset") or "")
+    return f"{study.task}-{kind}-{growth.digest(values, _GROWS)}"
+
+
+def _flat(study: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a study and its task's options side by side."""
+    return {**study, **study["options"]} | {"options": sorted(study["options"])}
+
+
+def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:
+    """Writes curves.csv, curves.png and .pdf, summary.md and results.tex."""
+    from pipelines.common import figures
+    from pipelines.results import latex
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "trial", "round", "queries_per_client", "value", "cosine", "error"])
+    for name, result in results.items():
+        for trial, values in enumerate(result["value"]):
+            for t, v in enumerate(values):
+                queries = f"{result['queries'][trial, t]:g}" if "queries" in result else ""
+                own = [result[k][trial, t - 1] if k in result and t else "" for k in ("cosine", "error")]
+                writer.writerow([name, trial, t, queries, v, *own])
+    files.write_text(out / "curves.csv", text.getvalue())
+    with figures.style():
+        figures.write(out / "curves.png", figure(study, results, optimum))
+    files.write_text(out / "summary.md", summary(study, results, optimum))
+    files.write_text(
+        out / "results.tex", latex.table(*table(results), f"{study.task}; made by fedjax-core zeroth-order")
+    )
+
+
+def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> Any:
+    """F against rounds and against queries (means and standard deviations), and the surrogates' accuracy if known."""
+    from matplotlib.figure import Figure
+
+    from pipelines.common import figures
+
+    known = any("cosine" in result for result in results.values())
+    drawn = Figure(figsize=(14 if known else 10, 4.2), layout="constrained")
+    axes = drawn.subplots(1, 3 if known else 2)
+    for color, (name, result) in zip((*figures.COLORS, "#777777"), results.items(), strict=False):
+        values = result["value"] - (0 if optimum is None else optimum)
+        rounds = np.arange(values.shape[1])
+        _band(axes[0], rounds, values, color, name, "-" if "queries" in result else ":")
+        if "queries" in result:
+            _band(axes[1], result["queries"].mean(0), values, color, name)
+        for key, line in (("cosine", "-"), ("error", "--")):
+            if key in result:
+                label = {"cosine": "cosine with the true gradient", "error": "relative error"}[key]
+                _band(axes[2], rounds[1:], result[key], color, label, line)
+    label = "F(x)" if optimum is None else "F(x) - F*"
+    axes[0].set(title=f"{label} against rounds", xlabel="round")
+    axes[1].set(title=f"{label} against queries", xlabel="queries per client")
+    if optimum is not None:
+        axes[0].set_yscale("log")
+        axes[1].set_yscale("log")
+    if known:
+        axes[2].set(title="Surrogate gradients of FZooS", xlabel="round", ylim=(0, 1.5))
+    figures.legend_below(drawn, *axes, columns=7)
+    options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None and k != "data_dir")
+    figures.title(drawn, f"{study.task} ({options}); mean and standard deviation of {study.trials} trials")
+    return drawn
+
+
+def queries_to(target: np.ndarray, result: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Queries per client until F is at most the trial's target, float[trials]; NaN where it is never reached."""
+    reached = result["value"] <= target[:, None]
+    first = np.argmax(reached, axis=1)
+    queries = np.take_along_axis(result["queries"], first[:, None], 1)[:, 0].astype(float)
+    return np.where(reached.any(1), queries, np.nan)
+
+
+def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> str:
+    """Final values, and the queries after which FZooS is where each baseline ends, as Markdown."""
+    lines = [
+        f"# {study.task}",
+        "",
+        *(f"- {k}: {v}" for k, v in study._asdict().items() if k not in ("task", "options")),
+    ]
+    lines += [f"- {k}: {v}" for k, v in study.options]
+    if optimum is not None:
+        lines += ["", f"Least value of F: {optimum:.6g}."]
+    lines += [
+        "",
+        "Final F is the mean and standard deviation over trials. The last column says after how many queries per",
+        "client, in the median trial, FZooS is as low as the baseline in the end, and in how many trials it ever is.",
+    ]
+    if REFERENCES.keys() & results.keys():
+        lines += ["Methods with gradients are given the true ones and query nothing."]
+    header, rows = table(results)
+    lines += ["", *("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of results."""
+    rows = []
+    for name, result in results.items():
+        final = result["value"][:, -1].astype(float)
+        spread = f" ± {final.std(ddof=1):.2g}" if len(final) > 1 else ""
+        needed = ""
+        if name != "FZooS":
+            needs = queries_to(final, results["FZooS"])
+            there = ~np.isnan(needs)
+            needed = f"{np.median(needs[there]):g} ({there.sum()} of {len(needs)})" if there.any() else "not reached"
+        queries = f"{result['queries'][:, -1].mean():g}" if "queries" in result else "none"
+        rows.append([name, f"{final.mean():.5g}{spread}", queries, needed])
+    return ["method", "final F", "queries per client", "FZooS needs"], rows
+
+
+def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str, line: str = "-") -> None:
+    mean = values.mean(axis=0)
+    axis.plot(x, mean, line, color=color, linewidth=1.6, label=label)
+    if len(values) > 1:
+        sd = values.std(axis=0, ddof=1)
+        low = mean - sd
+        if (values > 0).all():  # nothing below the least value on a logarithmic axis
+            low = np.maximum(low, values.min(axis=0))
+        axis.fill_between(x, low, mean + sd, color=color, alpha=0.18, linewidth=0)
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _quadratic(u: Array, first: Array, second: Array) -> Array:
+    return 0.1 / u.size * ((1 + first) @ u**2 + (1 + second) @ u + 1)
+
+
+def _ackley(u: Array, first: Array, second: Array) -> Array:
+    v = u - first
+    # Without the small number the square root has no derivative at the minimum.
+    near = jnp.exp(-0.2 * jnp.sqrt(jnp.mean(v**2) + 1e-12))
+    return -20 * near - jnp.exp(jnp.mean(jnp.cos(2 * jnp.pi * v))) + 20 + jnp.e
+
+
+def _levy(u: Array, first: Array, second: Array) -> Array:
+    w = 1 + (u - first - 1) / 4
+    inner = (w[:-1] - 1) ** 2 * (1 + 10 * jnp.sin(jnp.pi * w[:-1] + 1) ** 2)
+    last = (w[-1] - 1) ** 2 * (1 + jnp.sin(2 * jnp.pi * w[-1]) ** 2)
+    return (jnp.sin(jnp.pi * w[0]) ** 2 + jnp.sum(inner) + last) / u.size
+
+
+_FUNCTIONS = {"quadratic": _quadratic, "ackley": _ackley, "levy": _levy}
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return a / jnp.where(b > 0, b, 1)
+
+
+_SCORES: Mapping[str, Callable[[Array, Array, Array], Array]] = {
+    "precision": lambda hits, guessed, actual: _ratio(hits, guessed),
+    "recall": lambda hits, guessed, actual: _ratio(hits, actual),
+    "f1": lambda hits, guessed, actual: _ratio(2 * hits, guessed + actual),
+    "jaccard": lambda hits, guessed, actual: _ratio(hits, guessed + actual - hits),
+}
+"""Name to the score of each class, from hits, predictions and true members, float[K] each."""
+
+
+def _federated(
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, pool: int = 1
+) -> tuple[Any, Population, Any, Any]:
+    """The data set, the clients' examples, a perceptron, and the same of inputs as the clients have them."""
+    import models
+    from pipelines.data import datasets
+    from pipelines.experiment import setup
+    from pipelines.federation import partition
+
+    loaded, assignment = _dealt(dataset, data_dir, clients, alpha)
+    if loaded.normalization is not None:  # bytes
+        parts = ({**part, "x": part["x"].astype(np.float32) / 255} for part in (loaded.train, loaded.test))
+        loaded = loaded._replace(train=next(parts), test=next(parts), normalization=None)
+    if pool > 1:
+        parts = ({**part, "x": _pooled(dataset, part["x"], pool)} for part in (loaded.train, loaded.test))
+        loaded = loaded._replace(train=next(parts), test=next(parts))
+    loaded = setup.in_precision(loaded)
+    model = models.mlp(loaded.input_shape, loaded.num_classes, hidden=(hidden,))
+    return loaded, partition.federate(loaded, assignment), model, datasets.normalized(model, loaded.normalization)
+
+
+def _dealt(dataset: str, data_dir: str | None, clients: int, alpha: float) -> tuple[Dataset, Assignment]:
+    """The data set as it is loaded, and who holds which of its examples."""
+    from pipelines.data import datasets
+    from pipelines.federation import partition
+
+    loaded = datasets.load(dataset, data_dir)
+    if loaded.is_sequence:
+        raise ValueError(f"dataset {dataset!r} is text: take images or a table, such as digits or breast_cancer")
+    return loaded, partition.dirichlet(loaded.train["y"], clients, alpha=alpha, min_size=20)
+
+
+def _pooled(dataset: str, x: np.ndarray, pool: int) -> np.ndarray:
+    """Means of squares of pixels, [n, height / pool, width / pool, channels]."""
+    if x.ndim != 4 or x.shape[1] % pool or x.shape[2] % pool:
+        raise ValueError(
+            f"pool={pool}, but an input of {dataset} has shape {list(x.shape[1:])}: take images, and a divisor of "
+            "their height and width"
+        )
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // pool, pool, width // pool, pool, channels).mean(axis=(2, 4))
+
+
+@cache
+def _classifiers(
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, rounds: int = 20
+) -> tuple[Any, Any, np.ndarray, np.ndarray]:
+    """The model, the clients' own classifiers (leaves [N, ...]), and test images that they all have right."""
+    import models
+
+    loaded, population, model, inputs = _federated(dataset, data_dir, clients, alpha, hidden)
+    fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.adam(0.003), batch_size=50, num_steps=30)
+
+    def train(population: Population, i: Array) -> Any:
+        state = fedavg.init(model.init(jax.random.fold_in(jax.random.key(0), i)))
+
+        def body(state: Any, t: Array) -> tuple[Any, None]:
+            return fedavg.round(state, population.cohort(i[None]), jax.random.key(t))[0], None
+
+        return fedavg.params(jax.lax.scan(body, state, jnp.arange(rounds))[0])
+
+    classifiers = jax.jit(jax.vmap(train, (None, 0)))(population, jnp.arange(clients))
+    images, labels = np.asarray(loaded.test["x"][:500]), np.asarray(loaded.test["y"][:500])
+    logits = jax.vmap(inputs.apply, (0, None))(classifiers, jnp.asarray(images))
+    right = np.asarray(jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=0))
+    if not right.any():
+        raise ValueError(
+            f"no test image of {dataset} is right for all {clients} classifiers: raise alpha={alpha:g}, so that "
+            "clients have seen all classes, or take fewer clients"
+        )
+    return inputs, jax.tree.map(np.asarray, classifiers), images[right], labels[right]
+
+
+def _pretrained(
+    dataset: str, data_dir: str | None, clients: int, alpha: float, hidden: int, rounds: int, seed: int, pool: int = 1
+) -> tuple[Any, Any, Population, int]:
+    """The model, its parameters after some rounds of FedAvg, the clients' examples, and the number of classes."""
+    import models
+
+    loaded, population, model, inputs = _federated(dataset, data_dir, clients, alpha, hidden, pool)
+    fedavg = algorithms.fedavg(models.losses.cross_entropy(inputs), optax.sgd(0.1), batch_size=20)
+    state, round_fn = fedavg.init(model.init(jax.random.key(seed))), jax.jit(fedavg.round)
+    for t in range(rounds):
+        state, _ = round_fn(state, population.cohort(np.arange(clients)), jax.random.key(t))
+    return inputs, fedavg.params(state), population, loaded.num_classes

@@ -1,0 +1,118 @@
+import dataclasses
+import json
+
+import pytest
+
+from pipelines import Config
+from pipelines.configuration.config import MACHINE_FIELDS
+
+FULL = Config(
+    dataset="wine",
+    methods=("fedprox", "fedavg"),
+    settings={"fedprox": {"mu": "0.5", "client_lr": 1}},
+    hidden=(8, 4),
+    epochs=None,
+    steps=3,
+    lanes=2,
+    x64=True,
+)
+
+
+@pytest.mark.parametrize("config", [Config(), FULL])
+def test_json_round_trip(config):
+    again = Config.from_json(config.to_json())
+    assert again == config
+    assert again.slug() == config.slug()
+
+
+def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
+    other = {
+        **{"dataset": "wine", "partition": "iid", "methods": ("fedavg",), "settings": {"fedavg": {"client_lr": 1.0}}},
+        **{"model": "cnn", "hidden": (7,), "sampler": "full", "order": "replacement", "weights": "examples"},
+        **{"client_optimizer": "adam", "x64": True, "eval_every": 25, "checkpoint_every": 50},
+        **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
+        **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
+        **{"federation_digest": "0123", "best_by": "loss", "clients_over_time": True},
+    }
+    held = {"patience": 3, "stop_at": 0.5, "keep_best": True}  # need examples that are kept back
+    other |= held
+    places = ("data_dir", "federation")
+    slugs = {Config().slug()}
+    for field in dataclasses.fields(Config):
+        value = other.get(field.name)
+        if field.name in ("epochs", "steps", *places, *MACHINE_FIELDS):
+            continue
+        if value is None:
+            value = getattr(Config(), field.name) * 2
+            value = value / 4 if isinstance(value, float) and value > 1 else value
+            value = value + 1 if value == 0 else value
+        base = Config(validation_share=0.2) if field.name in held else Config()
+        changed = dataclasses.replace(base, **{field.name: value})
+        assert list(changed.differences(base)) == [field.name]
+        slugs.add(changed.slug())
+    assert len(slugs) == len(dataclasses.fields(Config)) - 4 - len(MACHINE_FIELDS) + 1
+    machine = {"lanes": 3, "mesh": 4, "model_parallel": 2, "convolution": "dots", "memory": 2.5}
+    assert set(machine) == set(MACHINE_FIELDS)
+    for name, value in machine.items():  # the same run on another machine
+        moved = dataclasses.replace(Config(mesh=2), **{name: value})
+        assert not moved.differences(Config())
+        assert moved.slug() == Config().slug()
+        assert f"--{name.replace('_', '-')} {value}" in moved.command("out")
+    for place in places:  # the same data in another folder is the same run
+        moved = dataclasses.replace(Config(), **{place: "elsewhere"})
+        assert not moved.differences(Config())
+        assert moved.slug() == Config().slug()
+        assert f"--{place.replace('_', '-')} elsewhere" in moved.command("out")
+    assert dataclasses.replace(Config(), epochs=None, steps=2).differences(Config()) == {
+        "epochs": (None, 5),
+        "steps": (2, None),
+    }
+
+
+def test_settings_are_typed_and_split():
+    assert FULL.settings == {"fedprox": {"client_lr": 1.0, "mu": 0.5}}
+    assert FULL.method_settings("fedprox") == {"mu": 0.5}
+    assert FULL.client_settings("fedprox")["client_lr"] == 1.0
+    assert FULL.client_settings("fedavg")["client_lr"] == Config().client_lr
+
+
+def test_equal_settings_written_differently_are_equal():
+    assert Config(settings={"fedavg": {"server_lr": "1"}}) == Config(settings={"fedavg": {"server_lr": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
+        ({"clients": 2.5}, "clients must be an integer of at least 1, got 2.5"),
+        ({"seeds": -1}, "seeds must be an integer of at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"steps": 2}, "epochs=5 and steps=2"),
+        ({"epochs": None}, "epochs=None and steps=None"),
+        ({"alpha": 0.0}, r"alpha must lie in \(0, inf\], got 0"),
+        ({"participation": 1.5}, r"participation must lie in \[0, 1\], got 1.5"),
+        ({"turn_on": -0.1}, "turn_on must lie in"),
+        ({"target": 95}, r"target must lie in \[0, 1\], got 95"),
+        ({"client_lr": -1.0}, "client_lr must lie in"),
+        ({"client_momentum": 1.0}, r"client_momentum must lie in \[0, 1\), got 1"),
+        ({"client_lr_decay": 0.0}, r"client_lr_decay must lie in \(0, 1\], got 0"),
+        ({"eval_every": 10, "checkpoint_every": 25}, "checkpoint_every=25 is no multiple of eval_every=10: .* take 30"),
+        ({"methods": ()}, "methods is empty"),
+        ({"methods": ("fedavg", "fedavg")}, "names one twice"),
+        ({"methods": ("fedavgg",)}, "did you mean 'fedavg'"),
+        ({"settings": {"fedprox": {"mu": 1}}}, "'fedprox'.*there are fedavg, scaffold, fedadam"),
+        ({"settings": {"fedavg": {"server_rl": 1}}}, "did you mean 'server_lr'"),
+        ({"settings": {"fedavg": {"client_lr": "fast"}}}, "fedavg.client_lr must be a number"),
+    ],
+)
+def test_mistakes_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**values)
+
+
+def test_an_unknown_field_of_a_file_is_named():
+    with pytest.raises(ValueError, match=r"'round': did you mean 'rounds'\?"):
+        Config.from_json(json.dumps({"round": 3}))
+    with pytest.raises(ValueError, match="a configuration is a JSON object, got list"):
+        Config.from_json("[]")

@@ -1,0 +1,137 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from click.testing import CliRunner
+
+import algorithms
+from pipelines import Config
+from pipelines.cli import commands
+from pipelines.configuration import methods
+from pipelines.experiment import setup
+
+
+def loss_fn(params, batch, key):
+    return jnp.sum((params - batch["x"]) ** 2, axis=-1)
+
+
+def build(name, settings=None, **local):
+    return methods.build(
+        name,
+        loss_fn,
+        optax.sgd(0.1),
+        num_clients=4,
+        settings=settings or {},
+        local={"batch_size": 2, **local},
+        model_functions=dict.fromkeys(["features", "inputs", "logits"], lambda params, batch, key: params * batch["x"])
+        | {"layers": {}},
+    )
+
+
+def test_the_classic_methods_are_there():
+    assert {"fedavg", "fedsgd", "fedadam", "fedprox", "scaffold", "feddyn", "fednova"} <= set(methods.names())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_describes_itself_and_builds(name):
+    method = methods.describe(name)
+    assert ": " in method.title, "the first line of a docstring is 'Name: one line'"
+    assert len(method.paper) > 20, "the last paragraph of a docstring starts with 'Paper:'"
+    assert method.paper[-1] == "."
+    assert "batch_size" not in method.hyperparameters
+    algorithm = build(name, num_epochs=2, num_steps=None, order="shuffled", weights="uniform")
+    state = jax.eval_shape(algorithm.init, jnp.zeros(3))
+    assert state.round.dtype == jnp.int32
+    for key, default in method.hyperparameters.items():
+        assert methods.parse(name, key, str(default)) == default
+
+
+def test_hyperparameters_are_the_keyword_arguments_with_plain_defaults():
+    scaffold = methods.describe("scaffold")
+    assert scaffold.hyperparameters == {"server_lr": 1.0, "option": "II"}
+    assert scaffold.needs_num_clients
+    assert not methods.describe("fedavg").needs_num_clients
+    assert scaffold.factory is algorithms.scaffold
+
+
+def test_values_are_read_as_the_type_of_the_default():
+    assert methods.parse("fedadam", "b1", "0.5") == 0.5
+    assert methods.parse("fedavgm", "nesterov", "true") is True
+    assert methods.parse("fedavgm", "nesterov", "no") is False
+    assert methods.parse("scaffold", "option", "I") == "I"
+    assert isinstance(methods.parse("fedavg", "server_lr", 1), float)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.describe("fedavgg"), r"unknown method 'fedavgg': did you mean 'fedavg'\?"),
+        (lambda: methods.parse("fedprox", "m", "1"), r"unknown hyper-parameter of fedprox 'm': did you mean 'mu'\?"),
+        (lambda: methods.parse("fedprox", "mu", "big"), "fedprox.mu must be a number like its default 0.1, got 'big'"),
+        (lambda: methods.parse("fedavgm", "nesterov", "maybe"), "fedavgm.nesterov is on or off, got 'maybe'"),
+        (lambda: methods.read("x", "1.5", 3), "x must be an integer like its default 3, got '1.5'"),
+        (lambda: build("fedprox", {"mu": "-1"}), "mu must lie in"),
+        (lambda: build("fedavg", order="sideways"), "order must be one of"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_settings_reach_the_factory():
+    def step(algorithm):
+        from fedjax_core import Population
+
+        population = Population.from_sizes({"x": jnp.ones((8, 3))}, jnp.asarray([2, 2, 2, 2]))
+        state, _ = algorithm.round(algorithm.init(jnp.zeros(3)), population.cohort(jnp.arange(4)), jax.random.key(0))
+        return algorithm.params(state)
+
+    whole, half = step(build("fedavg")), step(build("fedavg", {"server_lr": "0.5"}))
+    assert jnp.allclose(half, 0.5 * whole)
+    assert float(jnp.abs(whole).max()) > 0
+
+
+def test_recommendations_are_used_unless_overruled():
+    assert methods.settings_of("fedadam", {})["server_lr"] == methods.RECOMMENDED["fedadam"]["server_lr"]
+    assert methods.settings_of("fedadam", {"server_lr": "0.5"})["server_lr"] == 0.5
+    for name, settings in methods.RECOMMENDED.items():
+        assert set(settings) <= set(methods.describe(name).hyperparameters)
+
+
+def test_fzoos_fits_the_default_model():
+    """Its own defaults would remember ten times as much, 14 GB for the default run, and end in NaN."""
+    config = Config(methods=("fzoos",))
+    with jax.enable_x64(False):
+        experiment = setup.prepare(config)
+        assert sum(setup.predicted_memory(experiment, "fzoos").values()) < 3e9
+    settings = methods.settings_of("fzoos", {})
+    steps = 5 * -(-int(experiment.population.sizes.max()) // config.batch_size)
+    assert (
+        settings["feature_lengthscale"] > config.client_lr * steps
+    )  # the way of a client, along gradients of length 1
+    assert "7,510 parameters" in methods.advice("fzoos", 7510)
+    assert methods.advice("fzoos", 15) == methods.advice("fedavg", 7510) == ""
+
+
+def test_local_work_is_kept_from_the_single_step_method():
+    assert methods.takes_local_work("fedavg")
+    assert not methods.takes_local_work("fedsgd")
+    build("fedsgd", num_epochs=3, order="shuffled")
+    with pytest.raises(ValueError, match="num_epochs"):
+        algorithms.fedsgd(loss_fn, optax.sgd(0.1), num_epochs=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in methods._WITHOUT_GRADIENTS])
+def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path):
+    """Those without gradients take minutes for a round of so large a model, which `methods.advice` says."""
+    words = f"train --method {name} --rounds 2 --seeds 1 --eval-every 2 --mesh 1 --no-cache --out {tmp_path / 'run'}"
+    result = CliRunner().invoke(commands.main, words.split())
+    assert result.exit_code == 0, result.output
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert all(math.isfinite(float(last[score])) for score in ("loss", "update_norm", "test_loss"))
+    assert float(last["test_accuracy"]) > 0.1
