@@ -1,4 +1,4 @@
-"""Flax models as pure functions, their losses and metrics, and nothing federated."""
+"""Flax models as pure functions, with their losses and metrics; nothing here knows a client or a round."""
 
 from models import capture, convolution, heads, initialization, losses, metrics
 from models._common import Model, num_parameters

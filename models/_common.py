@@ -1,18 +1,15 @@
-"""The one interface every model has, and the checks the factories share."""
+"""The one interface every model has, and the checks of shapes the factories share."""
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Array: TypeAlias = jax.Array
-Key: TypeAlias = jax.Array
-Params: TypeAlias = Any
+from fedjax_core import Array, Key, Params, checks
 
 # Layers take this as their `param_dtype`: the Python type, unlike flax's own default of jnp.float32, follows
 # jax_enable_x64, so the same model is float64 in a golden-trace test and float32 in a run.
@@ -77,14 +74,8 @@ def build(module: nn.Module, shape: tuple[int, ...], dtype: type, check: Callabl
 
 
 def check_positive(name: str, value: Any) -> int:
-    """Return `value` as an int, or raise ValueError unless it is an integer of at least 1."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; pass a positive size.")
-    return number
+    """Returns `value` as an int, or raises ValueError unless it is an integer of at least 1."""
+    return checks.positive_int(name, value, "pass a positive size")
 
 
 def check_sizes(name: str, values: Sequence[int]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import tracers
 
-from models._common import Array, Params
+from fedjax_core import Array, Params
 
 
 def layer_inputs(apply: Callable[..., Any]) -> Callable[[Params, Any], dict[str, Array]]:

@@ -5,16 +5,8 @@ from functools import partial
 
 import flax.linen as nn
 
-from models._common import (
-    PARAM_DTYPE,
-    Array,
-    Model,
-    build,
-    check_image_shape,
-    check_inputs,
-    check_positive,
-    check_sizes,
-)
+from fedjax_core import Array
+from models._common import PARAM_DTYPE, Model, build, check_image_shape, check_inputs, check_positive, check_sizes
 from models.convolution import Backend, max_pool_2x2
 from models.convolution import convolution as select_convolution
 

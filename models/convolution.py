@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models._common import Array
+from fedjax_core import Array
 
 Backend = Literal["auto", "dots", "native"]
 Patches = Literal["auto", "rows", "full"]

@@ -6,7 +6,8 @@ from functools import partial
 
 import flax.linen as nn
 
-from models._common import PARAM_DTYPE, Array, Model, build, check_inputs, check_positive, check_sizes
+from fedjax_core import Array
+from models._common import PARAM_DTYPE, Model, build, check_inputs, check_positive, check_sizes
 
 
 class _Perceptron(nn.Module):

@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from models._common import Array, Key, Model, Params, check_positive
+from fedjax_core import Array, Key, Params
+from models._common import Model, check_positive
 
 
 def multi_head(model: Model, num_tasks: int) -> Model:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
-from models._common import Key, Model, Params
+from fedjax_core import Key, Params
+from models._common import Model
 
 
 def uniform(model: Model) -> Model:

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from models._common import Array, Key, Model, Params
+from fedjax_core import Array, Key, Params, checks
+from models._common import Model
 
 Batch: TypeAlias = Mapping[str, Any]
 LossFn: TypeAlias = Callable[[Params, Batch, Key | None], Array]
@@ -30,8 +31,7 @@ def cross_entropy(model: Model, label_smoothing: float | Array = 0.0) -> LossFn:
       label_smoothing: weight e in [0, 1) of the uniform distribution in the target, (1 - e) onehot(y) + e / K
         (Szegedy et al., 2016, https://arxiv.org/abs/1512.00567). May be traced.
     """
-    if isinstance(label_smoothing, float | int) and not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}; 0 turns it off.")
+    checks.scalar("label_smoothing", label_smoothing, low=0, high=1, high_open=True)
 
     def loss_fn(params: Params, batch: Batch, key: Key | None = None) -> Array:
         x, y = split_batch(batch)

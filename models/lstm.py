@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models._common import PARAM_DTYPE, Array, Model, build, check_positive, check_tokens, embed
+from fedjax_core import Array
+from models._common import PARAM_DTYPE, Model, build, check_positive, check_tokens, embed
 
 
 class _LSTM(nn.Module):

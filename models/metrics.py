@@ -1,4 +1,4 @@
-"""Evaluation: `metric_fn(params, batch) -> {name: float[B]}`, one value per example, or {name: `Weighted`}.
+"""Evaluation: `metric_fn(params, batch) -> {name: float[B]}`, one value per example, or {name: `fedjax_core.Weighted`}.
 
 The caller takes the (masked) mean, weighted where there are weights. Batches are those of `models.losses`, and so is
 what a label outside its range does to "loss"; it is never counted as right. Evaluation runs the model without a key: no
@@ -6,26 +6,15 @@ dropout. B examples.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
-from models._common import Array, Model, Params
+from fedjax_core import Array, Params, Weighted
+from models._common import Model
 from models.losses import Batch, check_labels, label_loss, split_batch, token_mean
 
 MetricFn: TypeAlias = Callable[[Params, Batch], dict[str, Any]]
-
-
-class Weighted(NamedTuple):
-    """Values whose examples do not all count the same: the mean is sum weight value / sum weight.
-
-    Attributes:
-      value: float[B].
-      weight: float[B], at least 0.
-    """
-
-    value: Array
-    weight: Array
 
 
 def classification(model: Model) -> MetricFn:

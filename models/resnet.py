@@ -6,7 +6,8 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models._common import PARAM_DTYPE, Array, Model, build, check_image_shape, check_inputs, check_positive
+from fedjax_core import Array
+from models._common import PARAM_DTYPE, Model, build, check_image_shape, check_inputs, check_positive
 from models.convolution import Backend
 from models.convolution import convolution as select_convolution
 

@@ -5,7 +5,8 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models._common import PARAM_DTYPE, Array, Model, build, check_positive, check_tokens, embed
+from fedjax_core import Array, checks
+from models._common import PARAM_DTYPE, Model, build, check_positive, check_tokens, embed
 
 # Weights start at this standard deviation; those that write to the residual stream at this over sqrt(2
 # layers).
@@ -148,8 +149,7 @@ def transformer(
     dim, num_heads = check_positive("dim", dim), check_positive("num_heads", num_heads)
     if dim % num_heads:
         raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}; choose num_heads among its divisors.")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}; 0 turns it off.")
+    checks.scalar("dropout", dropout, low=0, high=1, high_open=True)
     max_len = check_positive("max_len", max_len)
     if num_classes is None and pad_token is not None:
         raise ValueError(

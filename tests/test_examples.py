@@ -14,18 +14,18 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 REAL = Path(os.environ.get("FEDJAX_CORE_DATA") or ROOT.parent / "shared" / "data")
 
-# Examples on prepared data: what of it they read, and how little of it will do.
-PREPARED = {
-    "cifar10.py": ("tfds/cifar10", ["--rounds", "1", "--clients", "1000", "--cohort-size", "2"]),
-    "fashion_mnist.py": ("tfds/fashion_mnist", ["--rounds", "1", "--clients", "1000", "--cohort-size", "2"]),
-    "shakespeare.py": ("shakespeare", ["--rounds", "2", "--clients", "20", "--cohort-size", "2"]),
-}
+# Examples on prepared data: the set, what of the prepared data it is, and how little work will do.
+FEW = ["--rounds", "1", "--clients", "1000", "--cohort-size", "2"]
+PREPARED = [
+    ("images.py", "fashion_mnist", "tfds/fashion_mnist", FEW),
+    ("images.py", "cifar10", "tfds/cifar10", ["cifar10", "--flip", "--momentum", "0.9", *FEW]),
+    ("shakespeare.py", "shakespeare", "shakespeare", ["--rounds", "2", "--clients", "20", "--cohort-size", "2"]),
+]
 
 # What the last line of an example looks like.
 SPREAD = r"mean \d+\.\d%, s\.d\. \d+\.\d%, worst tenth \d+\.\d%"
 LAST_LINE = {
-    "cifar10.py": f"clients on their own examples: {SPREAD}",
-    "fashion_mnist.py": f"clients on their own examples: {SPREAD}",
+    "images.py": f"clients on their own examples: {SPREAD}",
     "quickstart.py": r"round +2 +training loss \d+\.\d+ +test accuracy \d+\.\d%",
     "shakespeare.py": f"roles on the end of their text: {SPREAD}",
     "sweep_seeds_and_rates.py": r" +1\.00 +\d+\.\d+ +\d+\.\d% \+- \d+\.\d%",
@@ -52,28 +52,43 @@ def run_example(name: str, folder: Path, cache: str, *options: str) -> subproces
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.quick if name == "quickstart.py" else ()) for name in EXAMPLES],
-)
-def test_example_runs(name: str, tmp_path: Path, cache: str):
-    needed, options = PREPARED.get(name, ("", []))
-    if needed:
-        if not (REAL / needed).is_dir():
-            pytest.skip(f"no prepared data in {REAL / needed}")
-        options = ["--data-dir", str(REAL), *options]
-    done = run_example(name, tmp_path, cache, *options)
+SELF_CONTAINED = [name for name in EXAMPLES if name not in {prepared for prepared, *_ in PREPARED}]
+
+
+def check_run(name: str, folder: Path, cache: str, *options: str) -> None:
+    done = run_example(name, folder, cache, *options)
     assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr}"
     assert name in LAST_LINE, f"add the last line of examples/{name} to LAST_LINE"
     last = done.stdout.rstrip("\n").split("\n")[-1]
     assert re.fullmatch(LAST_LINE[name], last), f"{name} ended with {last!r}"
 
 
-@pytest.mark.parametrize("name", PREPARED)
-def test_without_data_an_example_says_what_to_put_where(name: str, tmp_path: Path, cache: str):
-    done = run_example(name, tmp_path, cache, "--data-dir", str(tmp_path))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.quick if name == "quickstart.py" else ()) for name in SELF_CONTAINED],
+)
+def test_example_runs(name: str, tmp_path: Path, cache: str):
+    check_run(name, tmp_path, cache)
+
+
+prepared = pytest.mark.parametrize(("name", "dataset", "needed", "options"), PREPARED, ids=[p[1] for p in PREPARED])
+
+
+@prepared
+def test_example_on_prepared_data_runs(
+    name: str, dataset: str, needed: str, options: list[str], tmp_path: Path, cache: str
+):
+    if not (REAL / needed).is_dir():
+        pytest.skip(f"no prepared data in {REAL / needed}")
+    check_run(name, tmp_path, cache, *options, "--data-dir", str(REAL))
+
+
+@prepared
+def test_without_data_an_example_says_what_to_put_where(
+    name: str, dataset: str, needed: str, options: list[str], tmp_path: Path, cache: str
+):
+    done = run_example(name, tmp_path, cache, *options, "--data-dir", str(tmp_path))
     assert done.returncode == 2
-    dataset = name.removesuffix(".py")
     assert re.search(rf"{dataset}\b.*is not downloaded: put .+ at {re.escape(str(tmp_path / dataset))}", done.stderr)
     assert "FEDJAX_CORE_DATA" in done.stderr
     assert "Traceback" not in done.stderr

@@ -153,5 +153,5 @@ def test_batches_are_checked_when_traced(factory, data, message):
 
 
 def test_label_smoothing_is_checked():
-    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1: "):
         losses.cross_entropy(MODEL, 1.0)

@@ -143,7 +143,7 @@ def test_narrow_integer_tokens_are_fine(name):
         (lambda: models.transformer(5, 6, 1, 10, 3), "num_heads must divide dim=10, got 3"),
         (lambda: models.transformer(5, 0, 1, 8, 2), "max_len must be"),
         (lambda: models.transformer(5, 6, 1, 8, 2, mlp_ratio=0), "mlp_ratio must be"),
-        (lambda: models.transformer(5, 6, 1, 8, 2, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
+        (lambda: models.transformer(5, 6, 1, 8, 2, dropout=1.0), r"dropout must lie in \[0, 1\), got 1: "),
     ],
 )
 def test_factory_arguments_are_checked(build, message):
