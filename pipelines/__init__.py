@@ -7,7 +7,13 @@ a number. The packages, in the order data passes through them and in which they 
 
 from typing import Any
 
-from pipelines.configuration.config import Config
+from pipelines.common import shadows
+
+# Before anything here imports them.
+shadows.put_current_directory_last()
+shadows.check()
+
+from pipelines.configuration.config import Config  # noqa: E402
 
 __all__ = ["Config", "load_run"]
 
