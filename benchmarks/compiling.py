@@ -24,7 +24,7 @@ from benchmarks import _measure
 from fedjax_core import Population, samplers, simulate
 from models import losses
 from pipelines import Config
-from pipelines.configuration import methods as known
+from pipelines.configuration import methods
 from pipelines.experiment import setup
 
 BATCH = 20
@@ -93,7 +93,7 @@ def growth(repeats):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--methods", nargs="*", default=known.names())
+    parser.add_argument("--methods", nargs="*", default=methods.names())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", default="compiling")
     args = parser.parse_args()

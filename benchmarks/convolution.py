@@ -47,7 +47,7 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def spread(seconds: list[float], count: int) -> dict[str, float]:
+def quartiles(seconds: list[float], count: int) -> dict[str, float]:
     """Milliseconds per one of the `count` steps in each repeat."""
     times = [1e3 * s / count for s in seconds]
     return {
@@ -127,7 +127,7 @@ def main() -> None:
     peak = matmul_flops / statistics.median(matmul_seconds) / 1e9
     rows = []
     for (row, _, steps), times in zip(cases, seconds, strict=True):
-        row |= spread(times, steps * row["clients"])
+        row |= quartiles(times, steps * row["clients"])
         row["gflops"] = round(FLOPS * row["batch_size"] / row["median_ms"] / 1e6, 1)
         row["share_of_matmul"] = round(row["gflops"] / peak, 3)
         rows.append(row)

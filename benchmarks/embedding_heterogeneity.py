@@ -78,7 +78,7 @@ def run(dataset: datasets.Dataset, assignment: partition.Assignment, rounds: int
     return dict(zip(MEASURES, map(float, values), strict=True))
 
 
-def spread(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def mean_and_std(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over seeds of every measure."""
     table = {name: np.asarray([row[name] for row in rows]) for name in MEASURES}
     return {name: {"mean": float(v.mean()), "std": float(v.std(ddof=1))} for name, v in table.items()}
@@ -107,7 +107,7 @@ def main() -> None:
             run(dataset, function(clusters, CLIENTS, **options, seed=seed), args.rounds, seed)
             for seed in range(args.seeds)
         ]
-        cells = "".join(f"{v['mean']:12.4f} ± {v['std']:7.4f}" for v in spread(results[split]).values())
+        cells = "".join(f"{v['mean']:12.4f} ± {v['std']:7.4f}" for v in mean_and_std(results[split]).values())
         print(f"{split:24s}{cells}", flush=True)
 
     measure("iid", partition.iid, ids["labels"])
@@ -130,7 +130,7 @@ def main() -> None:
         "rounds": args.rounds,
         "embed_s": embed_s,
         "seconds": time.perf_counter() - start,
-        "splits": {split: {"spread": spread(rows), "seeds": rows} for split, rows in results.items()},
+        "splits": {split: {"spread": mean_and_std(rows), "seeds": rows} for split, rows in results.items()},
         "excess_by_embeddings": excess,
     }
     print(_measure.save("embedding_heterogeneity", record))

@@ -89,10 +89,10 @@ def main() -> None:
     }
     print(f"{result['workload']}")
     for name, row in {**report, **reload}.items():
-        spread = f"{row['median_s']:9.4f} s [{row['q25_s']:.4f}, {row['q75_s']:.4f}]"
+        quartiles = f"{row['median_s']:9.4f} s [{row['q25_s']:.4f}, {row['q75_s']:.4f}]"
         rate = f"{row['examples_per_s']:8.0f} examples/s" if "examples_per_s" in row else ""
         ratio = next(f"{value:.1f}x" for key, value in row.items() if key.startswith("speedup"))
-        print(f"  {name:28s}{spread}   {ratio}   {rate}")
+        print(f"  {name:28s}{quartiles}   {ratio}   {rate}")
     print(f"\nsaved {_measure.save(args.save, result)}")
 
 

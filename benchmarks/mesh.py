@@ -26,7 +26,7 @@ import optax
 import algorithms
 import models
 from benchmarks import _measure
-from fedjax_core import Plan, Population, client_mesh, everywhere, place, shardings
+from fedjax_core import Plan, Population, client_mesh, place, replicated, shardings
 from models import losses
 
 BATCH = 20
@@ -76,8 +76,8 @@ def compiled_round(method, name, num_clients, mesh):
     where = None
     if mesh is not None:
         where = shardings(state, mesh)
-        state, (cohort, key) = place(state, where), place((cohort, key), everywhere(mesh))
-    results = None if mesh is None else (where, everywhere(mesh))
+        state, (cohort, key) = place(state, where), place((cohort, key), replicated(mesh))
+    results = None if mesh is None else (where, replicated(mesh))
     compiled = jax.jit(algorithm.round, out_shardings=results).lower(state, cohort, key).compile()
     return partial(compiled, state, cohort, key), compiled.as_text()
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import _measure
-from fedjax_core import Plan, client_mesh, continue_rounds, everywhere, place, samplers, shardings
+from fedjax_core import Plan, client_mesh, continue_rounds, place, replicated, samplers, shardings
 from pipelines.common import processes
 from pipelines.common.progress import duration, plain
 from pipelines.studies import continual
@@ -91,7 +91,7 @@ def predict(config: Continual, rounds: int) -> None:
     """Times rounds of every method, and the end of a task, and says what the whole run would take."""
     tasks = continual.scenario(config)
     mesh = client_mesh()
-    population = place(tasks.population(0), everywhere(mesh))
+    population = place(tasks.population(0), replicated(mesh))
     sampler = samplers.uniform(config.clients, config.cohort_size)
     # Forwards, and backwards to the weights of all layers and the inputs of all but the first.
     products = [784 * 400, 400 * 400, 400 * 400, 400 * 10]
@@ -102,7 +102,7 @@ def predict(config: Continual, rounds: int) -> None:
         state, key = method.init(tasks.model.init(jax.random.key(0))), jax.random.key(1)
         kept = shardings(state, mesh)
         state = place(state, kept)
-        rounds_fn = jax.jit(continue_rounds(method, sampler, 1), out_shardings=(kept, everywhere(mesh)))
+        rounds_fn = jax.jit(continue_rounds(method, sampler, 1), out_shardings=(kept, replicated(mesh)))
         run = rounds_fn.lower(state, population, key).compile()
         seconds, peaks = [], []
         for _ in range(rounds):

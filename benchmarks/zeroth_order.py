@@ -78,8 +78,8 @@ def nearest(history, x, count):
     points, values = (np.array(part, np.float32) for part in history)
     order = np.argsort(((points - x) ** 2).sum(1))[:count]
     y = values[order]
-    spread = np.ptp(y) or np.float32(1)
-    return points[order], (y - y.min()) / spread, spread
+    value_range = np.ptp(y) or np.float32(1)
+    return points[order], (y - y.min()) / value_range, value_range
 
 
 def fitted(offsets, u):
@@ -137,10 +137,10 @@ def plain_round(state, clients, w, b):
         ask(i, x[None])
         half_width = max(np.abs(x - rows.last[i]).mean() / 2, RADIUS)
         ask(i, most_uncertain(rng, histories[i], x, half_width, 200, 50)[0])
-        near, u, spread = nearest(histories[i], x, FEATURE_NEIGHBORS)
+        near, u, value_range = nearest(histories[i], x, FEATURE_NEIGHBORS)
         phi = np.float32(np.sqrt(2 / FEATURES)) * np.cos(near @ w + b)
         gram = phi @ phi.T + np.float32(RIDGE + 32 * np.finfo(np.float32).eps) * np.eye(len(u), dtype=np.float32)
-        weights.append(spread * (cho_solve(cho_factor(gram), u) @ phi))
+        weights.append(value_range * (cho_solve(cho_factor(gram), u) @ phi))
     mean = np.mean(weights, axis=0)
     after = []
     for i, nu in enumerate(weights):
@@ -148,13 +148,13 @@ def plain_round(state, clients, w, b):
         for t in range(STEPS):
             points, scale = most_uncertain(rng, histories[i], y, RADIUS, 100, 5)
             ask(i, points)
-            near, u, spread = nearest(histories[i], y, NEIGHBORS)
+            near, u, value_range = nearest(histories[i], y, NEIGHBORS)
             offsets = near - y
             r = distances(offsets, offsets)
             np.fill_diagonal(r, 0)
             noise = np.float32(NOISE + 32 * np.finfo(np.float32).eps) * np.eye(len(u), dtype=np.float32)
             coefficients = cho_solve(cho_factor(kernel(r, scale) + noise), u)
-            g = spread * ((slope(np.linalg.norm(offsets, axis=1), scale) * coefficients) @ offsets)
+            g = value_range * ((slope(np.linalg.norm(offsets, axis=1), scale) * coefficients) @ offsets)
             g = g - np.float32(np.sqrt(2 / FEATURES)) * (w @ (np.sin(y @ w + b) * (mean - nu))) / (t + 1)
             first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
             y = y - LR * (first / (1 - 0.9 ** (t + 1))) / (np.sqrt(second / (1 - 0.999 ** (t + 1))) + 1e-8)

@@ -15,7 +15,7 @@ import optax
 
 import algorithms
 import models
-from fedjax_core import continue_rounds, evaluate, evaluate_clients, samplers, spread
+from fedjax_core import client_statistics, continue_rounds, evaluate, evaluate_clients, samplers
 from pipelines import Config
 from pipelines.data import datasets
 from pipelines.federation import federations
@@ -79,5 +79,5 @@ for done in range(every, args.rounds + 1, every):
     score = accuracy(fedavg.params(state), test)
     print(f"round {done:3d}  training loss {metrics.loss[-1]:.3f}  test accuracy {score:.1%}", flush=True)
 
-own = spread(accuracies(fedavg.params(state), own_tests))
+own = client_statistics(accuracies(fedavg.params(state), own_tests))
 print(f"clients on their own examples: mean {own.mean:.1%}, s.d. {own.std:.1%}, worst tenth {own.worst_decile:.1%}")

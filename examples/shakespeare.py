@@ -16,7 +16,7 @@ import optax
 
 import algorithms
 import models
-from fedjax_core import continue_staged, evaluate, evaluate_clients, samplers, spread
+from fedjax_core import client_statistics, continue_staged, evaluate, evaluate_clients, samplers
 from pipelines import Config
 from pipelines.data import datasets
 from pipelines.federation import federations
@@ -58,5 +58,5 @@ for done in range(every, args.rounds + 1, every):
     score = accuracy(fedavg.params(state), tests)
     print(f"round {done:3d}  training loss {metrics.loss[-1]:.3f}  test accuracy {score:.1%}", flush=True)
 
-own = spread(accuracies(fedavg.params(state), tests))
+own = client_statistics(accuracies(fedavg.params(state), tests))
 print(f"roles on the end of their text: mean {own.mean:.1%}, s.d. {own.std:.1%}, worst tenth {own.worst_decile:.1%}")

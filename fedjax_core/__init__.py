@@ -40,15 +40,15 @@ from fedjax_core.clients import (
     split_tables,
 )
 from fedjax_core.evaluation import (
-    Spread,
+    ClientStatistics,
     Weighted,
+    client_statistics,
     evaluate,
     evaluate_clients,
     evaluate_examples,
     evaluate_personal,
     is_weighted,
     metric_values,
-    spread,
 )
 from fedjax_core.execution import num_bytes
 from fedjax_core.gradients import (
@@ -65,7 +65,7 @@ from fedjax_core.gradients import (
     value_and_grad,
 )
 from fedjax_core.lengths import Measured, first_length, measured, per_length
-from fedjax_core.placement import client_mesh, everywhere, place, shardings
+from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
 from fedjax_core.samplers import Sampler, ValidSampler
@@ -92,6 +92,7 @@ __all__ = [
     "ClientOptimizer",
     "ClientProgram",
     "ClientResults",
+    "ClientStatistics",
     "ClientTable",
     "Cohort",
     "Counter",
@@ -113,7 +114,6 @@ __all__ = [
     "PyTree",
     "Sampler",
     "Scalar",
-    "Spread",
     "Stacked",
     "Trial",
     "ValidSampler",
@@ -123,6 +123,7 @@ __all__ = [
     "checked_round",
     "checks",
     "client_mesh",
+    "client_statistics",
     "client_table",
     "client_weights",
     "continue_rounds",
@@ -131,7 +132,6 @@ __all__ = [
     "evaluate_clients",
     "evaluate_examples",
     "evaluate_personal",
-    "everywhere",
     "federated",
     "first_length",
     "first_part",
@@ -162,6 +162,7 @@ __all__ = [
     "out_of_memory",
     "per_length",
     "place",
+    "replicated",
     "round_metrics",
     "samplers",
     "scale",
@@ -171,7 +172,6 @@ __all__ = [
     "simulate",
     "simulate_staged",
     "split_tables",
-    "spread",
     "stacked",
     "sums",
     "try_plans",

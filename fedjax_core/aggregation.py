@@ -117,8 +117,8 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
         return cohort.sizes.astype(dtype) * cohort.num_clients.astype(dtype) / total
     cohort.check_per_client("weights", weights)
     if checks.is_concrete(weights):
-        given = np.asarray(weights, np.float64)
-        weights = given / given.max()  # before they become float32, in which they may be nothing or infinite
+        on_host = np.asarray(weights, np.float64)
+        weights = on_host / on_host.max()  # before they become float32, in which they may be nothing or infinite
     values = jnp.asarray(weights, dtype)
     # In proportion to the largest, so that the sum can neither overflow nor vanish.
     largest = jnp.max(values)
@@ -144,12 +144,12 @@ def check_weights(weights: Any) -> None:
         )
     if not checks.is_concrete(weights):
         return
-    given = np.asarray(values, np.float64)
-    good = (given >= 0) & np.isfinite(given)
+    on_host = np.asarray(values, np.float64)
+    good = (on_host >= 0) & np.isfinite(on_host)
     if not good.all():
         raise ValueError(
-            f"weights must be finite and at least 0, got {given[~good][0]:g} for client {int(np.argmin(good))}: pass "
+            f"weights must be finite and at least 0, got {on_host[~good][0]:g} for client {int(np.argmin(good))}: pass "
             "non-negative weights"
         )
-    if not (given > 0).any():
+    if not (on_host > 0).any():
         raise ValueError("weights are 0 for every client, which leaves no mean: give some client a positive weight")

@@ -106,19 +106,19 @@ def federated(
     def round(state: Any, cohort: Cohort, key: Key) -> tuple[Any, Metrics]:
         new, results, *extra = update(state, cohort, key)
         if skip_empty:
-            new = _where_anybody(cohort, new, state)
+            new = _unless_empty(cohort, new, state)
         metrics = round_metrics(results, cohort, state.params, new.params, *extra)
         return new._replace(round=state.round + 1), metrics
 
     return global_algorithm(begin, round, params)
 
 
-def _where_anybody(cohort: Cohort, new: Any, old: Any) -> Any:
-    """`new` if anybody takes part, else `old`; tables of per-client state, written by participants alone, are `new`."""
-    anybody = cohort.num_participants > 0
+def _unless_empty(cohort: Cohort, new: Any, old: Any) -> Any:
+    """`new` if a client takes part, else `old`; per-client tables are always `new`: only participants write there."""
+    not_empty = cohort.num_participants > 0
     new, rows = split_tables(new)
     old, _ = split_tables(old)
-    kept = jax.tree.map(lambda n, o: n if n is o else jnp.where(anybody, n, o), new, old)
+    kept = jax.tree.map(lambda n, o: n if n is o else jnp.where(not_empty, n, o), new, old)
     return join_tables(kept, rows)
 
 

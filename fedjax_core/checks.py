@@ -367,9 +367,9 @@ def misplaced(value: Any) -> str | None:
     return None
 
 
-def options(given: Iterable[str], known: Collection[str]) -> None:
+def options(names: Iterable[str], known: Collection[str]) -> None:
     """Raises TypeError for a keyword argument that is not known, naming the nearest one that is."""
-    for name in given:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "leave it out, or see the method's own arguments."

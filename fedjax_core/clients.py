@@ -108,7 +108,7 @@ def for_each_client(
     weight = client_weights(weights, cohort)
     client_keys = keys.derive(key, jnp.maximum(cohort.ids, 0))
     steps = work.steps(cohort.ids, cohort.sizes)
-    client_inputs = execution.strong(client_inputs)
+    client_inputs = execution.strip_weak_type(client_inputs)
     for leaf in jax.tree.leaves(client_inputs):
         if jnp.shape(leaf)[:1] != cohort.ids.shape:
             raise ValueError(
@@ -121,7 +121,7 @@ def for_each_client(
 
     # The program may close over traced values (a learning rate under vmap, say). Tracing it here turns those into
     # explicit inputs, so that the custom batching rule below sees them.
-    shared = execution.strong(shared)
+    shared = execution.strip_weak_type(shared)
     first = jax.tree.map(lambda leaf: leaf[0], slots)
     seed = jax.ShapeDtypeStruct((2,), jnp.uint32)
     batch = jax.eval_shape(
@@ -132,7 +132,7 @@ def for_each_client(
 
     def init(client: Array, shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
         with as_client(client, asked, cohort.population_size):
-            return execution.strong(program.init(shared, client_input, key))
+            return execution.strip_weak_type(program.init(shared, client_input, key))
 
     def step(client: Array, shared: PyTree, carry: PyTree, batch: Batch) -> Any:
         with as_client(client, asked, cohort.population_size):
@@ -142,14 +142,14 @@ def for_each_client(
         with as_client(client, asked, cohort.population_size):
             upload, output = program.final(shared, carry)
         if isinstance(aggregator, Stacked):
-            return (), execution.strong((upload, output))
-        return execution.strong(aggregator.lift(upload, weight)), execution.strong(output)
+            return (), execution.strip_weak_type((upload, output))
+        return execution.strip_weak_type(aggregator.lift(upload, weight)), execution.strip_weak_type(output)
 
     client = jnp.int32(0)
-    init_fn, carry = execution.hoist(init, client, shared, first.input, first.key)
-    step_fn, stepped = execution.hoist(step, client, shared, carry, batch)
+    init_fn, carry = execution.close_convert(init, client, shared, first.input, first.key)
+    step_fn, stepped = execution.close_convert(step, client, shared, carry, batch)
     _check_step(carry, stepped)
-    final_fn, (summand, output) = execution.hoist(final, client, shared, carry, first.weight)
+    final_fn, (summand, output) = execution.close_convert(final, client, shared, carry, first.weight)
     upload, _ = jax.eval_shape(program.final, shared, carry)
     if asked:  # the client's id is carried along
         slots = slots._replace(input=(jnp.maximum(cohort.ids, 0), client_inputs))

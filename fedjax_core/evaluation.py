@@ -37,7 +37,7 @@ class Weighted(NamedTuple):
     weight: Array
 
 
-class Spread(NamedTuple):
+class ClientStatistics(NamedTuple):
     """How a metric is spread over clients; float[] each, clients without examples left out."""
 
     mean: Array
@@ -333,7 +333,7 @@ def _ratio(total: Array, weight: Array, leaf: Any) -> Array:
     return mean.astype(sums.mean_dtype((leaf.value if is_weighted(leaf) else leaf).dtype))
 
 
-def spread(values: Array, *, higher_is_better: bool = True) -> Spread:
+def client_statistics(values: Array, *, higher_is_better: bool = True) -> ClientStatistics:
     """Mean, standard deviation and worst decile over clients of float[num_clients]; NaN entries are left out.
 
     Computed in float32 at least, in the dtype of the values. NaN where all are left out.
@@ -358,4 +358,4 @@ def spread(values: Array, *, higher_is_better: bool = True) -> Spread:
     worst = jnp.maximum(-(-count // 10), 1)
     tail = sums.total(jnp.where(jnp.arange(values.shape[0]) < worst, order, 0)) / worst.astype(values.dtype)
     tail = jnp.where(count > 0, tail if higher_is_better else -tail, jnp.nan)
-    return Spread(mean.astype(dtype), std.astype(dtype), tail.astype(dtype))
+    return ClientStatistics(mean.astype(dtype), std.astype(dtype), tail.astype(dtype))

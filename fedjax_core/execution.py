@@ -69,14 +69,14 @@ class Run(NamedTuple):
     loss: Any
 
 
-class Hoisted(NamedTuple):
+class ClosedFunction(NamedTuple):
     """`call(consts, *args)` of a traced function, and the values it closed over."""
 
     call: Callable[..., Any]
     consts: list[Array]
 
 
-def hoist(function: Callable[..., Any], *args: Any) -> tuple[Hoisted, Any]:
+def close_convert(function: Callable[..., Any], *args: Any) -> tuple[ClosedFunction, Any]:
     """Traces a function on arguments of these shapes; returns it with its closure opened, and its result's shapes."""
     # From shapes alone: an array that lies on a mesh would leave that mesh's name in the program, which then could
     # not run inside shard_map.
@@ -89,10 +89,10 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Hoisted, Any]:
         flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(args))
         return jax.tree.unflatten(out_tree, flat)
 
-    return Hoisted(call, list(closed.consts)), shape
+    return ClosedFunction(call, list(closed.consts)), shape
 
 
-def strong(tree: PyTree) -> PyTree:
+def strip_weak_type(tree: PyTree) -> PyTree:
     """Arrays with their dtype made explicit: a weakly typed number would change type inside a loop."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
 
@@ -112,7 +112,7 @@ def run_slots(
       grouped: for each of `leaves`, whether it has a leading axis [G].
       num_groups: G.
       slots: per-slot inputs, M = G C of them, group by group.
-      leaves: shared values and hoisted constants.
+      leaves: shared values and closed-over constants.
       examples: leaves [total, ...].
 
     Returns:

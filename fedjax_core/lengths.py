@@ -122,11 +122,11 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
         # At 0 a linear step scales without any rounding; elsewhere weight decay adds to it, but nothing may scale it.
         for p, tolerance in ((0.0, 16 * rounding), (1.0, 0.02)):
             still = tried(0, p) if p else np.zeros(3, scalar.dtype)
-            whole, fourth, back = (tried(scale, p) - still for scale in (1, 0.25, -1))
-            if not np.isfinite([whole, fourth, back]).all():
+            full, fourth, back = (tried(scale, p) - still for scale in (1, 0.25, -1))
+            if not np.isfinite([full, fourth, back]).all():
                 return
-            difference = max(np.abs(whole - 4 * fourth).max(), np.abs(whole + back).max())
-            if difference > tolerance * np.abs(whole).max() + 64 * rounding * np.abs(still).max():
+            difference = max(np.abs(full - 4 * fourth).max(), np.abs(full + back).max())
+            if difference > tolerance * np.abs(full).max() + 64 * rounding * np.abs(still).max():
                 raise ValueError(
                     "the method divides what a client has moved by the length of its local work, which needs a "
                     "client_optimizer that is linear in small gradients; this one, like Adam, is not (a gradient a "

@@ -51,7 +51,7 @@ def client_mesh(num_devices: int | None = None, *, model: int = 1) -> Mesh:
     return Mesh(grid, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device: how examples, keys and metrics lie."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -225,7 +225,7 @@ def continue_staged(
     if horizon is not None:
         checks.positive_int("horizon", horizon, "it is the number of rounds of the whole run")
     cohorts = _Cohorts(sampler)
-    everywhere = None if mesh is None else NamedSharding(auto_mesh(mesh), PartitionSpec())
+    replicated = None if mesh is None else NamedSharding(auto_mesh(mesh), PartitionSpec())
     round_key_of = jax.jit(derive)
     rounds = {
         batched: jax.jit(_round(algorithm, batched), donate_argnums=0, static_argnums=7) for batched in (False, True)
@@ -267,9 +267,9 @@ def continue_staged(
                 )
         # The caller keeps its state, as with any other function, but for the tables.
         device = jax.tree.map(jnp.copy, device)
-        stage = _Stage(population, cohorts, tables, batched, everywhere)
+        stage = _Stage(population, cohorts, tables, batched, replicated)
         train_key = split(key)[..., 1]
-        totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), everywhere)
+        totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), replicated)
 
         metrics: list[Metrics] = []
         so_far = _Progress(first, device, ())

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_core import checks
 from fedjax_core.algorithm import Algorithm
-from fedjax_core.placement import everywhere, place, shardings
+from fedjax_core.placement import place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
 from fedjax_core.types import Key, Params
@@ -90,7 +90,7 @@ def _try(
         state = algorithm.init(jax.tree.map(jax.numpy.asarray, params))
         if plan.mesh is not None:
             state = place(state, shardings(state, plan.mesh))
-            cohort, key = place((cohort, key), everywhere(plan.mesh))
+            cohort, key = place((cohort, key), replicated(plan.mesh))
         compiled = jax.jit(algorithm.round).lower(state, cohort, key).compile()
         compile_seconds, memory = time.perf_counter() - begin, needed_memory(compiled)
         if memory > memory_limit:

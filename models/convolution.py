@@ -186,8 +186,8 @@ def _check_supported(
         if count != 1:
             raise ValueError(f"dot convolution supports only {name} 1, got {count}; use convolution='native'.")
     layout = ("NHWC", "HWIO", "NHWC")
-    given = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    if given != lax.conv_dimension_numbers(lhs.shape, rhs.shape, layout):
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if numbers != lax.conv_dimension_numbers(lhs.shape, rhs.shape, layout):
         raise ValueError(
             f"dot convolution supports only dimension_numbers {layout}, got {dimension_numbers} (None means NCHW, "
             "as it does for jax.lax); pass them, or use convolution='native'."

@@ -99,16 +99,16 @@ def fedsgd(
                 f"{name}={local[name]!r} means nothing to fedsgd, which takes one full-gradient step: leave it out"
             )
     clients = fc.local_training(**local).full_pass()
-    whole = fc.full_gradient_program(loss_fn)
+    full_gradient = fc.full_gradient_program(loss_fn)
 
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         optimizer = fc.optimizer_at(client_optimizer, state.round)
 
         def displacement(x, carry):
-            g, _ = whole.final(x, carry)
+            g, _ = full_gradient.final(x, carry)
             return optimizer.update(g, optimizer.init(x), x)[0], ()
 
-        results = clients.run(whole._replace(final=displacement), state.params, (), cohort, key)
+        results = clients.run(full_gradient._replace(final=displacement), state.params, (), cohort, key)
         return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
     return fc.federated(fc.ModelState, update)

@@ -29,14 +29,14 @@ class FOTState(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """What is sent of the residuals R of a layer's inputs A: Y = R Omega, float[d, s], and r as a part of a whole.
+    """What is sent of the residuals R of a layer's inputs A: Y = R Omega, float[d, s], and r as part / total.
 
-    While it is being collected, and under the rule "squared", part and whole are ||R||^2 and ||A||^2.
+    While it is being collected, and under the rule "squared", part and total are ||R||^2 and ||A||^2.
     """
 
     Y: fc.Array
     part: fc.Array
-    whole: fc.Array
+    total: fc.Array
 
 
 def fot(
@@ -177,7 +177,7 @@ def sketch_program(
             R = residual(U, A)
             omega = jax.random.normal(key, (A.shape[1], sketch.Y.shape[1]), U.dtype)
             Y = sketch.Y + jnp.matmul(R, omega, precision="highest")
-            return Sketch(Y, sketch.part + jnp.sum(R**2), sketch.whole + jnp.sum(A**2))
+            return Sketch(Y, sketch.part + jnp.sum(R**2), sketch.total + jnp.sum(A**2))
 
         keys = jax.random.split(batch.key, len(layers))
         sketches = {
@@ -190,9 +190,9 @@ def sketch_program(
         sketches, n = carry
 
         def weighted(sketch: Sketch) -> Sketch:
-            Y, part, whole = sketch
+            Y, part, total = sketch
             n_i = n.astype(Y.dtype)
-            rho_i = jnp.sqrt(part / jnp.where(whole > 0, whole, 1))
+            rho_i = jnp.sqrt(part / jnp.where(total > 0, total, 1))
             return Sketch(Y, n_i * rho_i, n_i)
 
         return sketches if squared else {path: weighted(sketch) for path, sketch in sketches.items()}, ()
@@ -212,7 +212,7 @@ def expand(basis: Basis, sketch: Sketch, energy: fc.Array, *, squared: bool) -> 
     """
     U, rank = basis
     d = U.shape[0]
-    r = jnp.where(sketch.whole > 0, sketch.part / jnp.where(sketch.whole > 0, sketch.whole, 1), 0)
+    r = jnp.where(sketch.total > 0, sketch.part / jnp.where(sketch.total > 0, sketch.total, 1), 0)
     Q, S, _ = fc.linalg.svd(sketch.Y)
     total = jnp.sum(S**2)
     # 1 - eps of the whole may be lost, which is this share of the residual: 1 - (r - (1 - eps)) / r.

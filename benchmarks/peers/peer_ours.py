@@ -21,10 +21,10 @@ from fedjax_core import (
     Plan,
     Population,
     client_mesh,
-    everywhere,
     for_each_client,
     local_work,
     place,
+    replicated,
     shardings,
 )
 from fedjax_core.plans import default_lanes
@@ -46,7 +46,7 @@ def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
         plan=plan,
     )
     population = Population.from_flat({"x": federation.x, "y": federation.y}, federation.offsets)
-    population = place(population, everywhere(mesh))
+    population = place(population, replicated(mesh))
     state = fedavg.init(jax_models.load(model, task.parameters))
     state = place(state, shardings(state, mesh))
     round_fn, count = jax.jit(fedavg.round), executed_steps(task, plan)

@@ -58,12 +58,12 @@ def seconds(value: float) -> str:
 def table(name: str, entry: dict, top: float) -> list[str]:
     """One workload as lines of Markdown."""
     settings, cells = entry["settings"], entry["cells"]
-    spread = f"log-normal, sigma {settings['sigma']}" if settings["sigma"] else "all alike"
+    sizes = f"log-normal, sigma {settings['sigma']}" if settings["sigma"] else "all alike"
     lines = [
         f"### {name}",
         "",
         f"{settings['cohort_size']} clients of {settings['num_clients']} a round, mean size {settings['mean_size']} "
-        f"({spread}), batch {settings['batch_size']}, {entry['parameters']:,} parameters, "
+        f"({sizes}), batch {settings['batch_size']}, {entry['parameters']:,} parameters, "
         f"{entry['flops_per_example'] / 1e6:,.2f} MFLOP an example.",
         "",
         "| | first round | later rounds: median [quartiles], count | a local step | useful steps | peak memory "

@@ -20,13 +20,11 @@ from pipelines.cli import catalog, terminal
 from pipelines.cli.run_commands import evaluate, export
 from pipelines.cli.terminal import usage_errors
 from pipelines.cli.zeroth_order_command import zeroth_order
-from pipelines.common import files, progress
-from pipelines.common import processes as several
+from pipelines.common import files, processes, progress
 from pipelines.common.names import pick
 from pipelines.common.own import short
 from pipelines.common.progress import duration, size
-from pipelines.configuration import config_file as config_files
-from pipelines.configuration import methods
+from pipelines.configuration import config_file, methods
 from pipelines.configuration.config import CLIENT_SETTINGS, MOST_DEVICES, Config, count
 from pipelines.federation import heterogeneity
 from pipelines.results import logs
@@ -168,7 +166,7 @@ _FEDERATION_OPTIONS = (
 _CONFIG = _option(
     "Configuration",
     "--config",
-    "config_file",
+    "config_path",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Options from a TOML, YAML or JSON file, or those of a run; what is given here goes before them.",
@@ -394,7 +392,7 @@ _PROCESSES = "Join the other processes of a run on several machines; each gives 
 @_option("Machine", "--model-parallel", type=int, metavar="N", help="Devices of the mesh that share a client's model.")
 @_option("Machine", "--convolution", metavar="NAME", help="auto (tried out off the processor), dots or native.")
 @_option("Machine", "--memory", type=float, metavar="GIB", help="What one device may use.  [default: what it has]")
-@_option("Machine", "--processes", is_flag=True, show_default=False, help=_PROCESSES)
+@_option("Machine", "--processes", "join_processes", is_flag=True, show_default=False, help=_PROCESSES)
 @_option("Machine", "--coordinator", metavar="HOST:PORT", help="--processes: the first one, where no cluster says.")
 @_option("Machine", "--num-processes", type=int, metavar="N", help="--processes: how many, where no cluster says.")
 @_option("Machine", "--process-id", type=int, metavar="I", help="--processes: which this is, where no cluster says.")
@@ -418,11 +416,11 @@ def train(
     out: Path | None,
     quiet: bool,
     cache: bool,
-    processes: bool,
+    join_processes: bool,
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
-    config_file: Path | None,
+    config_path: Path | None,
     write_config: Path | None,
     print_config: bool,
     as_json: bool,
@@ -439,7 +437,7 @@ def train(
     with terminal.warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
-        filed = {} if config_file is None else _from_file(config_file, values, explicit)
+        filed = {} if config_path is None else _from_file(config_path, values, explicit)
         if values["steps"] is not None and "epochs" not in explicit:
             values["epochs"] = None
         if values["federation"] is not None:
@@ -454,29 +452,29 @@ def train(
             settings[method] = own | settings.get(method, {})
         config = Config(**values | {"methods": tuple(chosen), "settings": settings})
         if write_config is not None:
-            config_files.write(write_config, config)
+            config_file.write(write_config, config)
         if print_config:
-            click.echo(config_files.text(config), nl=False)
+            click.echo(config_file.text(config), nl=False)
         if write_config is not None or print_config:
             return
         out = out or Path("runs") / config.slug()
         files.check_directory(out)
         # Of very many none is made, and the mesh is refused (`config.MOST_DEVICES`).
-        several.cores_as_devices(None if processes or (config.mesh or 1) > MOST_DEVICES else config.mesh)
-        if processes and not several.is_supervised():
+        processes.cores_as_devices(None if join_processes or (config.mesh or 1) > MOST_DEVICES else config.mesh)
+        if join_processes and not processes.is_supervised():
             sys.exit(_supervised(out))
-        if processes:
-            several.connect(coordinator, num_processes, process_id)
+        if join_processes:
+            processes.connect(coordinator, num_processes, process_id)
         elif coordinator is not None or num_processes is not None or process_id is not None:
             raise ValueError("--coordinator, --num-processes and --process-id are for --processes: add it")
         terminal.check_jax()
         logged = logs.logger(log_to, config, out) if log_to else None
     console = terminal.console()
-    quiet = quiet or not several.is_first()
-    loud = progress.bar(console) if console.is_terminal else progress.plain()
-    reporter = progress.silent() if quiet else progress.json_lines() if as_json else loud
+    quiet = quiet or not processes.is_first()
+    shown = progress.bar(console) if console.is_terminal else progress.plain()
+    reporter = progress.silent() if quiet else progress.json_lines() if as_json else shown
     reporter = terminal.going_on(reporter, out)
-    if logged is not None and several.is_first():
+    if logged is not None and processes.is_first():
         said = reporter.finish
         reporter = reporter._replace(log=logged.log, finish=lambda: (said(), logged.finish())[0])
     for line in _unused(config, typed):
@@ -487,7 +485,7 @@ def train(
         reporter.event("error", {"message": str(error), "exit_code": terminal.UNWRITABLE})
         raise
     if status == _LOST:
-        several.leave(status)
+        processes.leave(status)
     sys.exit(status)
 
 
@@ -506,8 +504,8 @@ def _error_as_json(ctx: click.Context) -> None:
 def _supervised(out: Path) -> int:
     """Runs this command in a process of its own and returns the exit code."""
     try:
-        return several.supervise(sys.argv[1:], out)
-    except several.Lost as error:
+        return processes.supervise(sys.argv[1:], out)
+    except processes.Lost as error:
         click.echo(f"Error: {error}", err=True)
         return _LOST
 
@@ -516,18 +514,18 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
     """Runs a configuration and returns the exit code."""
     from pipelines.experiment import plans, setup
     from pipelines.results import early, report
-    from pipelines.run import train as driver
+    from pipelines.run import train
 
     with jax.enable_x64(config.x64), terminal.warnings_as_lines():
         with usage_errors(ctx):
             # A run that goes on keeps its plan, and with it its numbers to the last bit.
-            saved = driver.saved_config(out)
+            saved = train.saved_config(out)
             if saved is not None:
                 config = plans.kept(config.with_methods_of(saved), saved, explicit)
             else:
                 config = plans.tuned(config, reporter)
             experiment = setup.prepare(config)
-            driver.claim(out, config, experiment.federation)
+            train.claim(out, config, experiment.federation)
         for line in report.described(experiment):
             reporter.say(line)
         for line in (setup.unlikely_classes(experiment.dataset), setup.much_local_work(experiment)):
@@ -542,18 +540,18 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             reporter.say(f"{name}: about {size(sum(parts.values()))} of memory predicted ({made_up})")
         reporter.say(f"results: {out}")
         try:
-            results = driver.run(experiment, out, reporter=reporter)
-        except (driver.Refused, driver.checkpoint.OtherRun) as error:
+            results = train.run(experiment, out, reporter=reporter)
+        except (train.Refused, train.checkpoint.OtherRun) as error:
             return _failed(reporter, error, 2)
-        except several.Lost as error:
+        except processes.Lost as error:
             return _failed(reporter, error, _LOST)
-        except driver.Interrupted as stop:
+        except train.Interrupted as stop:
             click.echo(stop.message, err=True)
             reporter.event("stopped", {"message": stop.message})
             return 128 + stop.signal
-        except driver.Diverged as error:
+        except train.Diverged as error:
             return _failed(reporter, error, 1)
-        eval_rounds = driver.history.evaluated_rounds(config.rounds, config.eval_every)
+        eval_rounds = train.history.evaluated_rounds(config.rounds, config.eval_every)
         for name, result in results.items():
             accuracy = early.reported(config, result.history, eval_rounds)["test/accuracy"]
             final = report.mean_sd(accuracy[:, -1].astype(float))
@@ -616,7 +614,7 @@ arguments.
 )
 @click.pass_context
 def federate(
-    ctx: click.Context, out: Path | None, compare: tuple[str, ...], config_file: Path | None, **values: Any
+    ctx: click.Context, out: Path | None, compare: tuple[str, ...], config_path: Path | None, **values: Any
 ) -> None:
     """Build, describe and draw a federation; the help text is given above."""
     from pipelines.experiment import setup
@@ -625,8 +623,8 @@ def federate(
     explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     typed = frozenset(explicit)
     with terminal.warnings_as_lines(), usage_errors(ctx):
-        if config_file is not None:
-            _from_file(config_file, values, explicit)
+        if config_path is not None:
+            _from_file(config_path, values, explicit)
         config = Config(**values)
         out = out or Path("federations") / config.federation_slug()
         files.check_directory(out)
@@ -666,7 +664,7 @@ def _train_part(config: Config, built: Any, partition: str) -> Any:
 
 def _from_file(path: Path, values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
     """Puts what a file says into the values of the options that are not given, and returns its settings of methods."""
-    found = config_files.read(path)
+    found = config_file.read(path)
     settings = {"settings": found.pop("settings", {}), "methods": found.get("methods")}
     work = {"epochs", "steps"}
     if explicit & work:  # one of them here does away with both there
@@ -675,9 +673,9 @@ def _from_file(path: Path, values: dict[str, Any], explicit: set[str]) -> dict[s
         found.setdefault("epochs", None)
     if found.get("federation") is None or "federation" in explicit:
         found.pop("federation_digest", None)
-    given = {name: value for name, value in found.items() if name not in explicit}
-    values |= {name: value for name, value in given.items() if name in values}
-    explicit |= set(given) & set(values)
+    from_file = {name: value for name, value in found.items() if name not in explicit}
+    values |= {name: value for name, value in from_file.items() if name in values}
+    explicit |= set(from_file) & set(values)
     return settings
 
 
@@ -738,7 +736,7 @@ def continual(ctx: click.Context, out: Path | None, save_every: int, **values: A
     from pipelines.studies.continual import run, slug
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    several.cores_as_devices()
+    processes.cores_as_devices()
     with terminal.warnings_as_lines(), terminal.stops(ctx), usage_errors(ctx):
         config = continual_config.from_options(values)
         out = out or Path("runs") / slug(config)
@@ -763,8 +761,8 @@ def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> N
     with usage_errors(ctx):
         groups = catalog.kinds(data_dir)
         # "data sets" is two words for the shell.
-        whole = catalog.kind_called(" ".join(names), groups) if names else None
-        for i, name in enumerate(names if whole is None else [whole]):
+        kind_name = catalog.kind_called(" ".join(names), groups) if names else None
+        for i, name in enumerate(names if kind_name is None else [kind_name]):
             if i:
                 click.echo()
             kind = catalog.kind_called(name, groups)

@@ -115,15 +115,14 @@ def export(
 ) -> None:
     """Write the models of a run; the help text is given above."""
     from pipelines.common import files
-    from pipelines.run import export as files_of_models
-    from pipelines.run import loading
+    from pipelines.run import export, loading
 
     with terminal.warnings_as_lines(), usage_errors(ctx):
         ending = "" if out is None else out.suffix.removeprefix(".")
-        as_file = ending in files_of_models.FORMATS
+        as_file = ending in export.FORMATS
         if kind is None and not as_file:
-            raise ValueError(f"say --format {', '.join(files_of_models.FORMATS)}, or give --out a file that ends so")
-        kind = files_of_models.checked_format(kind or ending)
+            raise ValueError(f"say --format {', '.join(export.FORMATS)}, or give --out a file that ends so")
+        kind = export.checked_format(kind or ending)
         if as_file and kind != ending:
             raise ValueError(f"--format {kind} and --out {out}: let the file end in .{kind}, or leave --format out")
         ids: Sequence[int] | None = _ids(clients)
@@ -142,10 +141,10 @@ def export(
             )
         target = run / "models" if out is None else out
         written = 0
-        for model in files_of_models.models_of(loaded, methods=methods or None, seeds=seeds or None, clients=ids):
+        for model in export.models_of(loaded, methods=methods or None, seeds=seeds or None, clients=ids):
             files.make_directory(target.parent if as_file else target)
             path = target if as_file else target / f"{model.name}.{kind}"
-            files_of_models.write(path, model.params, kind)
+            export.write(path, model.params, kind)
             written += 1
     click.echo(f"written: {target}" if as_file else f"written: {written} models in {target}, {path.name} the last")
 

@@ -94,20 +94,20 @@ def metric(ctx: click.Context, **values: Any) -> None:
 
 def _compare(ctx: click.Context, task: str, values: dict[str, Any]) -> None:
     from pipelines.common import processes
-    from pipelines.studies import zeroth_order as experiments
+    from pipelines.studies import zeroth_order
 
     processes.cores_as_devices()
-    given = values.pop("out")
-    own = {name: values.pop(name) for name in experiments.Study._fields if name in values}
-    study = experiments.Study(task, tuple(sorted(values.items())), **own)
-    out = given or Path("runs") / experiments.slug(study)
+    directory = values.pop("out")
+    own = {name: values.pop(name) for name in zeroth_order.Study._fields if name in values}
+    study = zeroth_order.Study(task, tuple(sorted(values.items())), **own)
+    out = directory or Path("runs") / zeroth_order.slug(study)
     reporter = terminal.going_on(progress.plain(), out)
     with terminal.warnings_as_lines(), terminal.stops(ctx), terminal.usage_errors(ctx):
         files.check_directory(out)
-        experiments.check(study)
+        zeroth_order.check(study)
         # What a synthetic task draws at least: two numbers for each dimension of each client, in double precision.
         drawn = 16 * values.get("dim", 1) * values["clients"]
         memory.refuse("the functions of the clients", {"trials": drawn}, memory.available())
         terminal.check_jax()
-        experiments.compare(study, out, reporter.say)
+        zeroth_order.compare(study, out, reporter.say)
     reporter.say(f"written: {out / 'summary.md'}, results.tex, curves.png and .pdf, curves.csv")

@@ -88,7 +88,7 @@ def function(kind: str, name: str) -> Any:
     return found
 
 
-def arguments(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(kind: str, name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """Of what can be given, the arguments that the function `name` takes.
 
     Raises:
@@ -96,15 +96,15 @@ def arguments(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     parameters = signature(kind, name)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(given)
+        return dict(known)
     for p in parameters:
         needed = p.default is p.empty and p.kind is not p.VAR_POSITIONAL
-        if p.kind is p.POSITIONAL_ONLY or (needed and p.name not in given):
+        if p.kind is p.POSITIONAL_ONLY or (needed and p.name not in known):
             raise ValueError(
-                f"{kind} {name!r} needs an argument {p.name!r}, and what it can be given is {', '.join(given)}: name "
+                f"{kind} {name!r} needs an argument {p.name!r}, and what it can be given is {', '.join(known)}: name "
                 "it so, or give it a default"
             )
-    return {p.name: given[p.name] for p in parameters if p.name in given}
+    return {p.name: known[p.name] for p in parameters if p.name in known}
 
 
 def signature(kind: str, name: str) -> list[inspect.Parameter]:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fedjax_core import checks, client_mesh, everywhere, place
+from fedjax_core import checks, client_mesh, place, replicated
 from fedjax_core.placement import CLIENTS
 from pipelines.common import files
 
@@ -121,11 +121,11 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     Raises:
       ValueError: if only some of the three are given, or they make no sense.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
+    options = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in options.items() if value is None]
+    if missing and len(missing) < len(options):
         raise ValueError(
-            f"{', '.join(missing)} not given: give all of {', '.join(given)}, or none where a cluster says"
+            f"{', '.join(missing)} not given: give all of {', '.join(options)}, or none where a cluster says"
         )
     if num_processes is not None and process_id is not None:
         checks.positive_int("num_processes", num_processes, "a run has at least one process")
@@ -152,7 +152,7 @@ def _meet() -> None:
     multihost_utils.sync_global_devices("connected")
     mesh = client_mesh()
     ones = place(np.ones(mesh.size, np.int32), NamedSharding(mesh, PartitionSpec(CLIENTS)))
-    total = jax.jit(jnp.sum, out_shardings=everywhere(mesh))(ones)
+    total = jax.jit(jnp.sum, out_shardings=replicated(mesh))(ones)
     assert int(total) == mesh.size
 
 

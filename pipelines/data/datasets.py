@@ -146,11 +146,11 @@ def _own_reader(name: str) -> Callable[..., Dataset]:
     found = own.find("data set", name)
     parameters = own.signature("data set", name) if callable(found) else []
 
-    def read(**given: Any) -> Dataset:
+    def read(**options: Any) -> Dataset:
         usual = {"sequence_length": text.SEQUENCE_LENGTH, "vocabulary": "characters"}
-        given |= {key: value for key, value in usual.items() if given.get(key) is None}
-        made = found(**own.arguments("data set", name, given)) if callable(found) else found
-        return sources.from_any(made, name=own.short(name), **{key: given[key] for key in usual})
+        options |= {key: value for key, value in usual.items() if options.get(key) is None}
+        made = found(**own.arguments("data set", name, options)) if callable(found) else found
+        return sources.from_any(made, name=own.short(name), **{key: options[key] for key in usual})
 
     keywords = [*_PLACE, *sorted(prepared.TEXT_OPTIONS), *(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)]
     read.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

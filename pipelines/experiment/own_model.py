@@ -44,9 +44,9 @@ def build(name: str, dataset: Dataset) -> Model:
             "vocabulary_size": dataset.vocabulary_size,
             "dataset": dataset,
         }
-        given = own.arguments("model", name, known)
+        arguments = own.arguments("model", name, known)
         with own.telling("model", name):
-            made = found(**given)
+            made = found(**arguments)
     with own.telling("model", name):
         model = _as_model(name, made, _example(dataset))
         _check(name, model, dataset)

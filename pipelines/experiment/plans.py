@@ -107,15 +107,15 @@ def described(plan: Plan) -> str:
     return lanes if plan.mesh is None else f"{lanes} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
 
 
-def kept(config: Config, saved: Config, given: Collection[str]) -> Config:
+def kept(config: Config, saved: Config, explicit: Collection[str]) -> Config:
     """The configuration with the machine fields of a saved one, but for those that are given anew.
 
     A mesh of more devices than there are now is not kept; all there are make the new one.
     """
-    if "mesh" not in given and (saved.mesh or 1) > len(jax.devices()):
-        given = {*given, "mesh", "lanes", "model_parallel"}
+    if "mesh" not in explicit and (saved.mesh or 1) > len(jax.devices()):
+        explicit = {*explicit, "mesh", "lanes", "model_parallel"}
         config = dataclasses.replace(config, mesh=len(jax.devices()))
-    fields = {name: getattr(saved, name) for name in MACHINE_FIELDS if name not in given}
+    fields = {name: getattr(saved, name) for name in MACHINE_FIELDS if name not in explicit}
     return dataclasses.replace(config, **fields)
 
 

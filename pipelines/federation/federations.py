@@ -236,7 +236,7 @@ def options(name: str) -> list[str]:
 def _partition(config: Config, dataset: Dataset, rows: np.ndarray) -> Assignment:
     function = PARTITIONS[config.partition]
     reads = next(iter(inspect.signature(function).parameters))
-    whole = len(rows) == len(dataset.train["y"])
+    takes_all = len(rows) == len(dataset.train["y"])
     if reads == "embeddings":
         source = embedding.embed(dataset, seed=config.partition_seed)
     elif reads == "groups":
@@ -249,7 +249,7 @@ def _partition(config: Config, dataset: Dataset, rows: np.ndarray) -> Assignment
     else:
         source = dataset.train["y"]
     own = {name: getattr(config, name) for name in options(config.partition)}
-    return function(source if whole else source[rows], config.clients, seed=config.partition_seed, **own)
+    return function(source if takes_all else source[rows], config.clients, seed=config.partition_seed, **own)
 
 
 def _add_test_groups(parts: dict[str, Part], train: Assignment, groups: np.ndarray, test_groups: np.ndarray) -> None:

@@ -156,14 +156,16 @@ def _bubbles(axis: Axes, counts: np.ndarray, noun: str) -> None:
 
 def _sizes(axis: Axes, sizes: np.ndarray) -> None:
     low, high = int(sizes.min()), int(sizes.max())
-    spread = low > 0 and high > 20 * low
-    bins = np.geomspace(low, high, 31) if spread else np.linspace(low - 0.5, high + 0.5, min(30, high - low + 1) + 1)
+    logarithmic = low > 0 and high > 20 * low
+    bins = (
+        np.geomspace(low, high, 31) if logarithmic else np.linspace(low - 0.5, high + 0.5, min(30, high - low + 1) + 1)
+    )
     axis.hist(sizes, bins=bins.tolist(), color=figures.COLORS[2])
     axis.axvline(float(sizes.mean()), color="#222222", linewidth=1, label=f"mean {sizes.mean():,.1f}")
     axis.axvline(
         float(np.median(sizes)), color="#222222", linewidth=1, linestyle=":", label=f"median {np.median(sizes):g}"
     )
-    if spread:
+    if logarithmic:
         axis.set_xscale("log")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="training examples of a client", ylabel="clients")

@@ -87,7 +87,7 @@ class Growing:
         """Nothing is saved, so that the next save takes all of it."""
         self._saved = 0
 
-    def whole(self) -> History:
+    def joined(self) -> History:
         """All of it."""
         return _joined(self._parts)
 

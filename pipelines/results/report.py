@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedjax_core import spread
+from fedjax_core import client_statistics
 from pipelines.common import figures, files
 from pipelines.common.progress import duration, size
 from pipelines.configuration import methods
@@ -104,10 +104,10 @@ def clients_parquet(experiment: Experiment, histories: Mapping[str, History], pa
     eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
     sizes = np.diff(experiment.federation.host_population(part).offsets).astype(np.int64)
     clients = len(sizes)
-    whole = [("seed", pa.int64()), ("round", pa.int64()), ("client", pa.int64()), ("examples", pa.int64())]
+    counts = [("seed", pa.int64()), ("round", pa.int64()), ("client", pa.int64()), ("examples", pa.int64())]
     kind = pa.from_numpy_dtype(next(iter(histories.values()))["each/loss"].dtype)
     measured = [("loss", kind), ("accuracy", kind)]
-    schema = pa.schema([("method", pa.string()), *whole, ("part", pa.string()), *measured])
+    schema = pa.schema([("method", pa.string()), *counts, ("part", pa.string()), *measured])
     with pq.ParquetWriter(path, schema) as writer:
         for method, history in histories.items():
             found = early.course(config, history)
@@ -377,7 +377,7 @@ def worst_decile(accuracies: np.ndarray) -> float:
     """Mean accuracy of the tenth of the clients that fare worst; NaN entries are left out, NaN if all are NaN."""
     if np.isnan(accuracies).all():
         return math.nan
-    return float(spread(jnp.asarray(accuracies)).worst_decile)
+    return float(client_statistics(jnp.asarray(accuracies)).worst_decile)
 
 
 def rounds_to_target(accuracy: np.ndarray, eval_rounds: np.ndarray, target: float) -> str:

@@ -74,8 +74,8 @@ def save(
 ) -> journal.Mark:
     """Saves a checkpoint and removes all but the `keep` latest up to this round.
 
-    With several processes, all of them call this, each writes its part of what is spread over them, and the first one
-    the rest; the folder must be one that they share.
+    With several processes, all of them call this, each writes its part of what is distributed over them, and the first
+    one the rest; the folder must be one that they share.
 
     Args:
       folder: holds the checkpoints of one run of one method.
@@ -304,9 +304,9 @@ def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
 
 
 def _whole(leaf: Any) -> Any:
-    """The array as numpy's, or as it is where it is spread over processes."""
-    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
-    return leaf if spread else np.asarray(leaf)
+    """The array as numpy's, or as it is where it is distributed over processes."""
+    distributed = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
+    return leaf if distributed else np.asarray(leaf)
 
 
 def _flat(tree: Any) -> dict[str, tuple[Any, str]]:

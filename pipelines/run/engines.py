@@ -14,11 +14,11 @@ from fedjax_core import (
     continue_rounds,
     continue_staged,
     evaluate,
-    everywhere,
     init_on_host,
     join_tables,
     needed_memory,
     place,
+    replicated,
     shardings,
     split_tables,
 )
@@ -63,12 +63,12 @@ def engine(experiment: Experiment, algorithm: Algorithm) -> Engine:
 def placement(experiment: Experiment) -> Callable[[Any], Any]:
     """Puts arrays where compiled functions want them: with a mesh, whole on every device."""
     mesh = experiment.mesh
-    return (lambda tree: tree) if mesh is None else lambda tree: place(tree, everywhere(mesh))
+    return (lambda tree: tree) if mesh is None else lambda tree: place(tree, replicated(mesh))
 
 
-def whole(experiment: Experiment) -> Any:
+def replicated_results(experiment: Experiment) -> Any:
     """The `out_shardings` of compiled functions whose results are read: whole on every device of a mesh."""
-    return None if experiment.mesh is None else everywhere(experiment.mesh)
+    return None if experiment.mesh is None else replicated(experiment.mesh)
 
 
 def chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ def _in_memory(experiment: Experiment, algorithm: Algorithm) -> Engine:
     population, test, keys = placement(experiment)((experiment.population, tests(experiment), experiment.keys))
     states = partial(initial_states, experiment, algorithm)
     shapes = jax.eval_shape(lambda keys: early.begin(config, algorithm, states(keys)), experiment.keys)
-    mesh, read = experiment.mesh, whole(experiment)
+    mesh, read = experiment.mesh, replicated_results(experiment)
     where = None if mesh is None else shardings(shapes, mesh, batch_axes=1)
 
     def start() -> Any:
@@ -150,7 +150,7 @@ def _staged(experiment: Experiment, algorithm: Algorithm) -> Engine:
 
     def compile(length: int, state: Any) -> Chunk:
         rounds = continue_staged(algorithm, experiment.sampler, length, horizon=config.rounds, mesh=mesh)
-        score = jax.jit(_scoring(experiment, algorithm), out_shardings=whole(experiment))
+        score = jax.jit(_scoring(experiment, algorithm), out_shardings=replicated_results(experiment))
 
         def run(before: Any) -> Any:
             before, models = early.split(before)

@@ -91,9 +91,9 @@ def _digest(leaf: np.ndarray) -> str:
     kept = cache.kept_digest(leaf)
     if kept is not None:
         return kept
-    whole = np.ascontiguousarray(leaf).reshape(leaf.shape)
+    contiguous = np.ascontiguousarray(leaf).reshape(leaf.shape)
     header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(whole))
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(contiguous))
     hashed = sha256(header.getvalue())
-    hashed.update(whole.data)
+    hashed.update(contiguous.data)
     return hashed.hexdigest()

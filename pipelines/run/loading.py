@@ -210,8 +210,8 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
     algorithm = experiment.algorithms[name]
     all_keys = jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds))
     parts, seeds, rounds = [], [], []
-    whole = experiment._replace(config=config, keys=all_keys)
-    for first, batch in train.batches_of(whole, train.seed_batches(out)):
+    all_seeds = experiment._replace(config=config, keys=all_keys)
+    for first, batch in train.batches_of(all_seeds, train.seed_batches(out)):
         expected = jax.eval_shape(partial(_expected, batch, algorithm), batch.keys)
         folder = train.folder_of(out, name, first)
         saved = checkpoint.restore_latest(folder, expected, f"the state of {name}", run=train.run_name(out))

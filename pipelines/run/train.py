@@ -243,14 +243,14 @@ class _Batch(NamedTuple):
 
     Attributes:
       experiment: the experiment with these seeds alone.
-      whole: the configuration of the run.
+      run_config: the configuration of the run.
       label: the method, and the seeds if they joined later, for messages.
       folder: of the checkpoints.
       before: what came of the method's batches before this one.
     """
 
     experiment: Experiment
-    whole: Config
+    run_config: Config
     label: str
     folder: Path
     before: list[Result]
@@ -372,8 +372,8 @@ def _run_with_plan(
     if round:
         reporter.say(f"{label}: going on after round {round}")
     # The round in which each seed stopped; beyond the last one for those that go on.
-    ends = early.last_rounds(config, measured.whole(), eval_rounds, len(experiment.seeds))
-    reporter.log(name, experiment.seeds, 0, measured.whole(), ends)
+    ends = early.last_rounds(config, measured.joined(), eval_rounds, len(experiment.seeds))
+    reporter.log(name, experiment.seeds, 0, measured.joined(), ends)
     reporter.event("compiling", {"method": name, "seeds": experiment.seeds})
 
     grid = [0, *eval_rounds.tolist()]
@@ -393,7 +393,7 @@ def _run_with_plan(
         reporter.say(f"{label}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
     earlier = {method: result.history for method, result in finished.items()}
-    seeds = range(batch.whole.first_seed, batch.whole.first_seed + batch.whole.seeds)
+    seeds = range(batch.run_config.first_seed, batch.run_config.first_seed + batch.run_config.seeds)
     columns: history.Columns | None = None  # of metrics.csv, which is written anew once and then appended to
 
     def save(ending: History | None = None) -> None:
@@ -407,7 +407,7 @@ def _run_with_plan(
         if batch.before and columns is None:
             earlier[name] = _merged(batch.before).history
         if columns is None:
-            everything = earlier if batch.before else {**earlier, name: measured.whole()}
+            everything = earlier if batch.before else {**earlier, name: measured.joined()}
             columns = history.csv_columns(everything)
             stops = early.ends(config, everything, eval_rounds)
             files.write_text(out / "metrics.csv", history.to_csv(everything, seeds, eval_rounds, stops))
@@ -426,7 +426,7 @@ def _run_with_plan(
         state, metrics, scores, is_finite = waited_for(chunks[after - before].run(state))
         new, going = history.from_rounds(metrics, scores), ends > round
         if history.first_bad_round(history.of_seeds(new, going)) or not bool(is_finite):
-            good_round, good = round, measured.whole()
+            good_round, good = round, measured.joined()
             state, saved = first()
             round, info, mark = saved.round, saved.info, saved.mark
             for left, right in pairwise(grid):
@@ -471,7 +471,7 @@ def _run_with_plan(
             break
         if stop:
             raise _interruption(batch, out, round, stop)
-    return Result(measured.whole() | ending, info)
+    return Result(measured.joined() | ending, info)
 
 
 def _evaluation(
@@ -512,7 +512,7 @@ def _per_client(experiment: Experiment, params: Any) -> History:
         return found | {name.replace("train_", ""): value for name, value in found.items() if "train_" in name}
     on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
     tested = _with_weights(
-        jax.jit(on_examples, out_shardings=engines.whole(experiment))(
+        jax.jit(on_examples, out_shardings=engines.replicated_results(experiment))(
             params, engines.placement(experiment)(experiment.test)
         )
     )
@@ -539,7 +539,7 @@ def _on_part(experiment: Experiment, params: Any, part: str) -> History:
 def _part_scorer(experiment: Experiment, part: str) -> Callable[[Any], History]:
     """`_on_part` for one part, to be called again and again: it compiles once."""
     on_examples = jax.vmap(partial(evaluate_examples, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
-    score = jax.jit(on_examples, out_shardings=engines.whole(experiment))
+    score = jax.jit(on_examples, out_shardings=engines.replicated_results(experiment))
     return partial(_scored, experiment, score, part)
 
 
@@ -565,11 +565,11 @@ def _scored(experiment: Experiment, score: Callable[..., Any], part: str, params
         for name, (value, weight) in _with_weights(score(params, place(examples))).items():
             values.setdefault(name, []).append((value[:, -fresh:], weight[:, -fresh:]))
 
-    def whole(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    def concatenated(blocks: Iterable[np.ndarray]) -> np.ndarray:
         return np.concatenate(list(blocks), axis=1)
 
     return {
-        name: _means(whole(v for v, _ in blocks), host.offsets, whole(w for _, w in blocks))
+        name: _means(concatenated(v for v, _ in blocks), host.offsets, concatenated(w for _, w in blocks))
         for name, blocks in values.items()
     }
 
@@ -687,7 +687,7 @@ def _numbers(experiment: Experiment, name: str) -> dict[str, float]:
 def _interruption(batch: _Batch, out: Path, round: int, number: int) -> Interrupted:
     name = batch.label
     where = f"before {name} began" if round == 0 else f"after round {round} of {name}, which is saved"
-    return run_directory.interruption(number, where, batch.whole.command(str(out)))
+    return run_directory.interruption(number, where, batch.run_config.command(str(out)))
 
 
 @contextmanager

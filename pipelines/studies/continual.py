@@ -40,8 +40,8 @@ from fedjax_core import (
     client_mesh,
     continue_rounds,
     evaluate,
-    everywhere,
     place,
+    replicated,
     samplers,
     shardings,
 )
@@ -383,19 +383,19 @@ def _run_method(
     score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
     initial = jax.jit(lambda key: method.init(tasks.model.init(key)))
     shapes = jax.eval_shape(initial, init_key)
-    whole = None if plan.mesh is None else everywhere(plan.mesh)
+    replication = None if plan.mesh is None else replicated(plan.mesh)
     kept = None if plan.mesh is None else shardings(shapes, plan.mesh)
     end_task: Any = None
     chunks: dict[int, Any] = {}
 
-    def spread(tree: Any) -> Any:
-        return tree if whole is None else place(tree, whole)
+    def replicate(tree: Any) -> Any:
+        return tree if replication is None else place(tree, replication)
 
     def alone(tree: Any) -> Any:
-        return tree if whole is None else jax.device_put(tree, jax.devices()[0])
+        return tree if replication is None else jax.device_put(tree, jax.devices()[0])
 
     def scores(state: Any) -> np.ndarray:
-        return np.array([score(method.params(state), spread(tasks.test(j))) for j in range(config.tasks)], float)
+        return np.array([score(method.params(state), replicate(tasks.test(j))) for j in range(config.tasks)], float)
 
     def save(state: Any) -> None:
         arrays = {"accuracy": accuracy, "untrained": untrained}
@@ -421,11 +421,11 @@ def _run_method(
         work.check_writable()
         stop_if_asked(0 if saved is None else saved.round)
     for t in range(len(accuracy), config.tasks):
-        population, end = spread(everything or tasks.population(t)), (t + 1) * config.rounds
+        population, end = replicate(everything or tasks.population(t)), (t + 1) * config.rounds
         while (done := int(state.round)) < end:
             length = min(save_every, end - done)
             if length not in chunks:
-                results = None if kept is None else (kept, whole)
+                results = None if kept is None else (kept, replication)
                 rounds = jax.jit(continue_rounds(method, sampler, length), out_shardings=results)
                 chunks[length] = rounds.lower(state, population, run_key).compile()
             begin = time.monotonic()

@@ -413,8 +413,8 @@ def _trials(
             parts[trial], done = values, done + 1
             after = f"{values['queries'][-1]:g} queries a client" if "queries" in values else f"{study.rounds} rounds"
             say(f"{name}, trial {trial}: F = {values['value'][-1]:.5g} after {after}")
-    whole = [part for part in parts if part is not None]
-    return {k: np.stack([part[k] for part in whole]) for k in whole[0]}
+    present = [part for part in parts if part is not None]
+    return {k: np.stack([part[k] for part in present]) for k in present[0]}
 
 
 def _path(work: Work, name: str, trial: int) -> Path:
@@ -608,14 +608,14 @@ def table(results: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[str], l
     rows = []
     for name, result in results.items():
         final = result["value"][:, -1].astype(float)
-        spread = f" ± {final.std(ddof=1):.2g}" if len(final) > 1 else ""
+        deviation = f" ± {final.std(ddof=1):.2g}" if len(final) > 1 else ""
         needed = ""
         if name != "FZooS":
             needs = queries_to(final, results["FZooS"])
             there = ~np.isnan(needs)
             needed = f"{np.median(needs[there]):g} ({there.sum()} of {len(needs)})" if there.any() else "not reached"
         queries = f"{result['queries'][:, -1].mean():g}" if "queries" in result else "none"
-        rows.append([name, f"{final.mean():.5g}{spread}", queries, needed])
+        rows.append([name, f"{final.mean():.5g}{deviation}", queries, needed])
     return ["method", "final F", "queries per client", "FZooS needs"], rows
 
 

@@ -13,6 +13,7 @@ from fedjax_core import (
     HostPopulation,
     Population,
     Weighted,
+    client_statistics,
     continue_rounds,
     evaluate,
     evaluate_clients,
@@ -20,7 +21,6 @@ from fedjax_core import (
     samplers,
     simulate,
     simulate_staged,
-    spread,
 )
 
 KEY = jax.random.key(0)
@@ -121,7 +121,7 @@ ROWS = [
     ("population first", lambda: run(params=POPULATION, population=PARAMS), TypeError, ["Population", "order"]),
     ("key first", lambda: run(params=KEY, key=PARAMS), TypeError, ["params", "a random key", "order"]),
     ("key as population", lambda: run(population=KEY), TypeError, ["population", "a random key", "from_sizes"]),
-    ("state as params", lambda: run(params=STATE), TypeError, ["FedAvgState", "algorithm.params(state)"]),
+    ("state as params", lambda: run(params=STATE), TypeError, ["ModelState", "algorithm.params(state)"]),
     ("cohort as population", lambda: run(population=COHORT), TypeError, ["Cohort", "algorithm.round"]),
     ("staged cohort", lambda: staged(population=COHORT), TypeError, ["HostPopulation", "Cohort"]),
     ("examples as population", lambda: run(population=EXAMPLES), TypeError, ["dict", "Population.from_sizes"]),
@@ -138,9 +138,9 @@ ROWS = [
     ("NaN", lambda: run(params=NAN), ValueError, ["params['w']", "NaN", "(1,)"]),
     ("NaN staged", lambda: staged(params=NAN), ValueError, ["params['w']", "NaN"]),
     ("NaN in bfloat16", lambda: fedavg().init({"w": jnp.asarray([jnp.inf], jnp.bfloat16)}), ValueError, ["infinite"]),
-    ("spread of pairs", lambda: spread(jnp.zeros((2, 2))), ValueError, ["[2, 2]", "num_clients"]),
-    ("spread of nothing", lambda: spread(None), ValueError, ["float[num_clients]"]),
-    ("spread of complex", lambda: spread(jnp.ones(2, complex)), ValueError, ["complex"]),
+    ("client_statistics of pairs", lambda: client_statistics(jnp.zeros((2, 2))), ValueError, ["[2, 2]", "num_clients"]),
+    ("client_statistics of nothing", lambda: client_statistics(None), ValueError, ["float[num_clients]"]),
+    ("client_statistics of complex", lambda: client_statistics(jnp.ones(2, complex)), ValueError, ["complex"]),
     # Too few for the run.
     ("short schedule", lambda: run(sampler=samplers.schedule([[0]])), ValueError, ["1 rounds", "repeat=True"]),
     ("staged schedule", lambda: staged(sampler=samplers.schedule([[0]])), ValueError, ["1 rounds", "repeat=True"]),
@@ -195,8 +195,8 @@ def test_a_schedule_that_repeats():
 def test_a_spread_over_nobody_is_not_a_number():
     for higher in (True, False):
         for values in (jnp.full(3, jnp.nan), jnp.zeros(0), [np.nan]):
-            assert np.isnan(spread(values, higher_is_better=higher)).all()
-    assert spread([1, 2, 3]).mean == 2
+            assert np.isnan(client_statistics(values, higher_is_better=higher)).all()
+    assert client_statistics([1, 2, 3]).mean == 2
 
 
 def test_an_error_of_ones_own_says_what_the_function_was_given():

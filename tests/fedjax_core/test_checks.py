@@ -27,12 +27,12 @@ from fedjax_core import (
     client_weights,
     continue_rounds,
     continue_staged,
-    everywhere,
     for_each_client,
     init_on_host,
     keys,
     local_work,
     place,
+    replicated,
     samplers,
     simulate,
     simulate_staged,
@@ -395,7 +395,7 @@ def test_an_invalid_cohort_under_jit(devices):
 
     method = DRAWS._replace(round=round)
     sampler = lambda key, t: jnp.where(t == 1, jnp.array([0, 0]), jnp.array([0, 1]))  # noqa: E731
-    args = place((PARAMS, POPULATION, KEY), everywhere(mesh))
+    args = place((PARAMS, POPULATION, KEY), replicated(mesh))
     fine, participants = jax.jit(simulate(method, sampler, 1))(*args)
     assert participants.tolist() == [2]
     assert (fine.params == 1).all()

@@ -258,9 +258,9 @@ def test_vmap_over_a_mesh():
             PROGRAM, shared, jnp.ones(3), population.cohort(np.array([0, 1, 4])), key, work=WORKS[0], plan=plan
         )
 
-    spread = jax.jit(jax.vmap(lambda key: run(Plan(lanes=4, mesh=mesh), key)))(keys)
+    on_mesh = jax.jit(jax.vmap(lambda key: run(Plan(lanes=4, mesh=mesh), key)))(keys)
     single = jax.vmap(lambda key: run(Plan(lanes=1), key))(keys)
-    assert_trees_close(spread._replace(executed_steps=()), single._replace(executed_steps=()), rtol=1e-12, atol=1e-13)
+    assert_trees_close(on_mesh._replace(executed_steps=()), single._replace(executed_steps=()), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

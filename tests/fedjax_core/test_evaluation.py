@@ -11,11 +11,11 @@ from fedjax_core import (
     HostPopulation,
     Population,
     Weighted,
+    client_statistics,
     evaluate,
     evaluate_clients,
     evaluate_examples,
     evaluate_personal,
-    spread,
 )
 
 SIZES = (3, 0, 7, 1, 12)
@@ -62,11 +62,13 @@ def test_personal_models_each_on_its_own_client(population):
 
 def test_spread_over_clients():
     values = np.linspace(0, 1, 25)
-    got = spread(jnp.asarray([*values, np.nan]))
+    got = client_statistics(jnp.asarray([*values, np.nan]))
     np.testing.assert_allclose(got.mean, values.mean())
     np.testing.assert_allclose(got.std, values.std())
     np.testing.assert_allclose(got.worst_decile, values[:3].mean())
-    np.testing.assert_allclose(spread(jnp.asarray(values), higher_is_better=False).worst_decile, values[-3:].mean())
+    np.testing.assert_allclose(
+        client_statistics(jnp.asarray(values), higher_is_better=False).worst_decile, values[-3:].mean()
+    )
 
 
 def every_evaluator(metric, population, batch_size=4):
@@ -122,7 +124,7 @@ def test_short_floats_of_many_examples():
         np.testing.assert_allclose(float(overall[dtype]), np.mean(x > 0.5), rtol=4e-3)
         for found in (clients, personal):
             np.testing.assert_allclose(np.asarray(found[dtype], np.float64), expected, rtol=4e-3)
-    rough = spread(jnp.asarray(x, jnp.bfloat16))
+    rough = client_statistics(jnp.asarray(x, jnp.bfloat16))
     np.testing.assert_allclose([float(rough.mean), float(rough.std)], [x.mean(), x.std()], rtol=1e-2)
 
 

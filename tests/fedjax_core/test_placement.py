@@ -16,8 +16,8 @@ from fedjax_core import (
     client_mesh,
     client_table,
     continue_rounds,
-    everywhere,
     place,
+    replicated,
     samplers,
     shardings,
     simulate,
@@ -56,8 +56,8 @@ def on_mesh(mesh, lanes=None):
     algorithm = scaffold(Plan(lanes=lanes, mesh=mesh))
     state = algorithm.init(params())
     where = shardings(state, mesh)
-    arguments = place(state, where), *place((population(), KEY), everywhere(mesh))
-    run = jax.jit(continue_rounds(algorithm, SAMPLER, ROUNDS), out_shardings=(where, everywhere(mesh)))
+    arguments = place(state, where), *place((population(), KEY), replicated(mesh))
+    run = jax.jit(continue_rounds(algorithm, SAMPLER, ROUNDS), out_shardings=(where, replicated(mesh)))
     return run.lower(*arguments).compile(), arguments
 
 
@@ -89,7 +89,7 @@ def test_a_round_never_gathers_a_table():
     where = shardings(state, mesh)
     shape = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), state, where)
     run = continue_rounds(algorithm, samplers.uniform(num_clients, cohort), 2)
-    compiled = jax.jit(run, donate_argnums=0, out_shardings=(where, everywhere(mesh))).lower(shape, clients, KEY)
+    compiled = jax.jit(run, donate_argnums=0, out_shardings=(where, replicated(mesh))).lower(shape, clients, KEY)
     table = num_clients * width * 4
     analysis = compiled.compile().memory_analysis()
     # The population is whole on each device; what is left of the arguments is an eighth of the table, in place.

@@ -154,11 +154,11 @@ def test_every_plan_ends_a_task_like_a_plain_loop(monkeypatch):
     def end(end_task):
         return ended(end_task, method.init(softmax_params()), seeds=[1], ids=(3, -1, 0, 2))
 
-    alone, spread = end(end_task), end(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task))
+    alone, on_mesh = end(end_task), end(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task))
     monkeypatch.setattr(clients, "for_each_client", reference.for_each_client)
     plain = end(method.end_task)
     assert_trees_close(alone, plain, 1e-11, 1e-13)
-    assert_trees_close(spread, plain, 1e-11, 1e-13)
+    assert_trees_close(on_mesh, plain, 1e-11, 1e-13)
 
 
 def test_ended_tasks_vmap_over_seeds_and_floats_like_a_loop():

@@ -388,11 +388,11 @@ def test_every_plan_ends_a_task_like_a_plain_loop(monkeypatch):
     mesh = jax.make_mesh((2,), ("clients",), devices=jax.devices()[:2])
     method, _, end_task = jitted()
     alone = ended(end_task, start(method, energy=0.9))
-    spread = ended(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task), start(method, energy=0.9))
+    on_mesh = ended(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task), start(method, energy=0.9))
     monkeypatch.setattr(clients, "for_each_client", reference.for_each_client)
     plain = ended(method.end_task, start(method, energy=0.9))
     same_spans(alone, plain)
-    same_spans(spread, plain)
+    same_spans(on_mesh, plain)
 
 
 def test_ending_a_task_draws_from_the_key_alone():

@@ -12,7 +12,7 @@ from pipelines.configuration.config import FEDERATION_FIELDS
 from pipelines.data import datasets
 from pipelines.experiment import setup
 from pipelines.federation import federations, skew
-from pipelines.run import train as driver
+from pipelines.run import train
 
 
 def call(*words):
@@ -174,12 +174,12 @@ def run_with(monkeypatch, tmp_path, outcome, *words):
         reporter.say("running")
         raise outcome
 
-    monkeypatch.setattr(driver, "run", run)
+    monkeypatch.setattr(train, "run", run)
     return call("train", "--no-cache", *SMALL, "--method", "fedavg", "--out", tmp_path / "run", *words)
 
 
 def test_what_will_run_is_said_first(monkeypatch, tmp_path):
-    result = run_with(monkeypatch, tmp_path, driver.Interrupted(2, "saved; go on with X"))
+    result = run_with(monkeypatch, tmp_path, train.Interrupted(2, "saved; go on with X"))
     assert result.exit_code == 130
     assert "go on with X" in result.output
     before, _, _ = result.output.partition("running")
@@ -197,14 +197,14 @@ def test_what_will_run_is_said_first(monkeypatch, tmp_path):
 
 
 def test_divergence_has_exit_code_1(monkeypatch, tmp_path):
-    result = run_with(monkeypatch, tmp_path, driver.Diverged("fedavg stopped in round 3"), "--quiet")
+    result = run_with(monkeypatch, tmp_path, train.Diverged("fedavg stopped in round 3"), "--quiet")
     assert result.exit_code == 1
     assert result.output == "Error: fedavg stopped in round 3\n"
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(driver.Refused("memory suffices for no plan"), 2), (processes.Lost("another process has stopped"), 3)],
+    [(train.Refused("memory suffices for no plan"), 2), (processes.Lost("another process has stopped"), 3)],
 )
 def test_what_the_user_can_mend_is_said_without_a_traceback(monkeypatch, tmp_path, error, status):
     monkeypatch.setattr(processes, "leave", lambda status: None)
@@ -232,7 +232,7 @@ def test_other_errors_are_told_in_a_sentence_and_kept_whole(error, monkeypatch, 
     assert "in run\n    raise outcome" in kept.read_text()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     assert "raise outcome" in run_with(monkeypatch, tmp_path, error).output, "nothing is hidden where nothing is kept"
-    monkeypatch.setattr(driver, "run", lambda experiment, out, *, reporter: 1 / 0)
+    monkeypatch.setattr(train, "run", lambda experiment, out, *, reporter: 1 / 0)
     words = ["--debug", "train", "--no-cache", *SMALL, "--method", "fedavg", "--out", tmp_path / "run"]
     assert isinstance(call(*words).exception, ZeroDivisionError)
 

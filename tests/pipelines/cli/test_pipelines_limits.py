@@ -14,7 +14,7 @@ from pipelines import Config
 from pipelines.cli import commands
 from pipelines.common import files, names
 from pipelines.experiment import memory, setup
-from pipelines.run import train as driver
+from pipelines.run import train
 from pipelines.studies import continual_config, zeroth_order
 
 TINY = shlex.split(
@@ -294,11 +294,11 @@ def test_no_command_line_that_is_built_ends_in_a_traceback(tmp_path, monkeypatch
     """As below, but federations, models and rounds are built and traced: everything but the training."""
 
     def stop(*args, **kwargs):
-        raise driver.Refused("work would begin here")
+        raise train.Refused("work would begin here")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(driver, "run", stop)
+    monkeypatch.setattr(train, "run", stop)
     monkeypatch.setattr("pipelines.federation.federations.save", stop)
     monkeypatch.setattr("pipelines.studies.continual.run", stop)
     monkeypatch.setattr("pipelines.studies.zeroth_order._trials", stop)
@@ -348,5 +348,5 @@ def test_no_command_line_ends_in_a_traceback(tmp_path, monkeypatch):
     assert not bad, json.dumps(bad, indent=1)
     assert 50 < len(begun) < len(calls) / 2, "most are refused before"
     assert not list(tmp_path.glob("fedjax-core-*")), "no error was unexpected"
-    assert driver.saved_config(tmp_path) is None
+    assert train.saved_config(tmp_path) is None
     assert np.all([path.name not in ("config.json", "study.json") for path in tmp_path.rglob("*")])

@@ -163,7 +163,7 @@ def test_one_cluster_is_iid():
     assert np.all(abs(shares - p) < 4.5 * np.sqrt(p * (1 - p) / 80))
 
 
-def spread_within_clients(embeddings, split):
+def std_within_clients(embeddings, split):
     """Mean squared distance of examples to the mean of their client."""
     return sum(np.square(embeddings[rows] - embeddings[rows].mean(axis=0)).sum() for rows in split) / len(split.rows)
 
@@ -172,15 +172,13 @@ def test_clients_are_alike_inside_and_the_more_so_the_smaller_alpha(features, di
     values = [
         np.mean(
             [
-                spread_within_clients(
-                    features, embedding.embedding(features, CLIENTS, alpha=alpha, min_size=5, seed=seed)
-                )
+                std_within_clients(features, embedding.embedding(features, CLIENTS, alpha=alpha, min_size=5, seed=seed))
                 for seed in range(4)
             ]
         )
         for alpha in (0.5, 5, 1000)
     ]
-    iid = spread_within_clients(features, partition.iid(digits.train["y"], CLIENTS))
+    iid = std_within_clients(features, partition.iid(digits.train["y"], CLIENTS))
     assert values[0] < values[1] < values[2]
     assert values[0] < 0.6 * iid
     np.testing.assert_allclose(values[2], iid, rtol=0.1)

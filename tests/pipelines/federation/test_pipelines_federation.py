@@ -14,7 +14,7 @@ from pipelines.data import datasets
 from pipelines.data.datasets import Dataset
 from pipelines.experiment import setup
 from pipelines.federation import federations, portrait
-from pipelines.run import train as driver
+from pipelines.run import train
 
 IRIS = Config(dataset="iris", clients=6, min_size=2)
 
@@ -204,7 +204,7 @@ def runs(tmp_path_factory):
         seeds=2, epochs=1,
     )  # fmt: skip
     for staged in (False, True):
-        driver.train(dataclasses.replace(config, staged=staged), folder / str(staged))
+        train.train(dataclasses.replace(config, staged=staged), folder / str(staged))
     return config, folder
 
 
@@ -219,13 +219,13 @@ def test_a_staged_run_writes_the_same_numbers(runs):
 def test_a_staged_run_resumes_bit_for_bit(runs, tmp_path):
     config, folder = runs
     config = dataclasses.replace(config, staged=True)
-    driver.train(config, tmp_path / "run")
+    train.train(config, tmp_path / "run")
     last = sorted((tmp_path / "run" / "checkpoints" / "scaffold").glob("round-*"))
     for path in last[1:]:
         for file in sorted(path.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         path.rmdir()
-    driver.train(config, tmp_path / "run")
+    train.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (folder / "True" / "metrics.csv").read_bytes()
 
 
@@ -234,7 +234,7 @@ def test_clients_are_scored_on_their_own_examples(runs):
     config, folder = runs
     with jax.enable_x64(False):
         experiment = setup.prepare(config)
-        params = jax.tree.map(lambda leaf: leaf[1], driver.final_params(folder / "False", "scaffold"))
+        params = jax.tree.map(lambda leaf: leaf[1], train.final_params(folder / "False", "scaffold"))
         with (folder / "False" / "clients.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["seed"] == "1"]
         for part, column in (("train", "train_accuracy"), ("test", "accuracy")):
@@ -250,7 +250,7 @@ def test_clients_are_scored_on_their_own_examples(runs):
 
 def test_a_loss_that_is_no_number_stays_with_its_client():
     values = np.array([[1.0, 3.0, np.nan, 5.0, 7.0], [2.0, 2.0, np.inf, 4.0, 4.0]])
-    means = driver._means(values, np.array([0, 2, 3, 3, 5]))
+    means = train._means(values, np.array([0, 2, 3, 3, 5]))
     np.testing.assert_array_equal(means, [[2, np.nan, np.nan, 6], [2, np.inf, np.nan, 4]])
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 from pipelines.cli import commands
-from pipelines.studies import zeroth_order as experiments
+from pipelines.studies import zeroth_order
 
 
 @pytest.fixture(autouse=True)
@@ -32,23 +32,23 @@ def values_at(task, x):
 
 @pytest.mark.parametrize("heterogeneity", [0.5, 50.0])
 def test_the_clients_average_is_one_quadratic_with_a_known_minimum(heterogeneity):
-    task = experiments.synthetic(3, dim=20, clients=4, heterogeneity=heterogeneity)
+    task = zeroth_order.synthetic(3, dim=20, clients=4, heterogeneity=heterogeneity)
     x = np.random.default_rng(0).uniform(size=20)
     u = 20 * x - 10
     np.testing.assert_allclose(values_at(task, x).mean(), 0.1 / 20 * ((u**2).sum() + u.sum() + 1), rtol=1e-4)
     np.testing.assert_allclose(values_at(task, np.full(20, 0.475)).mean(), task.optimum, rtol=1e-4)
     assert np.ptp(values_at(task, x)) > 0
-    other = experiments.synthetic(4, dim=20, clients=4, heterogeneity=heterogeneity)
+    other = zeroth_order.synthetic(4, dim=20, clients=4, heterogeneity=heterogeneity)
     assert not np.array_equal(other.start, task.start)
 
 
 @pytest.mark.parametrize(("function", "minimum"), [("ackley", 0.5), ("levy", 0.55)])
 def test_alike_clients_have_the_standard_functions(function, minimum):
     """Ackley is 0 at u = 0, Levy at u = 1."""
-    task = experiments.synthetic(0, function=function, dim=12, heterogeneity=0.0)
+    task = zeroth_order.synthetic(0, function=function, dim=12, heterogeneity=0.0)
     np.testing.assert_allclose(values_at(task, np.full(12, minimum)), 0, atol=1e-4)
     assert (values_at(task, np.full(12, 0.1)) > 1).all()
-    far = values_at(experiments.synthetic(0, function=function, dim=12, heterogeneity=5.0), np.full(12, minimum))
+    far = values_at(zeroth_order.synthetic(0, function=function, dim=12, heterogeneity=5.0), np.full(12, minimum))
     assert (far > 0.1).all()
 
 
@@ -58,8 +58,8 @@ def test_alike_clients_have_the_standard_functions(function, minimum):
 )
 def test_scores_are_those_of_scikit_learn(score, reference):
     """On every client's own examples, of which there are unequally many."""
-    task = experiments.metric(0, score=score, dataset="wine", clients=3, hidden=4, pretraining=1)
-    model, start, population, _ = experiments._pretrained("wine", None, 3, 10.0, 4, 1, 0)
+    task = zeroth_order.metric(0, score=score, dataset="wine", clients=3, hidden=4, pretraining=1)
+    model, start, population, _ = zeroth_order._pretrained("wine", None, 3, 10.0, 4, 1, 0)
     for i, value in enumerate(values_at(task, np.full(task.start.size, 0.5))):
         own = population.client(i)
         predicted = np.argmax(model.apply(start, own["x"]), axis=1)
@@ -69,10 +69,10 @@ def test_scores_are_those_of_scikit_learn(score, reference):
 
 
 def test_images_may_be_made_smaller_for_a_metric():
-    task = experiments.metric(0, clients=3, hidden=4, pretraining=1, pool=2)
+    task = zeroth_order.metric(0, clients=3, hidden=4, pretraining=1, pool=2)
     assert task.start.size == 4 * 4 * 4 + 4 + 4 * 10 + 10
-    _, _, whole, _ = experiments._pretrained("digits", None, 3, 10.0, 4, 1, 0)
-    _, _, pooled, _ = experiments._pretrained("digits", None, 3, 10.0, 4, 1, 0, 2)
+    _, _, whole, _ = zeroth_order._pretrained("digits", None, 3, 10.0, 4, 1, 0)
+    _, _, pooled, _ = zeroth_order._pretrained("digits", None, 3, 10.0, 4, 1, 0, 2)
     for row in range(2):
         for column in range(2):
             square = np.asarray(whole.examples["x"])[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
@@ -80,9 +80,9 @@ def test_images_may_be_made_smaller_for_a_metric():
 
 
 def test_an_attack_starts_from_an_image_that_all_have_right_and_moves_pixels_by_at_most_epsilon():
-    task = experiments.attack(1, clients=3, hidden=8)
+    task = zeroth_order.attack(1, clients=3, hidden=8)
     assert (values_at(task, task.start) > 0).all()
-    still = experiments.attack(1, clients=3, hidden=8, epsilon=0.0)
+    still = zeroth_order.attack(1, clients=3, hidden=8, epsilon=0.0)
     x = np.random.default_rng(0).uniform(size=64)
     np.testing.assert_allclose(values_at(still, x), values_at(task, task.start), rtol=1e-5)
     assert not np.allclose(values_at(task, x), values_at(task, task.start), rtol=1e-3)
@@ -91,9 +91,9 @@ def test_an_attack_starts_from_an_image_that_all_have_right_and_moves_pixels_by_
 @pytest.mark.parametrize("name", ["FedZO", "FZooS"])
 def test_steps_end_at_the_faces_of_the_box(name):
     """Outside, a function is flat: nothing would lead back."""
-    study = experiments.Study("synthetic", steps=3, lr=0.4, directions=2, features=20, neighbors=20, capacity=70)
-    task = experiments.synthetic(0, dim=6, clients=2)
-    algorithm = experiments.build(name, study, task)
+    study = zeroth_order.Study("synthetic", steps=3, lr=0.4, directions=2, features=20, neighbors=20, capacity=70)
+    task = zeroth_order.synthetic(0, dim=6, clients=2)
+    algorithm = zeroth_order.build(name, study, task)
     state, cohort = algorithm.init(jnp.full(6, 0.99)), task.population.cohort(np.arange(2))
     state, _ = jax.jit(algorithm.round)(state, cohort, jax.random.key(0))
     assert ((algorithm.params(state) >= 0) & (algorithm.params(state) <= 1)).all()
@@ -152,9 +152,9 @@ def test_mistakes_are_named(words, said, tmp_path):
 
 def test_methods_with_gradients_are_there_where_the_function_has_them():
     """With one step a round, FedAvg takes the mean of the clients' first steps of Adam."""
-    task = experiments.synthetic(0, dim=6, clients=2)
-    study = experiments.Study("synthetic", rounds=2, steps=1)
-    result = jax.jit(experiments.curve("FedAvg with gradients", study, task))(
+    task = zeroth_order.synthetic(0, dim=6, clients=2)
+    study = zeroth_order.Study("synthetic", rounds=2, steps=1)
+    result = jax.jit(zeroth_order.curve("FedAvg with gradients", study, task))(
         task.population, task.start, jax.random.key(0)
     )
     assert set(result) == {"value"}
@@ -169,10 +169,10 @@ def test_methods_with_gradients_are_there_where_the_function_has_them():
 @pytest.mark.parametrize(("task", "known"), [("synthetic", True), ("metric", False)])
 def test_methods_with_gradients_are_compared_only_where_there_are_gradients(task, known, tmp_path, monkeypatch):
     names, curves = [], {"value": np.ones((1, 2)), "queries": np.ones((1, 2))}
-    monkeypatch.setattr(experiments, "_trials", lambda name, *rest: names.append(name) or curves)
+    monkeypatch.setattr(zeroth_order, "_trials", lambda name, *rest: names.append(name) or curves)
     options = {"synthetic": {"dim": 6}, "metric": {"dataset": "wine", "hidden": 4, "pretraining": 1, "clients": 3}}
-    experiments.compare(experiments.Study(task, tuple(options[task].items()), trials=1), tmp_path)
-    assert names == [*experiments.METHODS, *(experiments.REFERENCES if known else ())]
+    zeroth_order.compare(zeroth_order.Study(task, tuple(options[task].items()), trials=1), tmp_path)
+    assert names == [*zeroth_order.METHODS, *(zeroth_order.REFERENCES if known else ())]
 
 
 def test_a_new_process_solves_with_one_thread(tmp_path):
@@ -195,4 +195,4 @@ zeroth_order.compare(zeroth_order.Study("synthetic", trials=1), pathlib.Path(sys
 
 def test_queries_until_a_target_is_reached():
     result = {"value": np.array([[3.0, 2.0, 1.0], [3.0, 3.0, 2.5]]), "queries": np.array([[0, 10, 20], [0, 10, 20]])}
-    np.testing.assert_array_equal(experiments.queries_to(np.array([2.0, 2.0]), result), [10, np.nan])
+    np.testing.assert_array_equal(zeroth_order.queries_to(np.array([2.0, 2.0]), result), [10, np.nan])
