@@ -3,6 +3,8 @@
 Knows no paper, no data set and no neural-network library.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from fedjax_core import checks, keys, linalg, masks, samplers, shuffle, sums
 from fedjax_core.aggregation import (
     Aggregator,
@@ -84,6 +86,11 @@ from fedjax_core.types import (
     Scalar,
 )
 
+try:
+    __version__ = version("fedjax-core")
+except PackageNotFoundError:  # a source tree on the path that nobody has installed
+    __version__ = "0+source"
+
 __all__ = [
     "Aggregator",
     "Algorithm",
@@ -118,6 +125,7 @@ __all__ = [
     "Trial",
     "ValidSampler",
     "Weighted",
+    "__version__",
     "add_scaled",
     "batch_loss",
     "checked_round",
