@@ -1,0 +1,37 @@
+"""Builds the documentation into `site/`; any warning, a broken link among them, is an error.
+
+    python docs/build.py [--write] [--out DIR]
+
+`--write` first brings the cards on the pages of methods up to date with the docstrings.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]
+
+
+def main() -> int:
+    """Parses the command line and builds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="bring cards up to date before building")
+    parser.add_argument("--out", default=str(DOCS.parent / "site"), help="where the site goes (default: site/)")
+    options = parser.parse_args()
+    if options.write:
+        import cards
+
+        for path in sorted((DOCS / "methods").glob("*.md")):
+            path.write_text(cards.renewed(path.read_text()))
+    try:
+        from sphinx.cmd.build import build_main
+    except ImportError:
+        print("the site is built by sphinx: python -m pip install '.[docs]'", file=sys.stderr)
+        return 1
+    doctrees = str(Path(options.out) / ".doctrees")
+    return build_main(["-q", "-W", "--keep-going", "-d", doctrees, str(DOCS), options.out])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
