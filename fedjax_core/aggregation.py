@@ -120,9 +120,12 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
         on_host = np.asarray(weights, np.float64)
         weights = on_host / on_host.max()  # before they become float32, in which they may be nothing or infinite
     values = jnp.asarray(weights, dtype)
-    # In proportion to the largest, so that the sum can neither overflow nor vanish.
+    # In proportion to the largest, so that the sum can neither overflow nor vanish. Divided by in two steps: the
+    # inverse of a number near the largest that there is, with which compilers multiply instead, is taken for 0.
+    values = values * jnp.where(jnp.max(values) > 2.0**64, 2.0**-64, 1).astype(dtype)
     largest = jnp.max(values)
     values = values / jnp.where(largest > 0, largest, 1)
+    values = jnp.where(values < 0, jnp.nan, values)  # of tracers, which nobody else looks at
     mean = sums.total(values) / values.shape[0]
     return jnp.where(mask, values[jnp.maximum(cohort.ids, 0)] / jnp.where(mean > 0, mean, 1), 0)
 
@@ -150,6 +153,12 @@ def check_weights(weights: Any) -> None:
         raise ValueError(
             f"weights must be finite and at least 0, got {on_host[~good][0]:g} for client {int(np.argmin(good))}: pass "
             "non-negative weights"
+        )
+    lost = (on_host > 0) & (on_host < on_host.max() * float(jnp.finfo(jnp.result_type(float)).tiny))
+    if lost.any():
+        raise ValueError(
+            f"weights holds {on_host[lost][0]:g} for client {int(np.argmax(lost))} beside {on_host.max():g}, in the "
+            "precision of averages no more than 0: pass weights that are closer together, or 0"
         )
     if not (on_host > 0).any():
         raise ValueError("weights are 0 for every client, which leaves no mean: give some client a positive weight")

@@ -192,7 +192,9 @@ def check_rounds(done: Any, more: int) -> None:
     """Raises OverflowError-like ValueError if a state's counter of rounds, where it can be seen, cannot go on."""
     if not checks.is_concrete(done) or (isinstance(done, jax.Array) and not done.is_fully_addressable):
         return
-    most = int(np.max(done))
+    most, least = int(np.max(done)), int(np.min(done))
+    if least < 0:
+        raise ValueError(f"state.round is {least}, and no number of rounds: begin with algorithm.init(params)")
     if most + more > MOST_ROUNDS:
         raise ValueError(
             f"state.round is {most}, and {more} more rounds are beyond {MOST_ROUNDS}, the most it can count: begin a "
@@ -229,7 +231,14 @@ def _checked_ids(client_params: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(client_params)
     def checked(state: Any, ids: Any) -> Any:
-        return client_params(state, checks.client_numbers(ids))
+        ids = checks.client_numbers(ids)
+        if checks.is_concrete(ids) and np.size(ids):
+            sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(split_tables(state)[1]) if jnp.ndim(leaf)]
+            least, most = int(np.min(ids)), int(np.max(ids))
+            if least < 0 or (sizes and most >= min(sizes)):
+                of = f"0 to {min(sizes) - 1}" if sizes else "from 0 on"
+                raise ValueError(f"ids holds {least if least < 0 else most}: clients are numbered {of}")
+        return client_params(state, ids)
 
     checked._has_checks = True  # type: ignore[attr-defined]
     return checked

@@ -69,6 +69,12 @@ class LocalWork(NamedTuple):
         for name, value in (("num_epochs", self.num_epochs), ("num_steps", self.num_steps)):
             if np.ndim(value) == 1:
                 cohort.check_per_client(name, value)
+        total = checks.leading_axis(cohort.examples)
+        if self.batch_size > max(total, 2**24):
+            raise ValueError(
+                f"batch_size={self.batch_size}, but all clients together have {total} examples, and every batch has "
+                "room for batch_size: the size of the largest client makes full batches"
+            )
         if self.num_epochs is None or not all(map(checks.is_concrete, (self.num_epochs, cohort.ids, cohort.sizes))):
             return
         epochs = np.asarray(self.num_epochs, np.int64)

@@ -40,8 +40,12 @@ def scalar(
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
+    finite: bool = True,
 ) -> Any:
-    """Returns a float hyper-parameter unchanged after checking it lies in its interval (tracers pass)."""
+    """Returns a float hyper-parameter unchanged after checking it lies in its interval (tracers pass).
+
+    Infinity is refused unless `finite` is false, and so is what becomes infinite in the precision that JAX computes in.
+    """
     if not is_concrete(value):
         return value
     array = np.asarray(value)
@@ -55,6 +59,9 @@ def scalar(
         raise ValueError(
             f"{name} must lie in {left}{low:g}, {high:g}{right}, got {number:g}: choose a value in that interval"
         )
+    largest = float(jnp.finfo(jnp.result_type(float)).max)
+    if finite and abs(number) > largest:
+        raise ValueError(f"{name} must be at most {largest:g} in size, got {number:g}: choose a finite number")
     return value
 
 
@@ -397,7 +404,8 @@ def not_called(optimizer: Callable[..., Any]) -> bool:
         first = None
     inner = getattr(optimizer, "func", optimizer)  # of a functools.partial
     return (
-        first in ("learning_rate", "lr", "step_size") or str(getattr(inner, "__module__", "")).split(".")[0] == "optax"
+        first in ("learning_rate", "lr", "rate", "step_size")
+        or str(getattr(inner, "__module__", "")).split(".")[0] == "optax"
     )
 
 

@@ -403,8 +403,8 @@ def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Para
 
 def mean_over_participants(values: Array, cohort: Cohort) -> Array:
     """float[], mean of numbers [C] over the participants of a cohort; 0 where there are none."""
-    total = jnp.sum(jnp.where(cohort.mask, values, 0)).astype(jnp.result_type(float))
-    return total / jnp.maximum(cohort.num_participants, 1)
+    total = sums.total(jnp.where(cohort.mask, values, 0))
+    return (total / jnp.maximum(cohort.num_participants, 1)).astype(jnp.result_type(float))
 
 
 def _check_step(carry: PyTree, stepped: Any) -> None:

@@ -125,6 +125,11 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
             full, fourth, back = (tried(scale, p) - still for scale in (1, 0.25, -1))
             if not np.isfinite([full, fourth, back]).all():
                 return
+            if (full > 0).any() and not p:
+                raise ValueError(
+                    "the method divides what a client has moved by the length of its local work, and this "
+                    "client_optimizer climbs: pass one with a learning rate above 0"
+                )
             difference = max(np.abs(full - 4 * fourth).max(), np.abs(full + back).max())
             if difference > tolerance * np.abs(full).max() + 64 * rounding * np.abs(still).max():
                 raise ValueError(

@@ -28,6 +28,11 @@ class Plan:
             checks.positive_int("lanes", self.lanes, "1 trains one client after another")
         if self.mesh is None:
             return
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(
+                f"mesh must be a jax.sharding.Mesh, got {type(self.mesh).__name__}: pass for example "
+                f"jax.make_mesh((2,), ({self.axis!r},)), or fedjax_core.client_mesh(2)"
+            )
         if self.axis not in self.mesh.shape:
             raise ValueError(
                 f"axis {self.axis!r} is not an axis of the mesh, which has {tuple(self.mesh.shape)}: build it with "

@@ -200,12 +200,15 @@ def bernoulli(probabilities: Any, num_clients: int | None = None) -> ValidSample
 def cyclic(num_clients: int, cohort_size: int) -> ValidSampler:
     """Clients in turn: a random order fixed by the key, cut into cohorts; the last may wrap to the front."""
     _check_sizes(num_clients, cohort_size)
+    # round * cohort_size mod num_clients, bit by bit of the round: the product itself is more than 32 bits hold.
+    of_bits = np.array([(cohort_size << bit) % num_clients for bit in range(31)], np.uint32)
 
     def sample(key: Key, round: Array) -> Array:
-        # Only the round within the cycle matters, which also keeps the product below from overflowing.
-        cycle = num_clients // np.gcd(num_clients, cohort_size)
-        position = ((round % cycle) * cohort_size + jnp.arange(cohort_size, dtype=jnp.int32)) % num_clients
-        return shuffle.permute(shuffle.seed(key), position, jnp.int32(num_clients))
+        size, first = jnp.uint32(num_clients), jnp.uint32(0)
+        for bit, offset in enumerate(of_bits):
+            first = (first + jnp.where((round >> bit) & 1, offset, np.uint32(0))) % size
+        position = (first + jnp.arange(cohort_size, dtype=jnp.uint32)) % size
+        return shuffle.permute(shuffle.seed(key), position.astype(jnp.int32), jnp.int32(num_clients))
 
     return ValidSampler(sample, num_clients)
 
@@ -221,7 +224,9 @@ def periodic(probabilities: Any, period: int, num_clients: int | None = None) ->
 
     def sample(key: Key, round: Array) -> Array:
         phase = jax.random.randint(key, rates.shape, 0, period)
-        return _present((round % period + phase) % period < active)
+        # Of 32 bits without a sign, which hold the sum of two numbers below the period.
+        since = (jnp.uint32(round % period) + phase.astype(jnp.uint32)) % jnp.uint32(period)
+        return _present(since < active.astype(np.uint32))
 
     return ValidSampler(sample, len(rates))
 

@@ -137,5 +137,5 @@ def fedlex(
 
 
 def _mean(tree: fc.Params) -> fc.Array:
-    leaves: list[fc.Array] = jax.tree.leaves(tree)
+    leaves: list[fc.Array] = jax.tree.leaves(fc.sums.widen(tree))
     return sum((jnp.sum(leaf) for leaf in leaves), jnp.zeros(())) / sum(leaf.size for leaf in leaves)

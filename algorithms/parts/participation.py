@@ -65,7 +65,7 @@ def check_probabilities(probabilities: Any, num_clients: int | None = None, *oth
         )
     if fc.checks.is_concrete(probabilities):
         rates = np.asarray(probabilities)
-        bad = rates[~((rates > 0) & (rates <= 1))]
+        bad = rates[~((rates >= jnp.finfo(jnp.result_type(float)).tiny) & (rates <= 1))]
         if bad.size:
             raise ValueError(
                 f"probabilities must lie in (0, 1], got {bad[0]}: leave clients that never take part out of the "

@@ -103,8 +103,8 @@ def pgd(
     fc.checks.scalar("step_size", step_size, low=0)
     fc.checks.positive_int("attack_steps", attack_steps, "an attack takes at least one step")
     fc.checks.one_of("norm", norm, ("linf", "l2"))
-    least_high: Any = fc.checks.scalar("low", low) if fc.checks.is_concrete(low) else -math.inf
-    fc.checks.scalar("high", high, low=least_high)
+    least_high: Any = fc.checks.scalar("low", low, finite=False) if fc.checks.is_concrete(low) else -math.inf
+    fc.checks.scalar("high", high, low=least_high, finite=False)
 
     def attack(params: fc.Params, examples: Any, key: Any, mask: Any = None) -> Any:
         clean, unit = _pixels(examples["x"])

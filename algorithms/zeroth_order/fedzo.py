@@ -10,16 +10,8 @@ import fedjax_core as fc
 from algorithms.zeroth_order.estimators import Estimate, finite_differences, num_queries
 
 
-class FedZOState(NamedTuple):
-    """Global model x, queries made so far by all clients, int32[], and the number of rounds done."""
-
-    params: fc.Params
-    queries: fc.Array
-    round: fc.Counter = 0
-
-
 class Queries(NamedTuple):
-    """Queries made in this round by all participants, corrections included, int32[]."""
+    """Queries made in this round by all participants, corrections included, float[]: more than int32 can count."""
 
     queries: fc.Array
 
@@ -121,10 +113,7 @@ def _fedzo(
     clients = fc.local_training(**local)
     estimate = finite_differences(loss_fn, num_directions=num_directions, mu=mu)
 
-    def init(params: fc.Params) -> FedZOState:
-        return FedZOState(params, jnp.int32(0))
-
-    def update(state: FedZOState, cohort: fc.Cohort, key: fc.Key):
+    def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         pull = jnp.where(state.round > 0, proximal, 0)
 
         def direction(y, batch, x, _):
@@ -134,19 +123,18 @@ def _fedzo(
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
         results = clients.run(program, state.params, (), cohort, key)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
-        queries = jnp.sum(results.steps, dtype=jnp.int32) * num_queries(num_directions, state.params)
-        return FedZOState(params, state.queries + queries), results, Queries(queries)
+        queries = fc.sums.total(results.steps) * num_queries(num_directions, state.params)
+        return state._replace(params=params), results, Queries(queries)
 
-    return fc.federated(init, update)
+    return fc.federated(fc.ModelState, update)
 
 
 class ScaffoldZOState(NamedTuple):
-    """Global model x, control c and the clients' c_i (both () in option I), queries as in FedZO, the rounds done."""
+    """Global model x, control c and the clients' c_i (both () in option I), and the number of rounds done."""
 
     params: fc.Params
     control: fc.Params
     client_controls: fc.ClientTable
-    queries: fc.Array
     round: fc.Counter = 0
 
 
@@ -197,7 +185,7 @@ def scaffold_zo(
 
     def init(params: fc.Params) -> ScaffoldZOState:
         zeros = optax.tree.zeros_like(params) if option == "II" else ()
-        return ScaffoldZOState(params, fc.sums.widen(zeros), fc.client_table(num_clients, zeros), jnp.int32(0))
+        return ScaffoldZOState(params, fc.sums.widen(zeros), fc.client_table(num_clients, zeros))
 
     def direction(y, batch, shared, c_i):
         _, c = shared
@@ -221,14 +209,14 @@ def scaffold_zo(
             program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=displacement)
             results = clients.run(program, (state.params, at_x.aggregate), at_x.outputs, cohort, key)
             results = results._replace(uploaded=results.uploaded + at_x.uploaded)
-            queries = (jnp.sum(at_x.steps, dtype=jnp.int32) + jnp.sum(results.steps, dtype=jnp.int32)) * each
+            queries = (fc.sums.total(at_x.steps) + fc.sums.total(results.steps)) * each
             delta = results.aggregate
         else:
             program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=with_control, with_mean=True)
             c_i = fc.gather(state.client_controls, cohort)
             shared = state.params, fc.sums.cast_like(state.control, state.params)
             results = clients.run(program, shared, c_i, cohort, key)
-            queries = jnp.sum(results.steps, dtype=jnp.int32) * each
+            queries = fc.sums.total(results.steps) * each
             delta, change = results.aggregate
             share = jnp.sum(results.weights) / num_clients
             state = state._replace(
@@ -236,7 +224,7 @@ def scaffold_zo(
                 client_controls=fc.scatter(state.client_controls, cohort, results.outputs),
             )
         params = fc.add_scaled(state.params, server_lr, delta)
-        return state._replace(params=params, queries=state.queries + queries), results, Queries(queries)
+        return state._replace(params=params), results, Queries(queries)
 
     return fc.federated(init, update)
 

@@ -32,11 +32,10 @@ class Memory(NamedTuple):
 
 
 class FZooSState(NamedTuple):
-    """Global model x, the clients' memories, queries made so far by all clients int32[], and the rounds done."""
+    """Global model x, the clients' memories, and the number of rounds done."""
 
     params: fc.Params
     memories: fc.ClientTable
-    queries: fc.Array
     round: fc.Counter = 0
 
 
@@ -53,7 +52,7 @@ class Accuracy(NamedTuple):
 
 
 class FZooSMetrics(NamedTuple):
-    """Queries of all participants in this round int32[]; mean of f_i(x) at its start; accuracy, or () unless asked.
+    """Queries of all participants in this round, float[]; mean of f_i(x) at its start; accuracy, or () unless asked.
 
     The means are NaN in a round without participants.
     """
@@ -200,7 +199,7 @@ def fzoos(
     def init(params: fc.Params) -> FZooSState:
         x, _ = flatten(params)
         memories = fc.client_table(num_clients, Memory(empty_history(capacity, x), x))
-        return FZooSState(params, memories, jnp.int32(0))
+        return FZooSState(params, memories)
 
     def update(state: FZooSState, cohort: fc.Cohort, key: fc.Key):
         optimizer = fc.optimizer_at(client_optimizer, state.round)
@@ -307,24 +306,24 @@ def fzoos(
         num_new = fc.mean_over_participants(new, cohort)
         downloaded = results.downloaded - num_new * nu.size
         uploaded = results.uploaded + surveyed.uploaded - num_new * nu.size
-        queries = jnp.sum(new) * (1 + initial) + jnp.sum(cohort.mask & ~new) * (1 + survey)
-        queries += jnp.sum(results.steps) * (active + 1)
+        # Counted in floats: many clients with many steps ask more than int32 can count.
+        asked = fc.sums.total(new), fc.sums.total(cohort.mask & ~new), fc.sums.total(results.steps)
+        queries = asked[0] * (1 + initial) + asked[1] * (1 + survey) + asked[2] * (active + 1)
         if safeguard:
             last = fc.ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
             check = once.run(last, x_new, (), cohort, safeguard_key)
             x_new = jnp.where(check.aggregate < at_x, x_new, x)
             downloaded, uploaded = downloaded + check.downloaded, uploaded + check.uploaded
-            queries += jnp.sum(check.steps)
+            queries += fc.sums.total(check.steps)
 
         def measured(mean: fc.Array) -> fc.Array:
             return jnp.where(cohort.num_participants > 0, mean, jnp.nan)
 
         params = unravel(x_new)
-        queries = queries.astype(jnp.int32)
         if diagnose:
             steps = jnp.maximum(results.steps, 1).astype(x.dtype)
             accuracy = jax.tree.map(lambda total: measured(jnp.sum(share * total / steps)), accuracy)
-        state = FZooSState(params, fc.scatter(state.memories, cohort, memories), state.queries + queries)
+        state = FZooSState(params, fc.scatter(state.memories, cohort, memories))
         extra = FZooSMetrics(queries, measured(at_x), accuracy if diagnose else ())
         return state, results._replace(downloaded=downloaded, uploaded=uploaded), extra
 

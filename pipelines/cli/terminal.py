@@ -213,7 +213,7 @@ def check_jax() -> None:
         )
     try:
         jax.devices()
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, AttributeError, ValueError) as error:  # `python -O` leaves assertions out
         asked = os.environ.get("JAX_PLATFORMS") or _configured("jax_platforms")
         if asked:
             said = f"JAX_PLATFORMS={asked}, but JAX finds no such device ({_first_line(error)}): unset it, or"

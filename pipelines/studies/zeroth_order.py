@@ -281,13 +281,15 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
         def body(state: Any, _: None) -> tuple[Any, Any]:
             state, metrics = one(state, population, key)
             accuracy = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "accuracy", ()))
-            return state, (value(algorithm.params(state)), getattr(state, "queries", ()), accuracy)
+            asked = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "queries", ()))
+            return state, (value(algorithm.params(state)), asked, accuracy)
 
         state = algorithm.init(start)
         _, (values, queries, accuracy) = jax.lax.scan(body, state, length=study.rounds)
         result = {"value": jnp.concatenate([value(start)[None], values])}
         if name in METHODS:
-            result["queries"] = jnp.concatenate([jnp.zeros(1, queries.dtype), queries]) / population.num_clients
+            so_far = jnp.cumsum(jnp.concatenate([jnp.zeros(1, queries.dtype), queries]))
+            result["queries"] = so_far / population.num_clients
         return result | ({"cosine": accuracy.cosine, "error": accuracy.error} if accuracy else {})
 
     return run

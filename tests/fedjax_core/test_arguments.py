@@ -11,6 +11,7 @@ import pytest
 import algorithms
 from fedjax_core import (
     HostPopulation,
+    Plan,
     Population,
     Weighted,
     client_statistics,
@@ -235,3 +236,42 @@ def test_parameters_that_a_compiled_function_has_closed_over_are_looked_at():
     array = jnp.asarray(NAN["w"], jnp.float32)
     with pytest.raises(ValueError, match="NaN"):
         jax.eval_shape(lambda key: run(params={"w": array}, key=key), KEY)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: algorithms.fedavg(loss, optax.sgd(0.1), server_lr=1e39), "server_lr must be at most"),
+        (lambda: algorithms.fedavg(loss, optax.sgd(0.1), server_lr=float("inf")), "server_lr must be at most"),
+        (lambda: algorithms.fedavg_ipw(loss, optax.sgd(0.1), probabilities=np.full(2, 1e-50)), "must lie in"),
+        (lambda: algorithms.fedavg(loss, optax.sgd(0.1), weights=np.array([1e-50, 1.0])), "no more than 0"),
+        (lambda: fedavg().client_params(STATE, np.array([-2])), "ids holds -2"),
+        (lambda: scaffold().client_params(scaffold().init(PARAMS), np.array([2])), "ids holds 2: clients are numbered"),
+        (lambda: Plan(mesh=2), "mesh must be a jax.sharding.Mesh, got int"),
+        (lambda: fedavg().round(STATE._replace(round=jnp.int32(-5)), COHORT, KEY), "state.round is -5"),
+        (lambda: run(algorithms.fedavg(loss, optax.sgd(0.1), batch_size=2**31 - 1)), "batch_size=2147483647"),
+        (lambda: run(algorithms.fednova(loss, optax.sgd(-0.1), batch_size=2)), "climbs"),
+        (lambda: run(fedavg(optimizer=lambda rate: optax.sgd(rate))), "takes|function"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(call, message):
+    with jax.enable_x64(False), pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def scaffold():
+    return algorithms.scaffold(loss, optax.sgd(0.1), num_clients=2, batch_size=2)
+
+
+def test_traced_weights_near_the_largest_float_count_and_negative_ones_spoil_the_result():
+    def moved(weights):
+        algorithm = algorithms.fedavg(loss, optax.sgd(0.1), batch_size=3, weights=weights)
+        return algorithm.round(algorithm.init(PARAMS), COHORT, KEY)[0].params["w"]
+
+    with jax.enable_x64(False):
+        step = jax.jit(moved)
+        expected = step(jnp.ones(2))
+        assert (expected != 0).all()
+        np.testing.assert_allclose(step(jnp.full(2, 1e38)), expected, rtol=1e-6)
+        np.testing.assert_allclose(step(jnp.full(2, 1e-30)), expected, rtol=1e-6)
+        assert np.isnan(step(-jnp.ones(2))).all()

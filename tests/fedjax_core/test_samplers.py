@@ -170,3 +170,23 @@ def test_deliveries_come_as_often_as_their_times_allow():
 def test_the_only_client_is_drawn():
     sample = jax.jit(samplers.uniform(1, 1))
     assert [sample(KEY, t).tolist() for t in range(3)] == [[0]] * 3
+
+
+def test_cyclic_cohorts_of_late_rounds_hold_every_client_once_a_cycle():
+    """Where the product of the round and the size of a cohort is more than 32 bits hold."""
+    num_clients, cohort_size = 1003, 501
+    sample = jax.jit(samplers.cyclic(num_clients, cohort_size))
+    for round in (2**22, 2**31 - 3):
+        ids = [np.asarray(sample(jax.random.key(0), jnp.int32(round + t))) for t in range(2)]
+        assert all(len(np.unique(cohort)) == cohort_size for cohort in ids)
+        assert not set(ids[0]) & set(ids[1])
+    order = np.concatenate([sample(jax.random.key(0), jnp.int32(t)) for t in range(num_clients)])
+    late = (2**31 - 1) // num_clients * num_clients - num_clients  # as many whole cycles later
+    np.testing.assert_array_equal(sample(jax.random.key(0), jnp.int32(late)), order[:cohort_size])
+
+
+def test_periodic_with_the_longest_period_has_nobody_twice_as_often():
+    sample = samplers.periodic(np.full(200, 0.5), 2**31 - 1)
+    present = [np.asarray(sample(jax.random.key(3), jnp.int32(t))) >= 0 for t in (0, 2**30, 2**31 - 2)]
+    assert all(60 < p.sum() < 140 for p in present)
+    assert (present[0] != present[1]).mean() > 0.9  # half a period later it is the others' turn

@@ -17,6 +17,7 @@ from fedjax_core import (
     for_each_client,
     full_gradient_program,
     local_work,
+    mean_over_participants,
     sums,
     weighted_mean,
     weighted_sum,
@@ -205,3 +206,9 @@ def test_weights_that_give_no_mean(weights, words):
     with pytest.raises(ValueError, match="weights") as error:
         client_weights(np.asarray(weights), equal_clients(2).cohort(np.arange(2)))
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(100.0, np.float16), (4_000_000, np.int32)])
+def test_means_over_participants_do_not_overflow(value, dtype):
+    cohort = Population.from_sizes({"x": np.zeros((800, 1), np.float32)}, [1] * 800).cohort(np.arange(800))
+    assert mean_over_participants(jnp.full(800, value, dtype), cohort) == value

@@ -165,14 +165,12 @@ def test_every_query_is_counted_and_nothing_else(name):
     algorithm = FACTORIES[name](
         host_loss(values), optax.sgd(0.1), num_directions=5, batch_size=1, num_epochs=2, plan=Plan(lanes=1)
     )
-    round_fn, state, total = jax.jit(algorithm.round), algorithm.init(jnp.ones(2)), 0
+    round_fn, state = jax.jit(algorithm.round), algorithm.init(jnp.ones(2))
     for t, (ids, steps) in enumerate([([0, 1, 2], 2 + 6 + 4), ([2, -1, 0], 4 + 2)]):
         asked.clear()
         state, metrics = jax.block_until_ready(round_fn(state, population.cohort(np.array(ids)), jax.random.key(t)))
         estimates = steps + (int(metrics.participants) if name == "scaffold_zo I" else 0)
         assert metrics.extra.queries == 3 * estimates == len(asked)  # two directions and the point itself
-        total += len(asked)
-        assert state.queries == total
 
 
 def test_option_i_agrees_over_plans_with_a_plain_loop():

@@ -185,13 +185,11 @@ def test_every_query_is_counted_and_nothing_else():
         return [np.sum((x - examples["c"]) ** 2, 1) for x, examples in queries]
 
     algorithm = make(host_loss(values), safeguard=True)
-    round_fn, state, total = jax.jit(algorithm.round), algorithm.init(jnp.asarray(START)), 0
+    round_fn, state = jax.jit(algorithm.round), algorithm.init(jnp.asarray(START))
     for t, (ids, expected) in enumerate([([0, 1, -1], 2 * (5 + 6 + 1)), ([1, -1, 2], (4 + 6 + 1) + (5 + 6 + 1))]):
         asked.clear()
         state, metrics = jax.block_until_ready(round_fn(state, population().cohort(np.array(ids)), jax.random.key(t)))
         assert metrics.extra.queries == len(asked) == expected
-        total += expected
-        assert state.queries == total
     np.testing.assert_array_equal(state.memories.rows.history.asked, [11, 21, 11])  # the safeguard's are not stored
 
 
