@@ -217,7 +217,8 @@ def _deal(steps: Array, devices: int) -> Array:
     per_device = steps.shape[0] // devices
     largest_first = jnp.argsort(-steps)
     if per_device > 16:
-        # Like cards, back and forth: with so many for each, what is left over hardly counts.
+        # To the devices in turn, in reverse order every other time: with so many slots for each, what this misses of an
+        # even distribution hardly counts.
         rank = np.arange(per_device * devices).reshape(per_device, devices)
         rank[1::2] = rank[1::2, ::-1]
         return largest_first[rank.T.reshape(-1)]

@@ -1,4 +1,4 @@
-"""Names for the few types every room of the library agrees on."""
+"""Names for the few types that all parts of the library use."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

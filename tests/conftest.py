@@ -4,7 +4,7 @@ import gc
 import os
 from pathlib import Path
 
-# Tests compile far more than they compute, so the processor's backend is told not to polish what it makes.
+# Tests compile far more than they compute, so the processor's backend is told not to optimize.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Lets go of compiled programs between groups, before there are too many for the operating system.
+    """Frees compiled programs between groups, before there are too many for the operating system.
 
     Each is mapped into memory several times, and a process that may not map any more dies while it compiles.
     """

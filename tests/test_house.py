@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the source: who imports whom, what each room contains, which names are gone."""
+"""Rules of the project, checked on the source: who imports whom, what each folder contains, which names are gone."""
 
 import ast
 import inspect

@@ -248,7 +248,7 @@ def wait_for_all(name: str) -> None:
 
 
 def leave(status: int) -> None:
-    """Ends this process without the farewell to the others, which one that is gone cannot answer."""
+    """Ends this process without the shutdown that waits for the others, one of which is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -371,7 +371,7 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     tasks = [first, *(TASKS[study.task](trial, **dict(study.options)) for trial in range(1, study.trials))]
     names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]
     at_work = run_directory.at_work(out, KIND, say, lambda there: {"config": _content(study)}, pinned)
-    # Systems of 150 unknowns are solved one after the other: a second thread has nothing to do but to wait loudly.
+    # Systems of 150 unknowns are solved one after the other: a second thread would only wait, which takes a core too.
     with threadpool_limits(1, user_api="blas"), at_work as work:
         results = {name: _trials(name, study, tasks, work, say) for name in names}
         if work.may_write:

@@ -140,7 +140,7 @@ def test_a_mesh_that_cannot_be(arguments, message):
 @pytest.mark.parametrize(
     ("steps", "devices", "most"),
     [
-        ([10, 7, 6, 5, 4, 2], 2, 17),  # 10 + 5 + 2 and 7 + 6 + 4; cards dealt back and forth would give 19 and 15
+        ([10, 7, 6, 5, 4, 2], 2, 17),  # 10 + 5 + 2 and 7 + 6 + 4; dealt out in turn they would give 19 and 15
         ([9, 0, 0, 1, 1, 1], 2, 9),
         ([5, 5, 5, 5], 4, 5),
         ([3], 1, 3),
