@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_core import checks
 from fedjax_core.types import Array, Params, Scalar
 
 _UNIT = 2.0**-10
@@ -125,17 +126,18 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
             full, fourth, back = (tried(scale, p) - still for scale in (1, 0.25, -1))
             if not np.isfinite([full, fourth, back]).all():
                 return
-            if (full > 0).any() and not p:
-                raise ValueError(
-                    "the method divides what a client has moved by the length of its local work, and this "
-                    "client_optimizer climbs: pass one with a learning rate above 0"
-                )
             difference = max(np.abs(full - 4 * fourth).max(), np.abs(full + back).max())
             if difference > tolerance * np.abs(full).max() + 64 * rounding * np.abs(still).max():
                 raise ValueError(
                     "the method divides what a client has moved by the length of its local work, which needs a "
                     "client_optimizer that is linear in small gradients; this one, like Adam, is not (a gradient a "
                     f"fourth as large does not give a fourth of the step): {fix}"
+                )
+            # What is traced has been replaced by numbers of any sign.
+            if (full > 0).any() and not p and all(checks.is_concrete(const) for const in closed.consts):
+                raise ValueError(
+                    "the method divides what a client has moved by the length of its local work, and this "
+                    "client_optimizer climbs: pass one with a learning rate above 0"
                 )
 
 

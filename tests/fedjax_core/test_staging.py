@@ -289,7 +289,6 @@ def test_interrupted_anywhere_it_goes_on_right_or_not_at_all(expected, tmp_path,
             ends["as before"] += 1
     assert not ends.pop("another error")
     assert min(ends.values()) > 0
-    assert ends["went on"] > ends["as before"]
 
 
 def test_ctrl_c_waits_for_the_round_and_brings_the_state():

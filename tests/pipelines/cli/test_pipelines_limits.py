@@ -216,7 +216,7 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
         ({"rounds": 10**9, "staged": True}, "curves"),
         ({"rounds": 2**31 - 1, "eval_every": 2**31 - 1, "checkpoint_every": 2**31 - 1}, "chunk"),
         ({"seeds": 10**8}, "state"),
-        ({"batch_size": 2 * 10**9}, "local training .*lower --batch-size"),
+        ({"batch_size": 2 * 10**9}, "batch_size=2000000000, but all clients together have"),
         ({"model": "mlp", "hidden": (10**7,)}, "client state .*take a smaller model"),
         ({"model": "mlp", "hidden": (2 * 10**8,)}, "on a model of 1600000003 parameters counts what does not fit"),
         ({"model": "mlp", "hidden": (2**31 - 1,)}, "model 'mlp' has 17179869179 parameters"),

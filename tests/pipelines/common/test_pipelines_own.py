@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from pipelines import Config
 from pipelines.cli import commands
-from pipelines.common import own
+from pipelines.common import files, own
 from pipelines.configuration import methods
 from pipelines.data import datasets
 from pipelines.experiment import setup
@@ -336,8 +336,9 @@ def test_a_run_of_ones_own_goes_on_and_tells_of_an_edit(here):
     assert set(written["sources"]) == {"my_methods:shrunk", "models:linear", "data:load"}
     assert jax.tree.leaves(train.final_params(here / "out", "my_methods:shrunk"))
 
-    written["sources"]["my_methods:shrunk"]["sha256"] = "0" * 64  # as if the file had been another then
-    (here / "out" / "config.json").write_text(json.dumps(written))
+    record = files.read_record(here / "out" / "config.json")
+    record["sources"]["my_methods:shrunk"]["sha256"] = "0" * 64  # as if the file had been another then
+    files.write_record(here / "out" / "config.json", record)
     again = CliRunner().invoke(commands.main, words, catch_exceptions=False)
     assert again.exit_code == 0, again.output
     assert "my_methods.py, which my_methods:shrunk is of, has been edited" in again.output

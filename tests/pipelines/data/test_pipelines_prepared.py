@@ -398,9 +398,9 @@ def test_tensorflow_is_not_imported(tmp_path):
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise AssertionError('tensorflow was imported')")
     program = (
-        "import sys; from pipelines import data\n"
-        f"print(len(data.load('toy', {str(tmp_path / 'data')!r}).train['y']))\n"
-        f"print(len(data.load('book', {str(tmp_path / 'data')!r}).train['y']))\n"
+        "import sys; from pipelines.data import datasets\n"
+        f"print(len(datasets.load('toy', {str(tmp_path / 'data')!r}).train['y']))\n"
+        f"print(len(datasets.load('book', {str(tmp_path / 'data')!r}).train['y']))\n"
         "assert 'tensorflow' not in sys.modules and 'tensorflow_datasets' in sys.modules\n"
     )
     path = os.pathsep.join([str(fake.parent), str(ROOT)])

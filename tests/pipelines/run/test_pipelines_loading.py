@@ -9,6 +9,7 @@ import pytest
 
 from fedjax_core import evaluate
 from pipelines import Config, load_run
+from pipelines.common import files
 from pipelines.data import sources
 from pipelines.experiment import setup
 from pipelines.experiment.setup import MODELS
@@ -96,7 +97,7 @@ def test_data_that_is_another_one_is_not_taken_for_that_of_the_run(own, tmp_path
     assert "num_classes is 3 and was 2" in run.missing
     content.pop("data")  # a run of a version that did not write it down
     content["config"]["dataset"] = "nowhere"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    files.write_record(tmp_path / "run" / "config.json", content)
     with pytest.raises(ValueError, match="does not say what its data was like"):
         load_run(tmp_path / "run")
 
