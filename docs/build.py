@@ -15,9 +15,17 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 
 def main() -> int:
     """Parses the command line and builds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="bring cards up to date before building")
-    parser.add_argument("--out", default=str(DOCS.parent / "site"), help="where the site goes (default: site/)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="bring cards up to date before building"
+    )
+    parser.add_argument(
+        "--out",
+        default=str(DOCS.parent / "site"),
+        help="where the site goes (default: site/)",
+    )
     options = parser.parse_args()
     if options.write:
         import cards
@@ -27,10 +35,15 @@ def main() -> int:
     try:
         from sphinx.cmd.build import build_main
     except ImportError:
-        print("the site is built by sphinx: python -m pip install '.[docs]'", file=sys.stderr)
+        print(
+            "the site is built by sphinx: python -m pip install '.[docs]'",
+            file=sys.stderr,
+        )
         return 1
     doctrees = str(Path(options.out) / ".doctrees")
-    return build_main(["-q", "-W", "--keep-going", "-d", doctrees, str(DOCS), options.out])
+    return build_main(
+        ["-q", "-W", "--keep-going", "-d", doctrees, str(DOCS), options.out]
+    )
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-
-import cards  # noqa: E402
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent),
+    str(Path(__file__).resolve().parent),
+]
 
 import fedjax_core  # noqa: E402
+
+import cards  # noqa: E402
 
 project = "fedjax-core"
 author = "The fedjax-core authors"
@@ -21,7 +24,10 @@ html_title = f"fedjax-core {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_show_copyright = html_show_sphinx = False
-exclude_patterns = ["README.md", "default_run"]  # the report is linked from the README alone
+exclude_patterns = [
+    "README.md",
+    "default_run",
+]  # the report is linked from the README alone
 myst_heading_anchors = 4
 autodoc_typehints = "none"  # the docstrings give shapes, which the types do not
 autodoc_member_order = "bysource"
@@ -34,7 +40,10 @@ def _text(line: str) -> str:
     """A line of a docstring as reStructuredText: `x` is code, and every other character means itself."""
     parts = re.split(r"(`+[^`]+`+)", line)
     return "".join(
-        f"``{part.strip('`')}``" if part.startswith("`") else re.sub(r"([\\*_|`])", r"\\\1", part) for part in parts
+        f"``{part.strip('`')}``"
+        if part.startswith("`")
+        else re.sub(r"([\\*_|`])", r"\\\1", part)
+        for part in parts
     )
 
 
@@ -61,7 +70,12 @@ def docstring(lines: list[str]) -> list[str]:
         if cards.SECTION.match(first):
             out += [f"**{first[:-1]}**", *_entries(rest), ""]
         elif cards.is_aligned(paragraph):
-            out += ["::", "", *(f"  {line}" for line in cards.wrapped(paragraph).split("\n")), ""]
+            out += [
+                "::",
+                "",
+                *(f"  {line}" for line in cards.wrapped(paragraph).split("\n")),
+                "",
+            ]
         else:
             out += [*(_text(line) for line in paragraph.split("\n")), ""]
     return out

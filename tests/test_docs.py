@@ -41,6 +41,17 @@ def test_a_changed_card_is_noticed(cards):
     assert cards.renewed(changed) == page
 
 
+def test_code_is_no_wider_than_a_page():
+    wide = []
+    for path in PAGES:
+        fenced = False
+        for number, line in enumerate(path.read_text().split("\n"), 1):
+            fenced ^= line.lstrip().startswith("```")
+            if (fenced or line.startswith("    ")) and len(line) > 88:
+                wide.append(f"{path.relative_to(ROOT)}:{number}: {len(line)} columns")
+    assert wide == [], "what pages show fits into 88 columns"
+
+
 def test_links_between_pages_lead_to_files():
     broken = [
         f"{path.relative_to(ROOT)}: {target}"
