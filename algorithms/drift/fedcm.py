@@ -1,20 +1,9 @@
 """FedCM."""
 
-from typing import NamedTuple, Unpack
-
-import jax
-import optax
+from typing import Unpack
 
 import fedjax_core as fc
-from algorithms.parts import unequal_work
-
-
-class FedCMState(NamedTuple):
-    """Global model x, the server's direction D in the units of a gradient (uphill), and the number of rounds done."""
-
-    params: fc.Params
-    direction: fc.Params
-    round: fc.Counter = 0
+from algorithms.parts.global_direction import with_global_direction
 
 
 def fedcm(
@@ -51,29 +40,11 @@ def fedcm(
 
     Paper: Xu, Wang, Wang, Yao, "FedCM: Federated Learning with Client-level Momentum", 2021, algorithm 1.
     """
-    fc.checks.scalar("alpha", alpha, low=0, high=1, low_open=True)
-    fc.checks.scalar("server_lr", server_lr, low=0)
-    fc.checks.one_of("aggregation", aggregation, unequal_work.RULES)
-    clients = fc.local_training(**local)
-    gradient = fc.value_and_grad(loss_fn)
-
-    def init(params: fc.Params) -> FedCMState:
-        return FedCMState(params, optax.tree.zeros_like(params))
-
-    def direction(y, batch, shared, _):
-        _, D = shared
-        loss, g = gradient(y, batch)
-        return loss, jax.tree.map(lambda g, d: alpha * g + (1 - alpha) * d, g, D)
-
-    def update(state: FedCMState, cohort: fc.Cohort, key: fc.Key):
-        program = fc.local_descent(
-            fc.measured(fc.optimizer_at(client_optimizer, state.round)),
-            direction,
-            start=fc.first_part,
-            upload=unequal_work.upload(aggregation),
-        )
-        results = clients.run(program, (state.params, state.direction), (), cohort, key)
-        decrease, D, _ = unequal_work.mean(results.aggregate, aggregation)
-        return FedCMState(fc.add_scaled(state.params, -server_lr, decrease), D), results
-
-    return fc.federated(init, update)
+    return with_global_direction(
+        fc.value_and_grad(loss_fn),
+        client_optimizer,
+        alpha=alpha,
+        server_lr=server_lr,
+        aggregation=aggregation,
+        **local,
+    )

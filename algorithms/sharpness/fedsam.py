@@ -2,13 +2,9 @@
 
 from typing import Unpack
 
-import jax
-import optax
-
 import fedjax_core as fc
-from algorithms.drift.fedcm import FedCMState
-from algorithms.parts import unequal_work
 from algorithms.parts.averaging import averaging
+from algorithms.parts.global_direction import with_global_direction
 from algorithms.parts.sharpness import sam_gradient
 
 
@@ -109,29 +105,11 @@ def mofedsam(
     Paper: Qu, Li, Duan, Liu, Tang, Lu, "Generalized Federated Learning via Sharpness Aware Minimization", 2022,
     algorithm 2.
     """
-    fc.checks.scalar("alpha", alpha, low=0, high=1, low_open=True)
-    fc.checks.scalar("server_lr", server_lr, low=0)
-    fc.checks.one_of("aggregation", aggregation, unequal_work.RULES)
-    clients = fc.local_training(**local)
-    gradient = sam_gradient(loss_fn, rho)
-
-    def init(params: fc.Params) -> FedCMState:
-        return FedCMState(params, optax.tree.zeros_like(params))
-
-    def direction(y, batch, shared, _):
-        _, D = shared
-        loss, g = gradient(y, batch)
-        return loss, jax.tree.map(lambda g, d: alpha * g + (1 - alpha) * d, g, D)
-
-    def update(state: FedCMState, cohort: fc.Cohort, key: fc.Key):
-        program = fc.local_descent(
-            fc.measured(fc.optimizer_at(client_optimizer, state.round)),
-            direction,
-            start=fc.first_part,
-            upload=unequal_work.upload(aggregation),
-        )
-        results = clients.run(program, (state.params, state.direction), (), cohort, key)
-        decrease, D, _ = unequal_work.mean(results.aggregate, aggregation)
-        return FedCMState(fc.add_scaled(state.params, -server_lr, decrease), D), results
-
-    return fc.federated(init, update)
+    return with_global_direction(
+        sam_gradient(loss_fn, rho),
+        client_optimizer,
+        alpha=alpha,
+        server_lr=server_lr,
+        aggregation=aggregation,
+        **local,
+    )
