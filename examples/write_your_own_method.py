@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 import algorithms
 import fedjax_core as fc
+from fedjax_core import testing
 
 NUM_ROUNDS = int(os.environ.get("FEDJAX_CORE_EXAMPLE_ROUNDS", "30"))
 
@@ -85,3 +86,15 @@ for bound in (0.5, 0.1):
         f"bound {bound}: {clipped.extra.clipped.mean():.0%} of the uploads shortened, last training loss "
         f"{clipped.loss[-1]:.3f} (without a bound {metrics.loss[-1]:.3f})"
     )
+
+# What every method of the library has to pass: plans, empty clients, vmap, dtypes, keys, uploads, metrics and more.
+problem = testing.classification()
+
+
+def make(*, lr=0.1, **settings):
+    """The method on that problem, at the settings that the checks ask for."""
+    return clipped_fedavg(problem.loss_fn, optax.sgd(lr), batch_size=4, **settings)
+
+
+testing.check_algorithm(make, problem, floats={"lr": 0.1, "max_norm": 0.5})
+print("it passes the checks of every method")

@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import datetime
 import gc
 import os
 from pathlib import Path
@@ -13,6 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
 )
+
+# Which third of the methods is tested in depth: another one every day, unless told. Workers get it from here.
+os.environ.setdefault("FEDJAX_CORE_TURN", str(datetime.date.today().toordinal() % 3))
 
 import jax
 
@@ -53,3 +57,7 @@ def pytest_runtest_teardown(item, nextitem):
     if MAPPINGS.read_text().count("\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"methods in depth: those of FEDJAX_CORE_TURN={os.environ['FEDJAX_CORE_TURN']}")

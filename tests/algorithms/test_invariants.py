@@ -7,8 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Population, clients, measured, samplers, simulate
-from tests import reference
+from fedjax_core import Population, clients, measured, reference, samplers, simulate
 from tests.problems import (
     FULL,
     PART,

@@ -13,13 +13,13 @@ from fedjax_core import (
     Population,
     clients,
     optimizer_at,
+    reference,
     samplers,
     simulate,
     simulate_staged,
 )
-from tests import reference
-from tests.algorithms.test_every_method import METHODS, make, population
-from tests.problems import Q3_A, Q3_B, Q3_START, q3_population, quadratic_loss, softmax_params
+from tests.algorithms.test_every_method import METHODS, SIZES, make
+from tests.problems import Q3_A, Q3_B, Q3_START, q3_population, quadratic_loss, softmax_params, softmax_population
 
 RATES = np.array([0.1, 0.2, 0.05])
 KEY = jax.random.key(0)
@@ -125,7 +125,7 @@ def test_every_method_asks_for_the_client(name):
     algorithm = make(name, optimizer=optimizer)
     state = algorithm.init(softmax_params())
     asked.clear()
-    jax.eval_shape(algorithm.round, state, population().cohort(np.array([0, 4, 2, 1])), KEY)
+    jax.eval_shape(algorithm.round, state, softmax_population(SIZES).cohort(np.array([0, 4, 2, 1])), KEY)
     assert any(isinstance(i, jax.core.Tracer) for i in asked)
 
 

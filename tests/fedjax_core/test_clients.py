@@ -14,11 +14,11 @@ from fedjax_core import (
     Population,
     for_each_client,
     local_work,
+    reference,
     round_metrics,
     stacked,
     weighted_sum,
 )
-from tests import reference
 from tests.problems import assert_trees_close, assert_trees_equal, softmax_population
 
 CAPACITY = 8  # slots and clients in the random problems, so that few shapes are compiled

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Plan, clients
-from tests import reference
+from fedjax_core import Plan, clients, reference
 from tests.problems import (
     FULL,
     Q3_A,

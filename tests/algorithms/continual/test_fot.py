@@ -11,8 +11,7 @@ import pytest
 
 import algorithms
 from algorithms.continual.fot import Basis, Sketch, expand, project
-from fedjax_core import Plan, Population, clients
-from tests import reference
+from fedjax_core import Plan, Population, clients, reference
 from tests.problems import assert_trees_close, assert_trees_equal
 
 # A network without biases: x [B, 6] -> tanh -> [B, 10] -> [B, 3].

@@ -8,8 +8,7 @@ import pytest
 
 import algorithms
 from algorithms.drift.fedld import principal_mean
-from fedjax_core import Population, clients
-from tests import reference
+from fedjax_core import Population, clients, reference
 from tests.problems import (
     FULL,
     PART,

@@ -7,8 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Population, clients
-from tests import reference
+from fedjax_core import Population, clients, reference
 from tests.problems import FULL, PART, Q3_A, Q3_B, Q3_START, assert_trees_close, q3_population, quadratic_loss
 
 STEPS = {"batch_size": 1, "num_steps": 2}

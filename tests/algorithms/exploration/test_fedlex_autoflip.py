@@ -12,8 +12,7 @@ import algorithms
 import models
 from algorithms.exploration.autoflip import export, keep
 from algorithms.parts.exploration import Map, to_unit
-from fedjax_core import ClientTable, clients
-from tests import reference
+from fedjax_core import ClientTable, clients, reference
 from tests.problems import (
     FULL,
     PART,

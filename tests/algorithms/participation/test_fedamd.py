@@ -10,8 +10,7 @@ import pytest
 
 import algorithms
 from algorithms.participation.fedamd import draw_anchors
-from fedjax_core import Population, clients, samplers, simulate
-from tests import reference
+from fedjax_core import Population, clients, reference, samplers, simulate
 from tests.problems import (
     FULL,
     PART,

@@ -10,8 +10,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.participation import interval_table, inverse_probabilities, mean_interval
-from fedjax_core import Population, clients, samplers, simulate
-from tests import reference
+from fedjax_core import Population, clients, reference, samplers, simulate
 from tests.problems import FULL, PART, Q3_A, Q3_B, Q3_OPTIMUM, Q3_START, q3_population, quadratic_loss
 
 STEPS = {"batch_size": 1, "num_steps": 2}

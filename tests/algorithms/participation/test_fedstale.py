@@ -12,8 +12,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.memory import remember
-from fedjax_core import ClientTable, clients, gather
-from tests import reference
+from fedjax_core import ClientTable, clients, gather, reference
 from tests.problems import (
     FULL,
     PART,

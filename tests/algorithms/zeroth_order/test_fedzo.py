@@ -11,8 +11,7 @@ import pytest
 
 import algorithms
 from algorithms.zeroth_order.estimators import host_loss
-from fedjax_core import Plan, Population, clients
-from tests import reference
+from fedjax_core import Plan, Population, clients, reference
 from tests.problems import (
     FULL,
     PART,

@@ -10,8 +10,7 @@ from scipy.optimize import minimize_scalar
 
 import algorithms
 from algorithms.zeroth_order.estimators import host_loss
-from fedjax_core import Plan, Population, clients
-from tests import reference
+from fedjax_core import Plan, Population, clients, reference
 
 D = 3
 START = np.array([0.4, 0.7, 0.2])

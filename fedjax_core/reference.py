@@ -1,27 +1,66 @@
 """The slow, obvious way to run a cohort: a Python loop over clients, batches without padding, uploads kept in a list.
 
-`for_each_client` here has the signature of the real one, so a test can put it in the real one's place and run any
-method on it. It shares with the real one only what defines the result: which example the shuffle puts where, and
-how a client's keys are derived.
+`for_each_client` here has the signature of the real one, and `plain_loop` puts it in the real one's place, so that any
+method can be run on it. It shares with the real one only what defines the result: which example the shuffle puts where,
+and how a client's keys are derived. It cannot be compiled; nothing but tests has a use for it.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Batch, Stacked, clients, num_scalars, shuffle, weighted_mean
+from fedjax_core import clients, shuffle
+from fedjax_core.aggregation import Aggregator, Stacked, weighted_mean
+from fedjax_core.batching import Batch, LocalWork
+from fedjax_core.clients import ClientProgram, ClientResults, num_scalars
+from fedjax_core.plans import Plan
+from fedjax_core.population import Cohort
+from fedjax_core.types import Array, Key, PyTree
+
+
+@contextmanager
+def plain_loop() -> Iterator[None]:
+    """Inside, methods run their clients by the plain loop."""
+    with replaced(for_each_client):
+        yield
+
+
+@contextmanager
+def replaced(for_each_client: Callable[..., ClientResults]) -> Iterator[None]:
+    """Inside, methods run their clients by this function, which is called like `fedjax_core.for_each_client`."""
+    real = clients.for_each_client
+    clients.for_each_client = for_each_client
+    try:
+        yield
+    finally:
+        clients.for_each_client = real
 
 
 def for_each_client(
-    program, shared, client_inputs, cohort, key, *, work, weights="uniform", aggregator=None, plan=None
-):
+    program: ClientProgram,
+    shared: PyTree,
+    client_inputs: PyTree,
+    cohort: Cohort,
+    key: Key,
+    *,
+    work: LocalWork,
+    weights: Any = "uniform",
+    aggregator: Aggregator | Stacked | None = None,
+    plan: Plan | None = None,
+) -> ClientResults:
+    """`fedjax_core.for_each_client` on arrays that are no tracers; the plan makes no difference."""
     aggregator = aggregator or weighted_mean()
     ids, starts, sizes = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
     examples = jax.tree.map(np.asarray, cohort.examples)
     weight = client_weights(weights, ids, sizes, jax.tree.leaves(examples)[0].shape[0], int(cohort.num_clients))
-    uploads, outputs, losses, steps = {}, {}, np.zeros(len(ids)), np.zeros(len(ids), np.int32)
+    uploads: dict[int, PyTree] = {}
+    outputs: dict[int, PyTree] = {}
+    losses, steps = np.zeros(len(ids)), np.zeros(len(ids), np.int32)
     for slot, (i, start, size) in enumerate(zip(ids, starts, sizes, strict=True)):
         if i < 0 or size == 0:
             continue
@@ -31,16 +70,16 @@ def for_each_client(
         with as_this_client():
             carry = program.init(shared, own, init_key)
         loss_sum, count = 0.0, 0
-        for step, rows in enumerate(batches(work, int(i), int(size), shuffle.seed(seed_key))):
+        for step, index in enumerate(batches(work, int(i), int(size), shuffle.seed(seed_key))):
             batch = Batch(
-                jax.tree.map(lambda leaf, rows=rows, start=start: jnp.asarray(leaf[start + rows]), examples),
-                jnp.ones(len(rows), bool),
+                jax.tree.map(lambda leaf, index=index, start=start: jnp.asarray(leaf[start + index]), examples),
+                jnp.ones(len(index), bool),
                 jax.random.fold_in(step_key, step),
                 jnp.int32(step),
             )
             with as_this_client():
                 carry, loss = program.step(shared, carry, batch)
-            loss_sum, count = loss_sum + float(loss) * len(rows), count + len(rows)
+            loss_sum, count = loss_sum + float(loss) * len(index), count + len(index)
             steps[slot] = step + 1
         with as_this_client():
             upload, output = program.final(shared, carry)
@@ -50,7 +89,7 @@ def for_each_client(
         first = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         upload, output = program.final(shared, program.init(shared, first, key))
 
-    def rows(by_slot, one):
+    def rows(by_slot: dict[int, PyTree], one: PyTree) -> PyTree:
         blank = jax.tree.map(jnp.zeros_like, one)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[by_slot.get(s, blank) for s in range(len(ids))])
 
@@ -73,13 +112,14 @@ def for_each_client(
     )
 
 
-@jax.jit
-def _permute(seed, size):
-    """The shuffle of up to 64 examples, compiled once (each is checked to be a permutation by the caller)."""
-    return shuffle.permute(seed, jnp.minimum(jnp.arange(64), size - 1), size)
+@partial(jax.jit, static_argnums=2)
+def _permute(seed: Array, size: Array, most: int) -> Array:
+    """The shuffle of up to `most` examples, compiled once (each is checked to be a permutation by the caller)."""
+    return shuffle.permute(seed, jnp.minimum(jnp.arange(most), size - 1), size)
 
 
-def client_weights(weights, ids, sizes, total, num_clients):
+def client_weights(weights: Any, ids: np.ndarray, sizes: np.ndarray, total: int, num_clients: int) -> np.ndarray:
+    """float[C], the weights of the clients, 0 for those that do not take part."""
     present = (ids >= 0) & (sizes > 0)
     if isinstance(weights, str):
         raw = np.ones(len(ids)) if weights == "uniform" else sizes * num_clients / total
@@ -88,10 +128,10 @@ def client_weights(weights, ids, sizes, total, num_clients):
     return np.where(present, raw, 0.0)
 
 
-def batches(work, client, size, seed):
+def batches(work: LocalWork, client: int, size: int, seed: Array) -> Iterator[np.ndarray]:
     """The rows of each batch, as numpy arrays of their true length (no padding)."""
     per_epoch = -(-size // work.batch_size)
-    count = work.num_epochs if work.num_steps is None else work.num_steps
+    count: Any = work.num_epochs if work.num_steps is None else work.num_steps
     count = int(np.asarray(count) if np.ndim(count) == 0 else np.asarray(count)[client])
     num_steps = count * per_epoch if work.num_steps is None else count
     for step in range(num_steps):
@@ -99,9 +139,11 @@ def batches(work, client, size, seed):
         if work.order == "sequential":
             order = np.arange(size)
         else:
-            assert work.order == "shuffled"
+            if work.order != "shuffled":
+                raise ValueError(f"the plain loop knows no order {work.order!r}: use shuffled or sequential")
             odd = np.array([0x9E3779B9, 0xC2B2AE35], np.uint64)
             epoch_seed = np.asarray(seed) ^ ((epoch * odd) & 0xFFFFFFFF).astype(np.uint32)
-            order = np.asarray(_permute(epoch_seed, size))[:size]
-            assert sorted(order) == list(range(size))
+            order = np.asarray(_permute(epoch_seed, size, max(64, 1 << (size - 1).bit_length())))[:size]
+            if sorted(order) != list(range(size)):
+                raise AssertionError(f"the shuffle of {size} examples is no permutation")
         yield order[position * work.batch_size : (position + 1) * work.batch_size]
