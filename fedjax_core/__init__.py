@@ -5,7 +5,7 @@ Knows no paper, no data set and no neural-network library.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fedjax_core import checks, keys, linalg, masks, samplers, shuffle, sums
+from fedjax_core import checks, keys, linalg, masks, samplers, shuffle, sums, testing
 from fedjax_core.aggregation import (
     Aggregator,
     Stacked,
@@ -182,6 +182,7 @@ __all__ = [
     "split_tables",
     "stacked",
     "sums",
+    "testing",
     "try_plans",
     "value_and_grad",
     "weighted_mean",

@@ -99,6 +99,11 @@ def for_each_client(
     """
     if not isinstance(cohort, Cohort):
         raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
+    replacement = _REPLACEMENT.get()
+    if replacement is not None:
+        return replacement(
+            program, shared, client_inputs, cohort, key, work=work, weights=weights, aggregator=aggregator, plan=plan
+        )
     key = keys.one(key)
     work.check(cohort)
     aggregator = aggregator or weighted_mean()
@@ -176,6 +181,23 @@ def for_each_client(
         uploaded=jnp.int32(num_scalars(upload)),
         downloaded=jnp.int32(num_scalars(shared)),
     )
+
+
+_REPLACEMENT: ContextVar[Callable[..., ClientResults] | None] = ContextVar("replacement", default=None)
+
+
+@contextmanager
+def replaced(for_each_client: Callable[..., ClientResults] | None) -> Iterator[None]:
+    """Inside, `for_each_client` is this function of the same arguments, under whatever name a method imported it.
+
+    For tests: a method can be compared with what it gives on another implementation (`fedjax_core.reference`). None
+    puts the real one back.
+    """
+    token = _REPLACEMENT.set(for_each_client)
+    try:
+        yield
+    finally:
+        _REPLACEMENT.reset(token)
 
 
 _CLIENT: ContextVar[tuple[Array, list[bool], int | None] | None] = ContextVar("client", default=None)

@@ -102,6 +102,7 @@ def _is_threefry(key: Key) -> bool:
     return str(jax.random.key_impl(key)) == "threefry2x32"
 
 
+@partial(jax.jit, inline=True)  # traced once for all rounds and methods, and no call in the compiled program
 def _hash(key: Array, count: Array) -> Array:
     """Threefry-2x32 of 20 rounds (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
 

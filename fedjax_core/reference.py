@@ -1,11 +1,11 @@
 """The slow, obvious way to run a cohort: a Python loop over clients, batches without padding, uploads kept in a list.
 
 `for_each_client` here has the signature of the real one, and `plain_loop` puts it in the real one's place, so that any
-method can be run on it. It shares with the real one only what defines the result: which example the shuffle puts where,
-and how a client's keys are derived. It cannot be compiled; nothing but tests has a use for it.
+method can be run on it, round by round and not compiled. It shares with the real one only what defines the result:
+which example the shuffle puts where, and how a client's keys are derived. Nothing but tests has a use for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import clients, shuffle
+from fedjax_core import checks, clients, shuffle
 from fedjax_core.aggregation import Aggregator, Stacked, weighted_mean
 from fedjax_core.batching import Batch, LocalWork
 from fedjax_core.clients import ClientProgram, ClientResults, num_scalars
@@ -26,19 +26,8 @@ from fedjax_core.types import Array, Key, PyTree
 @contextmanager
 def plain_loop() -> Iterator[None]:
     """Inside, methods run their clients by the plain loop."""
-    with replaced(for_each_client):
+    with clients.replaced(for_each_client):
         yield
-
-
-@contextmanager
-def replaced(for_each_client: Callable[..., ClientResults]) -> Iterator[None]:
-    """Inside, methods run their clients by this function, which is called like `fedjax_core.for_each_client`."""
-    real = clients.for_each_client
-    clients.for_each_client = for_each_client
-    try:
-        yield
-    finally:
-        clients.for_each_client = real
 
 
 def for_each_client(
@@ -54,6 +43,11 @@ def for_each_client(
     plan: Plan | None = None,
 ) -> ClientResults:
     """`fedjax_core.for_each_client` on arrays that are no tracers; the plan makes no difference."""
+    if not checks.is_concrete(cohort.ids):
+        raise TypeError(
+            "the plain loop cannot run inside of jax.jit, scan or vmap: call the method's round on arrays, and compile "
+            "nothing in it that runs clients"
+        )
     aggregator = aggregator or weighted_mean()
     ids, starts, sizes = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
     examples = jax.tree.map(np.asarray, cohort.examples)

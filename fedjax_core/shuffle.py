@@ -5,6 +5,8 @@ compile time, and a sort of the longest client's length for every client is slow
 nor a table: it computes where position i goes with integer arithmetic alone, for any length given at run time.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,11 @@ def permute(seed: Array, index: Array, size: Array) -> Array:
     Returns:
       int32[...], each in [0, size).
     """
+    return _permute(seed, index, size)
+
+
+@partial(jax.jit, inline=True)  # traced once for all rounds and methods, and no call in the compiled program
+def _permute(seed: Array, index: Array, size: Array) -> Array:
     # Hidden from the compiler: for a size known to be 1 the processor's, of jaxlib 0.10, fails on what it simplifies.
     size = jax.lax.optimization_barrier(jnp.maximum(size, 1).astype(jnp.uint32))
     rounds = jnp.arange(NUM_SWAPS, dtype=jnp.uint32)

@@ -7,15 +7,15 @@
 
     testing.check_algorithm(make, problem, floats={"lr": 0.1})
 
-Each check is a sentence about the method; the first that is not true is raised. A test suite that wants one test for
-each takes `properties`. Methods are checked in float64, which is switched on meanwhile, and in float32. As compiling
-takes most of the time, the checks share few programs: one of a round, which all its cohorts, keys, values and states go
-through, and one of several simulations at once.
+Each check is a promise that a method makes; the first that is broken is raised, with the number that is wrong and what
+to do about it. A test suite that wants one test for each takes `properties`. Methods are checked in float64, which is
+switched on meanwhile, and in float32. As compiling takes most of the time, the checks share few programs: one of a
+round, which all cohorts, keys, values and states go through, and one of several simulations at once.
 """
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +24,10 @@ import numpy as np
 
 from fedjax_core import checks, clients, reference, samplers
 from fedjax_core.algorithm import Algorithm
+from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
-from fedjax_core.simulation import continue_rounds, simulate
+from fedjax_core.simulation import continue_rounds
 from fedjax_core.staging import HostPopulation, continue_staged, init_on_host
 from fedjax_core.types import Array, Examples, Key, LossFn, Metrics, Params, PyTree
 
@@ -49,6 +50,13 @@ class Problem(NamedTuple):
     loss_fn: LossFn | None
     params: Params
     population: Population
+
+
+class Rounds(NamedTuple):
+    """What some rounds give: the state after them, and their metrics, a list of one for each or stacked."""
+
+    state: Any
+    metrics: Any
 
 
 def softmax_loss(params: Params, batch: Examples, key: Key) -> Array:
@@ -92,8 +100,8 @@ def check_algorithm(
 
     Args:
       make: `make(**settings) -> Algorithm`. The settings are names of `floats`, `plan` (a `Plan`) and `order`
-        ("shuffled" or "sequential"), the last two of which go to `local_training` or `for_each_client`; a method that
-        takes no order leaves it out. Local work of one or two epochs in batches of a few examples is enough.
+        ("shuffled" or "sequential"), the last two of which go to `local_training` or `for_each_client`; where a method
+        takes no order, `make` drops it. Local work of one epoch in batches of a few examples is enough.
       problem: what the method is checked on; `classification()` unless given.
       floats: hyper-parameters that one can sweep over, by name, with their values. Each must work as a tracer.
       random: whether another key gives other numbers when examples are shuffled.
@@ -101,8 +109,9 @@ def check_algorithm(
       undefined_if_empty: fields of the method's own metrics that are NaN in a round without participants.
 
     Raises:
-      AssertionError: with a sentence that says which property the method lacks.
-      ValueError: if the problem has too few clients.
+      AssertionError: says which promise is broken, where and by how much, and what to do.
+      TypeError: if an argument is of another type, or `make` returns no `Algorithm`.
+      ValueError: if the problem has too few clients, or a value of `floats` is no finite number.
       Exception: whatever the method raises, with a note that says what was checked.
     """
     options: Any = {"random": random, "rows_may_stay": rows_may_stay, "undefined_if_empty": undefined_if_empty}
@@ -164,14 +173,21 @@ class Subject:
         rows_may_stay: bool = False,
         undefined_if_empty: tuple[str, ...] = (),
     ):
+        checks.function("make", make, "lambda **settings: my_method(loss_fn, optax.sgd(0.1), **settings)")
+        if problem is not None and not isinstance(problem, Problem):
+            raise TypeError(
+                f"problem must be a Problem, got {type(problem).__name__}: pass testing.Problem(loss_fn, params, "
+                "population) or testing.classification()"
+            )
         self.given = problem or classification()
-        self._make, self.floats = make, dict(floats or {})
+        self._make = make
+        self.floats = {name: _number(name, value) for name, value in (floats or {}).items()}
         self.random, self.rows_may_stay, self.undefined_if_empty = random, rows_may_stay, undefined_if_empty
         self._traces = 0
         sizes = np.asarray(self.given.population.sizes)
         busy = np.flatnonzero(sizes > 0)
         if len(busy) < 6:
-            raise ValueError(f"the problem has {len(busy)} clients with examples: give it at least 6")
+            raise ValueError(f"problem has {len(busy)} clients with examples: give it at least 6")
         a, b, c, d, e, f = (int(i) for i in busy[:6])
         self.busy = busy
         self.empty = int(np.argmin(sizes)) if len(busy) < len(sizes) else -1
@@ -179,7 +195,7 @@ class Subject:
         self.cohorts = [[a, d, c, b], [e, -1, b, f], [self.empty, c, a, d]]
         self.participants = (4, 3, 3)
         self.num_clients = len(sizes)
-        self.sampler = samplers.uniform(self.num_clients, 4)
+        self.sampler, self._draw = _sampler(self.num_clients)
 
     def check(self, name: str) -> None:
         """Runs one check by its name."""
@@ -215,14 +231,29 @@ class Subject:
     def make(self, values: Mapping[str, Any] | None = None, **settings: Any) -> Algorithm:
         """The method; one client after the other and examples in their order, which compiles fastest, unless told."""
         settings = {"plan": Plan(lanes=1), "order": "sequential", **settings}
-        return self._make(**(self.floats if values is None else values), **settings)
+        algorithm = self._make(**(self.floats if values is None else values), **settings)
+        missing = [name for name in Algorithm._fields if not callable(getattr(algorithm, name, None))]
+        if missing:
+            raise TypeError(
+                f"make must return an Algorithm, got {type(algorithm).__name__} without {' and '.join(missing)}: "
+                "return for example fedjax_core.federated(init, update)"
+            )
+        return algorithm
 
     @cached_property
     def algorithm(self) -> Algorithm:
         """The method at its own values."""
         return self.make()
 
-    @property
+    def start(self, values: Mapping[str, Any] | None = None, dtype: Any = jnp.float64) -> Any:
+        """The first state, on a device that is named, as states are that were read from files.
+
+        A round is compiled once more for a state on a device by default, so all states here are alike.
+        """
+        algorithm = self.algorithm if values is None else self.make(values)
+        return jax.device_put(algorithm.init(_as_floats(self.params, dtype)), jax.devices()[0])
+
+    @cached_property
     def has_rows(self) -> bool:
         """Whether the method keeps state for every client."""
         state = jax.eval_shape(self.algorithm.init, self.params)
@@ -236,8 +267,8 @@ class Subject:
             self._traces += 1
             _require(
                 self._traces <= 2,
-                "a round was traced again for other ids, sizes, keys, values or the state of the round before: its "
-                "state must have the shapes and dtypes of the state that it was given",
+                "a round was traced again for other ids, sizes, keys, values or the state of the round before: return "
+                "a state with the shapes and dtypes of the state that the round was given",
             )
             return self.make(values).round(state, cohort, key)
 
@@ -245,128 +276,184 @@ class Subject:
 
     def round(self, state: Any, ids: Any, key: Key) -> tuple[Any, Metrics]:
         """One compiled round."""
-        return self.jitted(self.floats, state, self.population.cohort(np.asarray(ids)), key)
+        return self.jitted(self.floats, state, self._cohort(ids), key)
 
-    def rounds(self, round: Callable[..., Any], cohorts: list[list[int]]) -> tuple[Any, list[Metrics]]:
-        """State after rounds of these cohorts, and the metrics of each."""
-        state, metrics = self.algorithm.init(self.params), []
+    def rounds(self, round: Callable[..., Any], start: Any, cohorts: list[list[int]]) -> Rounds:
+        """Rounds of these cohorts from a state on."""
+        state, metrics = start, []
         for t, ids in enumerate(cohorts):
             state, info = round(state, ids, jax.random.fold_in(self.key, t))
             metrics.append(info)
-        return state, metrics
+        return Rounds(state, metrics)
 
-    def by_plain_loop(self, cohorts: list[list[int]], **settings: Any) -> tuple[Any, list[Metrics]]:
-        """The same by the slow, obvious loop over clients."""
+    def by_plain_loop(self, cohorts: list[list[int]], **settings: Any) -> Rounds:
+        """The same from the first state on by the slow, obvious loop over clients."""
         algorithm = self.make(**settings)
         with reference.plain_loop():
-            return self.rounds(lambda state, ids, key: algorithm.round(state, self._cohort(ids), key), cohorts)
+            return self.rounds(
+                lambda state, ids, key: algorithm.round(state, self._cohort(ids), key),
+                algorithm.init(self.params),
+                cohorts,
+            )
 
-    def _cohort(self, ids: list[int]) -> Cohort:
+    def _cohort(self, ids: Any) -> Cohort:
         return self.population.cohort(np.asarray(ids))
 
     @cached_property
-    def expected(self) -> tuple[Any, list[Metrics]]:
-        """State and metrics after the cohorts, by the plain loop."""
+    def expected(self) -> Rounds:
+        """The cohorts by the plain loop."""
         return self.by_plain_loop(self.cohorts)
 
     @cached_property
-    def done(self) -> tuple[Any, list[Metrics]]:
-        """State and metrics after the cohorts, by the compiled round."""
-        return self.rounds(self.round, self.cohorts)
+    def done(self) -> Rounds:
+        """The cohorts by the compiled round."""
+        return self.rounds(self.round, self.start(), self.cohorts)
 
     @property
     def state(self) -> Any:
         """State after the cohorts."""
-        return self.done[0]
+        return self.done.state
 
-    def simulated(self, values: Mapping[str, float], key: Key, num_rounds: int) -> tuple[Any, Metrics]:
+    def simulated(self, values: Mapping[str, float], key: Key, num_rounds: int) -> Rounds:
         """What a simulation gives, by single compiled rounds; metrics stacked."""
         sample_key, train_key = jax.random.split(key)
-        state, rows = self.make(values).init(self.params), []
+        state, rows = self.start(values), []
         for t in range(num_rounds):
-            cohort = self.population.cohort(self.sampler(sample_key, jnp.int32(t)))
+            cohort = self.population.cohort(self._draw(sample_key, jnp.int32(t)))
             state, info = self.jitted(values, state, cohort, jax.random.fold_in(train_key, t))
             rows.append(info)
-        return state, jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        return Rounds(state, _stacked(rows))
 
     # The checks.
 
     def a_round_equals_a_plain_loop(self) -> None:
         """Compiled rounds give what a loop over clients in Python gives."""
-        _same(self.done, self.expected, "compiled rounds do not give the result of a plain loop over clients", **EXACT)
+        _same(
+            self.done,
+            self.expected,
+            "compiled rounds do not give the result of a plain loop over clients",
+            "leave out the rows of a batch that batch.mask excludes, and use nothing that tells how clients are run "
+            "(results.executed_steps, whether a value is a tracer)",
+            **EXACT,
+        )
 
     def cohort_order_does_not_matter(self) -> None:
         """The slots of a cohort may be in any order."""
-        again = self.rounds(self.round, [ids[::-1] for ids in self.cohorts])
-        _same(again, self.done, "the order of the clients in a cohort changes the result", **EXACT)
+        again = self.rounds(self.round, self.start(), [ids[::-1] for ids in self.cohorts])
+        _same(
+            again,
+            self.done,
+            "the order of the clients in a cohort changes the result",
+            "combine uploads by sums over slots, and tell clients apart by cohort.ids, never by their slot",
+            **EXACT,
+        )
 
     def empty_slots_and_clients_change_nothing(self) -> None:
         """A cohort with empty slots and clients without examples is that without them."""
         _, b, c, d, *_ = (int(i) for i in self.busy[:6])
-        padded = self.rounds(self.round, [[d, -1, b, self.empty], [-1, self.empty, c, -1]])
+        padded = self.rounds(self.round, self.start(), [[d, -1, b, self.empty], [-1, self.empty, c, -1]])
         bare = self.by_plain_loop([[d, b], [c]])
-        _same(padded, bare, "empty slots or clients without examples change the result", **EXACT)
+        _same(
+            padded,
+            bare,
+            "empty slots or clients without examples change the result",
+            "count with cohort.num_participants instead of the number of slots, and leave out slots where cohort.mask "
+            "is false",
+            **EXACT,
+        )
 
     def an_empty_cohort_changes_only_the_counter(self) -> None:
         """A round of nobody leaves the state as it is, and reports a loss of NaN."""
         for ids in ([-1, -1, -1, -1], [self.empty, -1, -1, -1]):
             after, metrics = self.round(self.state, ids, self.key)
-            _require(int(after.round) == int(self.state.round) + 1, "a round without participants is not counted")
-            _same(
-                after._replace(round=0), self.state._replace(round=0), "a round without participants changes the state"
+            begun, ended = int(self.state.round), int(after.round)
+            _require(
+                ended == begun + 1,
+                f"a round without participants is not counted: state.round is {ended} after {begun}; return it one "
+                "higher from every round",
             )
-            _require(metrics.participants == 0, "metrics count participants in a round without")
-            _require(metrics.update_norm == 0, "metrics tell of an update in a round without participants")
-            _require(np.isnan(metrics.loss), "metrics tell of a loss in a round without participants, expected NaN")
+            _same(
+                after._replace(round=0),
+                self.state._replace(round=0),
+                "a round without participants changes the state",
+                "keep what there was where cohort.num_participants is 0, as fedjax_core.federated does",
+            )
+            told = "metrics of a round without participants tell of"
+            made = "make them by fedjax_core.round_metrics"
+            _require(int(metrics.participants) == 0, f"{told} {metrics.participants} participants: {made}")
+            _require(float(metrics.update_norm) == 0, f"{told} an update of length {metrics.update_norm}: {made}")
+            _require(np.isnan(metrics.loss), f"{told} a loss of {metrics.loss}, expected NaN: {made}")
             extra = metrics.extra
             if self.undefined_if_empty:
                 extra = extra._replace(**dict.fromkeys(self.undefined_if_empty, 0))
-            for leaf in jax.tree.leaves((after, (metrics.update_norm, extra))):
-                finite = not jnp.issubdtype(jnp.result_type(leaf), jnp.floating) or bool(jnp.all(jnp.isfinite(leaf)))
-                _require(finite, "a round without participants makes numbers that are not finite")
+            for path, leaf in _leaves({"state": after, "metrics": {"extra": extra}}):
+                finite = not jnp.issubdtype(jnp.result_type(leaf), jnp.floating) or bool(np.all(np.isfinite(leaf)))
+                _require(
+                    finite,
+                    f"a round without participants makes {path} {np.asarray(leaf)}, which is not finite: divide by "
+                    "max(cohort.num_participants, 1), or name a metric that is unknown then in undefined_if_empty",
+                )
 
     def only_participants_rows_change(self) -> None:
         """Per-client state of the absent stays, that of participants changes."""
         _, b, *_, f = (int(i) for i in self.busy[:6])
         after, _ = self.round(self.state, [f, b, -1, -1], self.key)
         absent = np.setdiff1d(np.arange(self.num_clients), [b, f])
-        tables = [jax.tree.leaves(clients.split_tables(state)[1]) for state in (self.state, after)]
-        for old, new in zip(*tables, strict=True):
-            old, new = _plain(old), _plain(new)
-            _require(np.array_equal(old[absent], new[absent]), "the state of clients that took no part changes")
-            changed = self.rows_may_stay or not np.array_equal(old[b], new[b])
-            _require(changed, "the state of a client that took part stays as it was; if it may, say rows_may_stay=True")
+        old, new = (clients.split_tables(state)[1] for state in (self.state, after))
+        for (path, one), other in zip(_leaves(old), jax.tree.leaves(new), strict=True):
+            was, now = _plain(one), _plain(other)
+            moved = [int(i) for i in absent if not np.array_equal(was[i], now[i], equal_nan=now.dtype.kind == "f")]
+            _require(
+                not moved,
+                f"clients {b} and {f} took part, and the state of the absent clients {moved} changes (table {path}): "
+                "write rows by fedjax_core.scatter, which leaves the others alone",
+            )
+            _require(
+                self.rows_may_stay or not np.array_equal(was[b], now[b]),
+                f"client {b} took part, and its state stays as it was (table {path}): return the table that "
+                "fedjax_core.scatter returns, or say rows_may_stay=True if a row may stay",
+            )
 
     def same_key_same_bits(self) -> None:
         """A round is a function of its arguments."""
-        state = self.algorithm.init(self.params)
-        first, again = (self.round(state, self.cohorts[0], jax.random.key(3)) for _ in range(2))
-        _same(again, first, "the same state, cohort and key give other bits")
+        first, again = (self.round(self.start(), self.cohorts[0], jax.random.key(3)) for _ in range(2))
+        _same(
+            Rounds(*again),
+            Rounds(*first),
+            "the same state, cohort and key give other bits",
+            "draw everything from the key that the round is given, and keep everything in the state",
+        )
 
     def seeds_and_floats_vmap_like_a_loop(self) -> None:
-        """Simulations at once, of seeds and values of their own each, give what single rounds of each give."""
-
-        def final(values: Any, key: Key) -> tuple[Params, Metrics]:
-            algorithm = self.make(values, plan=None)  # all clients of all simulations beside each other
-            state, metrics = simulate(algorithm, self.sampler, 2)(self.params, self.population, key)
-            return algorithm.params(state), metrics
-
+        """Rounds at once, of seeds, values and states of their own each, give what single rounds of each give."""
         # One member per hyper-parameter, each with that one lowered.
         names = list(self.floats)
         members = max(2, len(names))
         batch = {n: np.full(members, self.floats[n]) for n in names}
         for member, name in enumerate(names):
             batch[name][member] *= 0.8
-        seeds = jax.random.split(jax.random.key(5), members)
-        together = jax.jit(jax.vmap(final, axis_size=members))(batch, seeds)
-        for member in range(members):
-            alone = {n: float(v[member]) for n, v in batch.items()}
-            state, metrics = self.simulated(alone, seeds[member], 2)
-            one = jax.tree.map(lambda leaf, member=member: leaf[member], together)
+        keys = jax.random.split(jax.random.key(5), (2, members))
+        alone = [{n: float(v[member]) for n, v in batch.items()} for member in range(members)]
+        # The second round of each, as in the first much is zero; and how each begins.
+        ids = np.asarray([self.cohorts[member % 3] for member in range(members)])
+        firsts = [
+            self.jitted(values, self.start(values), self._cohort(self.cohorts[0]), key)[0]
+            for values, key in zip(alone, keys[0], strict=True)
+        ]
+
+        def one(values: Any, state: Any, ids: Array, key: Key, population: Population) -> tuple[Any, Rounds]:
+            algorithm = self.make(values, plan=None)  # all clients of all members beside each other
+            return algorithm.init(self.params), Rounds(*algorithm.round(state, population.cohort(ids), key))
+
+        all_at_once = jax.vmap(one, in_axes=(0, 0, 0, 0, None), axis_size=members)
+        begun, together = jax.jit(all_at_once)(batch, _stacked(firsts), ids, keys[1], self.population)
+        for member, values in enumerate(alone):
+            expected = self.jitted(values, firsts[member], self._cohort(ids[member]), keys[1][member])
             _same(
-                one,
-                (self.algorithm.params(state), metrics),
-                "simulations at once, by vmap over seeds and hyper-parameters, differ from single rounds of each",
+                jax.tree.map(lambda leaf, m=member: leaf[m], (begun, together)),
+                (self.make(values).init(self.params), Rounds(*expected)),
+                "rounds at once, by vmap over seeds and hyper-parameters, differ from single rounds of each",
+                "use hyper-parameters as arrays: no float(), no Python branch on them, no number over all members",
                 rtol=1e-11,
                 atol=1e-12,
             )
@@ -375,58 +462,102 @@ class Subject:
         """One program does for all ids, sizes, keys, values and states of a population of so many examples."""
         sizes = np.asarray(self.population.sizes)[::-1]
         other = Population.from_sizes(jax.tree.map(lambda leaf: leaf[::-1], self.population.examples), sizes)
-        state = self.algorithm.init(self.params)
+        state = self.start()
         before = None
         for t, ids in enumerate((self.cohorts[0], self.cohorts[1], [-1] * 4)):
             values = {name: value * (1 - 0.1 * t) for name, value in self.floats.items()}
             state, _ = self.jitted(values, state, other.cohort(np.asarray(ids)), jax.random.key(t))
             before = self._traces if before is None else before
-        _require(self._traces == before, "a round is traced again for other ids, keys or values")
-        _require(int(state.round) == 3, f"the counter of rounds is {state.round} after three")
+        _require(
+            self._traces == before,
+            "a round is traced again for other ids, keys, values or the state of the round before: return a state with "
+            "the shapes and dtypes of the state that the round was given",
+        )
+        _require(
+            int(state.round) == 3, f"state.round is {state.round} after three rounds: return it one higher from each"
+        )
 
     def no_large_constants(self) -> None:
         """Data and parameters are arguments of the program, no part of it."""
-        arguments = self.floats, self.algorithm.init(self.params), self._cohort(self.cohorts[0]), self.key
-        size = sum(np.size(constant) for constant in self.jitted.trace(*arguments).jaxpr.consts)
+        arguments = self.floats, self.start(), self._cohort(self.cohorts[0]), self.key
+        sizes = [np.size(constant) for constant in self.jitted.trace(*arguments).jaxpr.consts]
         _require(
-            size < MOST_CONSTANTS,
-            f"the compiled round holds {size} numbers as constants: arrays go in by the state, the cohort or shared",
+            sum(sizes) < MOST_CONSTANTS,
+            f"the compiled round holds {sum(sizes)} numbers as constants, in arrays of {sizes}, and is compiled anew "
+            "when they change: arrays go in by the state, the cohort or shared",
         )
 
     def dtypes_stay(self) -> None:
         """float32 stays float32: a round returns the structure, shapes and dtypes that it is given."""
-        state = self.algorithm.init(_as_floats(self.params, jnp.float32))
+        state = self.start(dtype=jnp.float32)
         cohort = self._population(jnp.float32).cohort(np.asarray(self.cohorts[0]))
         after, _ = self.jitted.trace(self.floats, state, cohort, self.key).out_info
-        _same_shapes(after, state, "a round of a model in float32 returns another type of state than init")
         _same_shapes(
-            self.algorithm.params(state), _as_floats(self.params, jnp.float32), "params(state) is no model like init's"
+            after,
+            state,
+            "a round of a model in float32 returns another type of state than init",
+            "cast by astype to the dtype of the leaf it replaces; arrays of numpy are of double precision",
+        )
+        _same_shapes(
+            self.algorithm.params(state),
+            _as_floats(self.params, jnp.float32),
+            "params(state) is no model like the one that init was given",
+            "return the model with its structure, shapes and dtypes",
         )
 
     def state_survives_pickling(self) -> None:
         """A state that is written and read again goes on to the same bits."""
-        again = pickle.loads(pickle.dumps(self.state))
-        _same(again, self.state, "a state changes when it is pickled and read again")
-        on, expected = (self.round(state, self.cohorts[1], self.key) for state in (again, self.state))
-        _same(on, expected, "a run that goes on from a pickled state gives other bits")
+        try:
+            again = pickle.loads(pickle.dumps(self.state))
+        except Exception as error:
+            raise AssertionError(
+                f"a state cannot be pickled and read again ({type(error).__name__}: {error}): make it of arrays in "
+                "NamedTuples that are defined at the top of a module"
+            ) from error
+        fix = "keep everything that a round needs in leaves of the state, which are arrays"
+        _same(again, self.state, "a state changes when it is pickled and read again", fix)
+        self.goes_on_from(again)
+
+    def goes_on_from(self, state: Any) -> None:
+        """Checks that what was read from a file goes on as `self.state` does; not a check of its own."""
+        state = jax.device_put(state, jax.devices()[0])
+        on, expected = (self.round(state, self.cohorts[1], self.key) for state in (state, self.state))
+        _same(
+            Rounds(*on),
+            Rounds(*expected),
+            "a run that goes on from a state that was written and read gives other bits",
+            "keep everything that a round needs in leaves of the state, which are arrays",
+        )
 
     def client_params_are_one_model_per_client(self) -> None:
         """`client_params(state, ids)` stacks a model for each of the ids."""
-        rows = self.algorithm.client_params(self.state, jnp.array([2, 0, 5]))
-        expected = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), self.algorithm.params(self.state)
+        rows = jax.eval_shape(self.algorithm.client_params, self.state, jnp.array([2, 0, 5]))
+        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), self.params)
+        _same_shapes(
+            rows,
+            expected,
+            "client_params(state, ids) is not one model for each of three ids, stacked",
+            "return leaves [3, ...], as fedjax_core.global_client_params(params, ids) does for one model of all",
         )
-        _same_shapes(rows, expected, "client_params(state, ids) is not one model for each id, stacked")
 
     def a_state_can_be_donated(self) -> None:
         """No buffer is in a state twice, nor are the caller's params in it."""
-        for state in (self.algorithm.init(self.params), jax.jit(self.algorithm.init)(self.params), self.state):
-            arrays = [leaf for leaf in jax.tree.leaves((self.params, state)) if leaf.size]
-            buffers = {leaf.unsafe_buffer_pointer() for leaf in arrays}
-            _require(
-                len(buffers) == len(arrays),
-                "a state cannot be donated: it holds an array twice, or one of the params it was made from",
-            )
+        made = {
+            "init(params)": self.algorithm.init(self.params),
+            "jit(init)(params)": jax.jit(self.algorithm.init)(self.params),
+            "a round": self.state,
+        }
+        for name, state in made.items():
+            held: dict[int, str] = {}
+            for path, leaf in _leaves({"params": self.params, "state": state}):
+                if not leaf.size:
+                    continue
+                twin = held.setdefault(leaf.unsafe_buffer_pointer(), path)
+                _require(
+                    twin == path,
+                    f"the state that {name} returns cannot be donated: {path} is the same buffer as {twin}; copy one "
+                    "of them by jnp.copy",
+                )
 
     def the_server_uses_only_uploads(self) -> None:
         """Of what clients keep, the outputs of their programs, only their own rows are made."""
@@ -439,16 +570,16 @@ class Subject:
 
     def made_of_outputs(self) -> tuple[bool, bool]:
         """Whether the server's state after a round, and the clients' rows, are made of outputs of client programs."""
-        real, algorithm = clients.for_each_client, self.algorithm
+        algorithm = self.algorithm
 
         def parts(outputs: Array, state: Any, cohort: Cohort) -> tuple[Any, Any]:
-            def only_shapes(program: Any, shared: Any, client_inputs: Any, cohort: Cohort, key: Key, **options: Any):
-                call = partial(real, program, **options)
-                shapes = jax.eval_shape(call, shared, client_inputs, cohort, key)
+            def only_shapes(program: Any, *arguments: Any, **options: Any) -> clients.ClientResults:
+                with clients.replaced(None):
+                    shapes = jax.eval_shape(partial(clients.for_each_client, program, **options), *arguments)
                 blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
                 return blank._replace(outputs=jax.tree.map(lambda o: o + outputs.astype(o.dtype), blank.outputs))
 
-            with reference.replaced(only_shapes):
+            with clients.replaced(only_shapes):
                 return clients.split_tables(algorithm.round(state, cohort, self.key)[0])
 
         state = algorithm.init(self.params)
@@ -467,22 +598,30 @@ class Subject:
     def metrics_count_scalars_and_participants(self) -> None:
         """Metrics count who took part and at least a model up and down, and measure a loss and an update."""
         size = clients.num_scalars(self.params)
-        for info, participants in zip(self.done[1], self.participants, strict=True):
+        made = "make metrics by fedjax_core.round_metrics from the results of the pass that trains"
+        for info, participants in zip(self.done.metrics, self.participants, strict=True):
             _require(
-                info.participants == participants,
-                f"metrics count {info.participants} participants where there are {participants}",
+                int(info.participants) == participants,
+                f"metrics count {info.participants} participants where there are {participants}: {made}",
             )
-            _require(info.uploaded >= size, f"metrics count {info.uploaded} scalars up, fewer than a model's {size}")
-            _require(info.downloaded >= size, f"metrics count {info.downloaded} scalars down, of a model of {size}")
-            _require(bool(jnp.isfinite(info.loss)), f"metrics tell of a loss of {info.loss}")
-            _require(info.update_norm > 0, f"metrics tell of an update of length {info.update_norm}")
+            for way, count in (("up", info.uploaded), ("down", info.downloaded)):
+                _require(
+                    int(count) >= size,
+                    f"metrics count {count} scalars {way}, fewer than the {size} of a model: upload and share what "
+                    "moves the model, and count all passes of a round",
+                )
+            _require(bool(np.isfinite(info.loss)), f"metrics tell of a loss of {info.loss}: {made}")
+            _require(float(info.update_norm) > 0, f"metrics tell of an update of length {info.update_norm}: {made}")
 
     @cached_property
     def on_mesh(self) -> Any:
-        """`round(state, cohort, key)` of shuffled examples, in two lanes on each of two devices (or the only one)."""
-        devices = jax.devices()[:2]
-        mesh = jax.make_mesh((len(devices),), ("clients",), devices=devices)
-        return jax.jit(self.make(plan=Plan(lanes=2 * len(devices), mesh=mesh), order="shuffled").round)
+        """(a first state, `round(state, ids, key)` of shuffled examples, in two lanes on each of two devices)."""
+        mesh = client_mesh(min(2, len(jax.devices())))
+        algorithm = self.make(plan=Plan(lanes=2 * mesh.size, mesh=mesh), order="shuffled")
+        state = algorithm.init(self.params)
+        where = shardings(state, mesh)
+        jitted = jax.jit(algorithm.round, out_shardings=(where, replicated(mesh)))  # as the first, for one program
+        return place(state, where), lambda state, ids, key: jitted(state, self._cohort(ids), key)
 
     @cached_property
     def wide(self) -> list[list[int]]:
@@ -491,27 +630,45 @@ class Subject:
 
     def lanes_on_a_mesh_equal_a_plain_loop(self) -> None:
         """Lanes on the devices of a mesh, with shuffled examples, give what a loop over clients in Python gives."""
-        got = self.rounds(lambda state, ids, key: self.on_mesh(state, self._cohort(ids), key), self.wide)
-        expected = self.by_plain_loop(self.wide, order="shuffled")
-        _same(got, expected, "lanes on a mesh do not give the result of a plain loop over clients", **EXACT)
+        start, round = self.on_mesh
+        _same(
+            self.rounds(round, start, self.wide),
+            self.by_plain_loop(self.wide, order="shuffled"),
+            "lanes on a mesh do not give the result of a plain loop over clients",
+            "use nothing that tells how clients are run (results.executed_steps), and let arrays of all clients into "
+            "client programs by shared, not by closure",
+            **EXACT,
+        )
 
     def another_key_gives_other_numbers(self) -> None:
         """The key is used, and in a method that draws nothing it makes no difference."""
-        state, cohort = self.algorithm.init(self.params), self._cohort(self.wide[0])
-        first, other = (self.on_mesh(state, cohort, jax.random.key(seed))[1].update_norm for seed in (3, 4))
+        start, round = self.on_mesh
+        first, other = (float(round(start, self.wide[0], jax.random.key(seed))[1].update_norm) for seed in (3, 4))
         if self.random:
-            _require(first != other, "another key gives the same numbers; if the method draws none, say random=False")
+            _require(
+                first != other,
+                f"another key gives the same numbers (an update of length {first}): hand the key of the round on to "
+                "the clients, or say random=False if the method draws nothing",
+            )
         else:
-            _require(first == other, "another key gives other numbers, and random=False was said")
+            _require(
+                first == other,
+                f"another key gives other numbers (updates of length {first} and {other}), and random=False was said: "
+                "leave it out, or draw nothing",
+            )
 
     def scanned_rounds_equal_single_rounds(self) -> None:
         """Rounds in one loop, and a run that goes on where one has ended, give the bits of single rounds."""
         run = jax.jit(continue_rounds(self.algorithm, self.sampler, 2))
-        state, first = run(self.algorithm.init(self.params), self.population, self.key)
+        state, first = run(self.start(), self.population, self.key)
         state, second = run(state, self.population, self.key)
-        scanned = jax.tree.map(lambda *leaves: np.concatenate(leaves), first, second)
-        expected = self.simulated(self.floats, self.key, 4)
-        _same((state, scanned), expected, "rounds in one compiled loop give other bits than single rounds")
+        _same(
+            Rounds(state, jax.tree.map(lambda *leaves: np.concatenate(leaves), first, second)),
+            self.simulated(self.floats, self.key, 4),
+            "rounds in one compiled loop give other bits than single rounds",
+            "keep everything that rounds hand on in the state: what Python counts or remembers is fixed when a round "
+            "is traced",
+        )
 
     def client_state_in_host_memory_gives_the_same_bits(self) -> None:
         """A method that touches its tables through the cohort alone cannot tell that they hold its rows alone."""
@@ -521,24 +678,44 @@ class Subject:
         examples = jax.tree.map(np.asarray, self.population.examples)
         host = HostPopulation.from_flat(examples, np.asarray(self.population.offsets))
         staged, _ = continue_staged(self.algorithm, self.sampler, 3)(state, host, self.key)
-        expected, _ = self.simulated(self.floats, self.key, 3)
-        _same(staged, expected, "per-client state in host memory gives other bits than on the device")
+        _same(
+            staged,
+            self.simulated(self.floats, self.key, 3).state,
+            "per-client state in host memory gives other bits than on the device",
+            "read and write tables only by fedjax_core.gather and scatter; a sum over all clients is a field of the "
+            "state",
+        )
 
     def float32_agrees_with_float64(self) -> None:
         """In float32 a model moves as in float64, up to rounding."""
-        params, population = _as_floats(self.params, jnp.float32), self._population(jnp.float32)
-        state = self.algorithm.init(params)
-        for t, ids in enumerate(self.cohorts):
-            cohort = population.cohort(np.asarray(ids))
-            state, _ = self.jitted(self.floats, state, cohort, jax.random.fold_in(self.key, t))
-        _same_shapes(state, self.algorithm.init(params), "rounds in float32 return another type of state than init")
+        population = self._population(jnp.float32)
+        start = self.start(dtype=jnp.float32)
+        state, _ = self.rounds(
+            lambda state, ids, key: self.jitted(self.floats, state, population.cohort(np.asarray(ids)), key),
+            start,
+            self.cohorts,
+        )
+        _same_shapes(
+            state,
+            start,
+            "rounds in float32 return another type of state than init",
+            "cast by astype to the dtype of the leaf it replaces",
+        )
         _same(
             _as_floats(self.algorithm.params(state), jnp.float64),
-            self.algorithm.params(self.expected[0]),
+            _as_floats(self.algorithm.params(self.expected.state), jnp.float64),
             "a model in float32 is not that in float64 up to rounding",
+            "avoid differences of large numbers and sums of many small ones in single precision (fedjax_core.sums)",
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+@cache
+def _sampler(num_clients: int) -> tuple[samplers.Sampler, Callable[..., Array]]:
+    """A sampler of four clients, and the same compiled."""
+    sampler = samplers.uniform(num_clients, 4)
+    return sampler, jax.jit(sampler)
 
 
 def _as_floats(tree: PyTree, dtype: Any) -> PyTree:
@@ -548,10 +725,25 @@ def _as_floats(tree: PyTree, dtype: Any) -> PyTree:
     )
 
 
+def _number(name: str, value: Any) -> float:
+    """The value as a float, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise ValueError(f"floats[{name!r}] must be a finite number, got {value!r:.200}: pass the value to check it at")
+    return float(value)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
 def _plain(leaf: Any) -> np.ndarray:
     """An array as numpy's; of keys, their data."""
-    is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    """The trees as one with a leading axis, on the host."""
+    return jax.tree.map(lambda *leaves: (jnp if _is_key(leaves[0]) else np).stack(leaves), *trees)
 
 
 def _require(holds: Any, sentence: str) -> None:
@@ -562,32 +754,44 @@ def _require(holds: Any, sentence: str) -> None:
 
 def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path), leaf
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
-def _same_shapes(actual: PyTree, expected: PyTree, sentence: str) -> None:
-    """Raises AssertionError unless the trees have one structure, and their leaves the same shapes and dtypes."""
+def _same_structure(actual: PyTree, expected: PyTree, sentence: str, fix: str) -> None:
+    """Raises AssertionError unless the trees have one structure."""
     one: Any = jax.tree.structure(actual)
     other: Any = jax.tree.structure(expected)
-    _require(one == other, f"{sentence}: {one}, expected {other}")
+    _require(one == other, f"{sentence}: it is built as {one}, expected {other}; {fix}")
+
+
+def _same_shapes(actual: PyTree, expected: PyTree, sentence: str, fix: str) -> None:
+    """Raises AssertionError unless the trees have one structure, and their leaves the same shapes and dtypes."""
+    _same_structure(actual, expected, sentence, fix)
     for (path, a), b in zip(_leaves(actual), jax.tree.leaves(expected), strict=True):
         got, wanted = ((jnp.result_type(leaf), jnp.shape(leaf)) for leaf in (a, b))
-        _require(got == wanted, f"{sentence}: {path} is {got[0]}{list(got[1])}, expected {wanted[0]}{list(wanted[1])}")
+        _require(
+            got == wanted,
+            f"{sentence}: {path} is {got[0]}{list(got[1])}, expected {wanted[0]}{list(wanted[1])}; {fix}",
+        )
 
 
-def _same(actual: PyTree, expected: PyTree, sentence: str, *, rtol: float = 0, atol: float = 0) -> None:
+def _same(actual: PyTree, expected: PyTree, sentence: str, fix: str, *, rtol: float = 0, atol: float = 0) -> None:
     """Raises AssertionError unless the trees have one structure and the same numbers (NaN is NaN)."""
-    one: Any = jax.tree.structure(actual)
-    other: Any = jax.tree.structure(expected)
-    _require(one == other, f"{sentence}: {one}, expected {other}")
+    _same_structure(actual, expected, sentence, fix)
     for (path, a), b in zip(_leaves(actual), jax.tree.leaves(expected), strict=True):
         x, y = _plain(a), _plain(b)
-        _require(x.shape == y.shape, f"{sentence}: {path} has shape {list(x.shape)}, expected {list(y.shape)}")
-        close = (x == y) | ((x != x) & (y != y)) if rtol == atol == 0 else np.isclose(x, y, rtol, atol, equal_nan=True)
+        _require(x.shape == y.shape, f"{sentence}: {path} has shape {list(x.shape)}, expected {list(y.shape)}; {fix}")
+        exact = rtol == atol == 0
+        close = (x == y) | ((x != x) & (y != y)) if exact else np.isclose(x, y, rtol, atol, equal_nan=True)
         if not np.all(close):
             where = tuple(int(i) for i in np.argwhere(~close)[0])
-            at = "" if not where else f"{list(where)}"
-            raise AssertionError(f"{sentence}: {path}{at} is {x[where]!r}, expected {y[where]!r}")
+            at = str(list(where)) if where else ""
+            gap = np.max(np.abs(x[~close].astype(np.float64) - y[~close].astype(np.float64)))
+            allowed = "none" if exact else f"{rtol:g}"
+            raise AssertionError(
+                f"{sentence}: {path}{at} is {x[where]}, expected {y[where]} ({np.sum(~close)} of {x.size} numbers "
+                f"there differ, by up to {gap:.2g}; allowed is {allowed}); {fix}"
+            )
 
 
 def _is_variable(atom: Any) -> bool:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Population, clients, measured, reference, samplers, simulate
+from fedjax_core import Population, measured, reference, samplers, simulate
 from tests.problems import (
     FULL,
     PART,
@@ -43,8 +43,7 @@ def run(algorithm, cohorts, population=None, params=Q3_START):
         simulation = jax.jit(simulate(algorithm, samplers.schedule(np.asarray(cohorts)), len(cohorts)))
         return simulation(jnp.asarray(params), population, KEY)
     state, rows = algorithm.init(jnp.asarray(params)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(state, population.cohort(ids), KEY)
             rows.append(metrics)

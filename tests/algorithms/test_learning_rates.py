@@ -11,7 +11,6 @@ from fedjax_core import (
     HostPopulation,
     Plan,
     Population,
-    clients,
     optimizer_at,
     reference,
     samplers,
@@ -33,8 +32,7 @@ def run(name, rounds=1, optimizer=None, copies=(1, 2, 4), **settings):
     """The state after some rounds of everybody, through the plain loop: clients of 1, 2 and 4 steps."""
     algorithm = getattr(algorithms, name)(quadratic_loss, optimizer or by_client(), batch_size=1, **settings)
     state, people = algorithm.init(jnp.asarray(Q3_START)), q3_population(copies)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for _ in range(rounds):
             state, _ = algorithm.round(state, people.cohort(np.arange(3)), KEY)
     return algorithm, state

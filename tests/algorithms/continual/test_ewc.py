@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Plan, clients, reference
+from fedjax_core import Plan, reference
 from tests.problems import (
     FULL,
     Q3_A,
@@ -146,7 +146,7 @@ def test_nobody_at_the_end_of_a_task_changes_nothing():
         chex.assert_tree_all_finite(after)
 
 
-def test_every_plan_ends_a_task_like_a_plain_loop(monkeypatch):
+def test_every_plan_ends_a_task_like_a_plain_loop():
     mesh = jax.make_mesh((2,), ("clients",), devices=jax.devices()[:2])
     method, _, end_task = jitted()
 
@@ -154,8 +154,8 @@ def test_every_plan_ends_a_task_like_a_plain_loop(monkeypatch):
         return ended(end_task, method.init(softmax_params()), seeds=[1], ids=(3, -1, 0, 2))
 
     alone, on_mesh = end(end_task), end(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task))
-    monkeypatch.setattr(clients, "for_each_client", reference.for_each_client)
-    plain = end(method.end_task)
+    with reference.plain_loop():
+        plain = end(method.end_task)
     assert_trees_close(alone, plain, 1e-11, 1e-13)
     assert_trees_close(on_mesh, plain, 1e-11, 1e-13)
 

@@ -11,7 +11,7 @@ import pytest
 
 import algorithms
 from algorithms.continual.fot import Basis, Sketch, expand, project
-from fedjax_core import Plan, Population, clients, reference
+from fedjax_core import Plan, Population, reference
 from tests.problems import assert_trees_close, assert_trees_equal
 
 # A network without biases: x [B, 6] -> tanh -> [B, 10] -> [B, 3].
@@ -383,13 +383,13 @@ def same_spans(state, expected, atol=1e-11):
         np.testing.assert_allclose(U @ U.T, V @ V.T, atol=atol)
 
 
-def test_every_plan_ends_a_task_like_a_plain_loop(monkeypatch):
+def test_every_plan_ends_a_task_like_a_plain_loop():
     mesh = jax.make_mesh((2,), ("clients",), devices=jax.devices()[:2])
     method, _, end_task = jitted()
     alone = ended(end_task, start(method, energy=0.9))
     on_mesh = ended(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task), start(method, energy=0.9))
-    monkeypatch.setattr(clients, "for_each_client", reference.for_each_client)
-    plain = ended(method.end_task, start(method, energy=0.9))
+    with reference.plain_loop():
+        plain = ended(method.end_task, start(method, energy=0.9))
     same_spans(alone, plain)
     same_spans(on_mesh, plain)
 

@@ -8,7 +8,7 @@ import pytest
 
 import algorithms
 from algorithms.drift.fedld import principal_mean
-from fedjax_core import Population, clients, reference
+from fedjax_core import Population, reference
 from tests.problems import (
     FULL,
     PART,
@@ -125,8 +125,7 @@ def run(algorithm, cohorts, population=None, start=Q3_START):
     """Global models after every round and the metrics, through the plain loop, which compiles nothing."""
     population = population or q3_population()
     state, models, rows = algorithm.init(jax.tree.map(jnp.asarray, start)), [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(state, population.cohort(ids), KEY)
             models.append(state.params)

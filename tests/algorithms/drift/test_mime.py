@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Population, clients, reference, samplers, simulate
+from fedjax_core import Population, reference, samplers, simulate
 from tests.problems import (
     FULL,
     PART,
@@ -33,8 +33,7 @@ def run(algorithm, cohorts, population=None):
     """States after every round and the last metrics, through the plain loop, which compiles nothing."""
     population = population or q3_population()
     state, states = algorithm.init(jnp.asarray(Q3_START)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(state, population.cohort(ids), KEY)
             states.append(state)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import ClientTable, Population, clients, reference, samplers, simulate
+from fedjax_core import ClientTable, Population, reference, samplers, simulate
 from tests.problems import FULL, PART, Q3_A, Q3_B, Q3_OPTIMUM, Q3_START, q3_population, quadratic_loss
 
 STEPS = {"batch_size": 1, "num_steps": 2}
@@ -25,8 +25,7 @@ def run(algorithm, cohorts, population=None, state=None):
     population = population or q3_population()
     state = algorithm.init(jnp.asarray(Q3_START)) if state is None else state
     states = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(state, population.cohort(ids), KEY)
             states.append(state)

@@ -27,8 +27,7 @@ def run(algorithm, cohorts, population=None, start=Q3_START):
     """States and metrics of every round, through the plain loop, which compiles nothing."""
     population = population or q3_population()
     state, states, rows = algorithm.init(jnp.asarray(start)), [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(state, population.cohort(ids), KEY)
             states.append(state)
@@ -95,8 +94,7 @@ def contrast(z, previous, start, temperature=0.5, scale=1.0):
     population = Population.from_clients([{"x": np.zeros((1, 1))}] * 3)
     state = algorithm.init(jnp.asarray(start))
     state = state._replace(client_models=clients.client_table(3, jnp.asarray(previous)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         after, metrics = algorithm.round(state, population.cohort([0]), KEY)
     return float(metrics.loss), np.asarray(after.params) - start
 

@@ -12,7 +12,7 @@ import algorithms
 import models
 from algorithms.exploration.autoflip import export, keep
 from algorithms.parts.exploration import Map, to_unit
-from fedjax_core import ClientTable, clients, reference
+from fedjax_core import ClientTable, reference
 from tests.problems import (
     FULL,
     PART,
@@ -42,8 +42,7 @@ def fedlex(lr=0.1, **settings):
 def plainly(function, *args):
     """The result of a function through the plain loop, which compiles nothing."""
     # Nor the branches of a conditional, which would be compiled anew in every step.
-    with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with jax.disable_jit(), reference.plain_loop():
         return function(*args)
 
 

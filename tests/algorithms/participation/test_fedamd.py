@@ -10,7 +10,7 @@ import pytest
 
 import algorithms
 from algorithms.participation.fedamd import draw_anchors
-from fedjax_core import Population, clients, reference, samplers, simulate
+from fedjax_core import Population, reference, samplers, simulate
 from tests.problems import (
     FULL,
     PART,
@@ -35,8 +35,7 @@ def make(loss=quadratic_loss, num_clients=3, **settings):
 def run(algorithm, cohorts, population=None, keys=None, params=Q3_START):
     """States before the first and after every round, and every round's metrics, through the plain loop."""
     states, metrics = [algorithm.init(jax.tree.map(jnp.asarray, params))], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for t, ids in enumerate(cohorts):
             cohort = (population or q3_population()).cohort(ids)
             state, info = algorithm.round(states[-1], cohort, jax.random.key(t) if keys is None else keys[t])

@@ -10,7 +10,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.participation import interval_table, inverse_probabilities, mean_interval
-from fedjax_core import Population, clients, reference, samplers, simulate
+from fedjax_core import Population, reference, samplers, simulate
 from tests.problems import FULL, PART, Q3_A, Q3_B, Q3_OPTIMUM, Q3_START, q3_population, quadratic_loss
 
 STEPS = {"batch_size": 1, "num_steps": 2}
@@ -25,8 +25,7 @@ def make(name, lr=0.1, **settings):
 def run(algorithm, cohorts, population=None):
     """States before the first and after every round, and the last metrics, through the plain loop."""
     states = [algorithm.init(jnp.asarray(Q3_START))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(states[-1], (population or q3_population()).cohort(ids), KEY)
             states.append(state)

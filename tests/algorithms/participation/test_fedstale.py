@@ -12,7 +12,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.memory import remember
-from fedjax_core import ClientTable, clients, gather, reference
+from fedjax_core import ClientTable, gather, reference
 from tests.problems import (
     FULL,
     PART,
@@ -37,8 +37,7 @@ def make(name, **settings):
 
 def one_round(algorithm, state, cohort):
     """A round through the plain loop, which compiles nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         return algorithm.round(state, cohort, KEY)
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import algorithms
-from fedjax_core import Population, clients, reference, samplers, simulate
+from fedjax_core import Population, reference, samplers, simulate
 from tests.problems import FULL, PART, Q3_A, Q3_B, Q3_START, q3_population, quadratic_loss
 
 STEPS = {"batch_size": 1, "num_steps": 2}
@@ -22,8 +22,7 @@ def make(name, lr=0.1, loss=quadratic_loss, **settings):
 def run(algorithm, cohorts):
     """States after every round and the last metrics, through the plain loop, which compiles nothing."""
     state, states = algorithm.init(jnp.asarray(Q3_START)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for ids in cohorts:
             state, metrics = algorithm.round(state, q3_population().cohort(ids), KEY)
             states.append(state)

@@ -11,7 +11,7 @@ import pytest
 
 import algorithms
 from algorithms.zeroth_order.estimators import host_loss
-from fedjax_core import Plan, Population, clients, reference
+from fedjax_core import Plan, Population, reference
 from tests.problems import (
     FULL,
     PART,
@@ -35,8 +35,7 @@ def run(algorithm, cohorts, population=None, params=Q3_START):
     """States and metrics of every round, through the plain loop."""
     population = population or q3_population()
     state, states, rows = algorithm.init(jax.tree.map(jnp.asarray, params)), [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for t, ids in enumerate(cohorts):
             state, metrics = algorithm.round(state, population.cohort(np.asarray(ids)), jax.random.key(t))
             states.append(state)

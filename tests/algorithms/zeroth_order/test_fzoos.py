@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 
 import algorithms
 from algorithms.zeroth_order.estimators import host_loss
-from fedjax_core import Plan, Population, clients, reference
+from fedjax_core import Plan, Population, reference
 
 D = 3
 START = np.array([0.4, 0.7, 0.2])
@@ -49,8 +49,7 @@ def rounds(cohorts, clients_=None, start=START, **settings):
     """States and metrics of every round, through the plain loop, which compiles little."""
     algorithm = make(**settings)
     state, states, rows = algorithm.init(jnp.asarray(start)), [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients, "for_each_client", reference.for_each_client)
+    with reference.plain_loop():
         for t, ids in enumerate(cohorts):
             cohort = (clients_ or population()).cohort(np.asarray(ids))
             state, metrics = algorithm.round(state, cohort, jax.random.key(t))
