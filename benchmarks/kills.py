@@ -42,11 +42,11 @@ CASES: Mapping[str, tuple[str, Sequence[str]]] = {
     ),
     "continual": (
         "continual --dataset iris --tasks 3 --rounds 60 --clients 6 --cohort-size 3 --hidden 10 "
-        "--methods fot,ewc,fedavg --save-every 3",
+        "--method fot,ewc,fedavg --checkpoint-every 3",
         ("accuracy.csv", "accuracy.png"),
     ),
     "zeroth-order": (
-        "zeroth-order synthetic --dim 8 --rounds 5 --steps 2 --trials 4 --features 100 --neighbors 20 --capacity 100",
+        "zeroth-order synthetic --dim 8 --rounds 5 --steps 2 --seeds 4 --features 100 --neighbors 20 --capacity 100",
         ("curves.csv", "summary.md", "curves.png"),
     ),
 }

@@ -71,6 +71,7 @@ def configuration(
         batch_size=64,
         client_lr=0.01,
         energy=energy,
+        checkpoint_every=20,
         **PENALTIES,
         **size,
     )
@@ -148,8 +149,9 @@ def main() -> None:
             predict(config, args.predict)
             continue
         out = args.out / f"{config.partition}-{config.energy:g}"
-        continual.run(config, out, save_every=20, reporter=plain())
-        for name, summary in json.loads((out / "summary.json").read_text()).items():
+        continual.run(config, out, reporter=plain())
+        for name, content in json.loads((out / "summary.json").read_text()).items():
+            (summary,) = content["seeds"].values()
             row = {"partition": config.partition, "method": name}
             row |= {"energy": config.energy} if name == "fot" else {}
             told = f"{config.partition} {name}{f', eps {config.energy:g}' if name == 'fot' else ''}"

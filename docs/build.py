@@ -2,7 +2,7 @@
 
     python docs/build.py [--write] [--out DIR]
 
-`--write` first brings the cards on the pages of methods up to date with the docstrings.
+`--write` first brings the cards on the pages of methods, and the tables of choices, up to date with the code.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--write", action="store_true", help="bring cards up to date before building"
+        "--write", action="store_true", help="bring cards and tables up to date first"
     )
     parser.add_argument(
         "--out",
@@ -29,9 +29,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.write:
         import cards
+        import choices
 
         for path in sorted((DOCS / "methods").glob("*.md")):
             path.write_text(cards.renewed(path.read_text()))
+        page = DOCS / "configuration.md"
+        page.write_text(choices.renewed(page.read_text()))
     try:
         from sphinx.cmd.build import build_main
     except ImportError:

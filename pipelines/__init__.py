@@ -1,8 +1,8 @@
 """From data to a report: data -> federation -> run -> evaluate -> checkpoint -> report, and the command line.
 
-`fedjax-core train` is `pipelines.run.train.train(Config(...), out)` with words; `Config` is everything that can change
-a number. The packages, in the order data passes through them and in which they may import each other: `common`, `data`,
-`configuration`, `federation`, `experiment`, `results`, `run`, `studies`, `cli`.
+`fedjax-core train` is `pipelines.run.train.train(Config.of(...), out)` with words; `Config` is everything that can
+change a number. The packages, in the order data passes through them and in which they may import each other: `common`,
+`data`, `configuration`, `federation`, `experiment`, `results`, `run`, `studies`, `cli`.
 """
 
 from typing import Any

@@ -41,6 +41,16 @@ def test_a_changed_card_is_noticed(cards):
     assert cards.renewed(changed) == page
 
 
+def test_the_tables_of_choices_are_those_of_the_configurations(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import choices
+
+    page = (DOCS / "configuration.md").read_text()
+    assert choices.renewed(page) == page, "run `python docs/build.py --write`: choices have changed"
+    assert set(re.findall(r"<!-- choices: (\w+) -->", page)) == set(choices.KINDS)
+    assert choices.renewed(page.replace("Number of rounds", "Rounds")) == page
+
+
 def test_code_is_no_wider_than_a_page():
     wide = []
     for path in PAGES:

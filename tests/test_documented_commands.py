@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import pytest
 from pipelines import Config
 from pipelines.cli import commands
 from pipelines.configuration import methods
-from pipelines.configuration.config import MACHINE_FIELDS, REPORT_FIELDS
+from pipelines.configuration.options import fields_of
 from pipelines.studies import continual, zeroth_order
 from pipelines.studies.continual_config import Continual
+from pipelines.studies.zeroth_order_config import Attack, Synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -95,21 +96,23 @@ def test_a_command_that_there_is_not_is_found():
 
 
 def test_commands_that_are_shown_one_after_another_have_a_directory_each_or_share_a_run():
-    """Without --out a directory is named after what is run; more methods or trials are the same run."""
+    """Without --out a directory is named after what is run; more methods or seeds are the same run."""
     one = Continual()
-    others = [replace(one, lam=3.0), replace(one, scenario="split"), replace(one, dataset="mnist", seed=1)]
+    others = [replace(one, lam=3.0), replace(one, scenario="split"), replace(one, dataset="mnist", first_seed=1)]
     assert len({continual.slug(config) for config in [one, *others]}) == 4
     assert continual.slug(replace(one, methods=("ewc",), data_dir="there")) == continual.slug(one)
-    study = zeroth_order.Study("synthetic", (("data_dir", None), ("heterogeneity", 5.0)))
-    changed = [study._replace(rounds=3), study._replace(options=(("data_dir", None), ("heterogeneity", 0.5)))]
+    study = Synthetic(heterogeneity=5.0)
+    changed = [study.replace(rounds=3), study.replace(heterogeneity=0.5)]
     assert len({zeroth_order.slug(each) for each in [study, *changed]}) == 3
-    more = study._replace(trials=99, options=(("data_dir", "there"), ("heterogeneity", 5.0)))
-    assert zeroth_order.slug(more) == zeroth_order.slug(study)
+    assert zeroth_order.slug(study.replace(seeds=99, methods=("fzoos",))) == zeroth_order.slug(study)
+    here = Attack(data_dir="there")
+    assert zeroth_order.slug(here) == zeroth_order.slug(Attack())
     by_page = {}
     for page, words in found():
         if "--out" in words[:-1] and words[0] == "train":
             by_page.setdefault((page, words[words.index("--out") + 1]), []).append(parsed(commands.main, words))
-    pinned = {field.name for field in fields(Config)} - {"rounds", "seeds", "methods", *MACHINE_FIELDS, *REPORT_FIELDS}
+    pinned = {name for name, field in fields_of(Config).items() if field.option.role == "result"}
+    pinned -= {"rounds", "seeds", "methods"}
     for (page, out), runs in by_page.items():
         for before, after in pairwise(runs):
             assert {k: before[k] for k in pinned & set(before)} == {k: after[k] for k in pinned & set(after)}, (

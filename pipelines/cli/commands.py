@@ -1,6 +1,5 @@
 """The command line: `fedjax-core train`, `federate`, `continual`, `list`, `zeroth-order`, `evaluate` and `export`."""
 
-import dataclasses
 import logging
 import sys
 import textwrap
@@ -10,13 +9,12 @@ from typing import Any
 
 import click
 import jax
-from click.core import ParameterSource
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import get_completion_class
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.cli import catalog, terminal
+from pipelines.cli import catalog, options, terminal
 from pipelines.cli.run_commands import evaluate, export
 from pipelines.cli.terminal import usage_errors
 from pipelines.cli.zeroth_order_command import zeroth_order
@@ -25,159 +23,13 @@ from pipelines.common.names import pick
 from pipelines.common.own import short
 from pipelines.common.progress import duration, size
 from pipelines.configuration import config_file, methods
-from pipelines.configuration.config import CLIENT_SETTINGS, MOST_DEVICES, Config, count
+from pipelines.configuration.config import CLIENT_SETTINGS, FEDERATION_FIELDS, MOST_DEVICES, Config
+from pipelines.configuration.options import fields_of
 from pipelines.federation import heterogeneity
 from pipelines.results import logs
-from pipelines.studies import continual_config
+from pipelines.studies.continual_config import Continual
 
-_DEFAULTS = Config()
 _LOST = 3
-
-
-class _Option(click.Option):
-    """An option that knows under which heading of the help it stands."""
-
-    def __init__(self, *args: Any, heading: str = "Other", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.heading = heading
-
-
-class _Command(click.Command):
-    """A command whose help shows its options under headings, in the order they are declared."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(getattr(parameter, "heading", "Other"), []).append(record)
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records, col_max=24)
-
-
-def _option(heading: str, *flags: str, **kwargs: Any) -> Callable[[Any], Any]:
-    """An option under a heading; unless told otherwise its default is that of the field of `Config` it sets."""
-    field = flags[-1] if not flags[-1].startswith("-") else flags[0].removeprefix("--").replace("-", "_")
-    if "default" not in kwargs and hasattr(_DEFAULTS, field) and not kwargs.get("multiple"):
-        kwargs["default"] = getattr(_DEFAULTS, field)
-    kwargs.setdefault("show_default", kwargs.get("default") is not None)
-    return click.option(*flags, cls=_Option, heading=heading, **kwargs)
-
-
-def _names(*kinds: str) -> Callable[..., list[Any]]:
-    """Completes names of the kinds, or of all kinds, in a shell; after a + the next one."""
-
-    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
-        found = catalog.kinds(ctx.params.get("data_dir"))
-
-        before, mark, begun = incomplete.rpartition("+")
-        return [
-            CompletionItem(before + mark + name, help=catalog.first_paragraph(card())[:80])
-            for kind in kinds or found
-            for name, card in found[kind].items()
-            if name.startswith(begun)
-        ]
-
-    return complete
-
-
-class _Clients(click.ParamType):
-    """A number of clients, or "all" of them."""
-
-    name = "clients"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        if value is None or isinstance(value, int):
-            return value
-        if str(value).strip().lower() == "all":
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is no number of clients: write one, or all for the natural partition", param, ctx)
-
-
-class _Widths(click.ParamType):
-    """Comma-separated sizes."""
-
-    name = "widths"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is no list of sizes: write for example 200,200", param, ctx)
-
-
-_FEDERATION_OPTIONS = (
-    _option(
-        "Data",
-        "--dataset",
-        metavar="NAME",
-        shell_complete=_names("data set"),
-        help="Data set, or several joined by + as domains; a .npz file; your own, as module:function.",
-    ),
-    _option("Data", "--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]"),
-    _option("Data", "--sequence-length", type=int, metavar="N", help="Text: positions of an example."),
-    _option("Data", "--vocabulary", metavar="NAME", help="Text: characters, bytes or a file of tokenizers."),
-    _option("Clients", "--clients", type=_Clients(), metavar="N", help="Number of clients; natural: or all."),
-    _option(
-        "Clients",
-        "--partition",
-        metavar="NAME",
-        shell_complete=_names("partition"),
-        help="Who holds which examples: iid, dirichlet, shards, classes, partial_classes, lognormal, power_law, "
-        "natural, domains, clusters or embedding; `fedjax-core list` says what they are.",
-    ),
-    _option(
-        "Clients",
-        "--alpha",
-        type=float,
-        metavar="A",
-        help="dirichlet, partial_classes, clusters, embedding: small is more skewed.",
-    ),
-    _option("Clients", "--min-size", type=int, metavar="N", help="Fewest examples of a client, where it can be said."),
-    _option("Clients", "--shards-per-client", type=int, metavar="N", help="shards: shards of a client."),
-    _option("Clients", "--classes-per-client", type=int, metavar="N", help="classes, partial_classes: its classes."),
-    _option("Clients", "--sigma", type=float, metavar="S", help="lognormal: deviation of the logarithm of sizes."),
-    _option("Clients", "--exponent", type=float, metavar="A", help="power_law: of the sizes."),
-    _option("Clients", "--clusters", type=int, metavar="N", help="embedding: number of clusters."),
-    _option("Clients", "--imbalance", type=float, metavar="F", help="Long tail: largest over smallest class."),
-    _option(
-        "Clients",
-        "--feature-skew",
-        metavar="NAME",
-        shell_complete=_names("feature skew"),
-        help="What clients do to their inputs, such as rotation.",
-    ),
-    _option("Clients", "--severity", type=float, metavar="S", help="Strength of the feature skew."),
-    _option("Clients", "--validation-share", type=float, metavar="P", help="Share of a client's examples kept back."),
-    _option("Clients", "--test-share", type=float, metavar="P", help="Share kept to test it."),
-    _option("Clients", "--split-by", metavar="NAME", help="How they are taken: random or position."),
-    _option("Clients", "--gap", type=int, metavar="N", help="position: examples dropped between the parts."),
-    _option("Clients", "--new-clients", type=int, metavar="N", help="Clients that take no part in training."),
-    _option("Clients", "--partition-seed", type=int, metavar="SEED", help="Seed of all of this."),
-)
-
-
-_CONFIG = _option(
-    "Configuration",
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Options from a TOML, YAML or JSON file, or those of a run; what is given here goes before them.",
-)
-
-
-def _of_federation(command: Any) -> Any:
-    """The options that say what the federation is."""
-    for option in reversed(_FEDERATION_OPTIONS):
-        command = option(command)
-    return command
 
 
 _HELP = """Federated learning research in JAX: a whole federated round is one compiled step.
@@ -229,185 +81,45 @@ unexpected error, whose traceback is kept in a file, 5 the run directory cannot 
 written to, 130 stopped by Ctrl-C.
 """
 
-_CPU = "on the processor"
 _PROCESSES = "Join the other processes of a run on several machines; each gives the same command."
+_DISTRIBUTED = options.several(
+    options.option("Processes", "--processes", "join_processes", is_flag=True, help=_PROCESSES),
+    options.option("Processes", "--coordinator", metavar="HOST:PORT", help="The first one, where no cluster says."),
+    options.option("Processes", "--num-processes", type=int, metavar="N", help="How many, where no cluster says."),
+    options.option("Processes", "--process-id", type=int, metavar="I", help="Which this is, where no cluster says."),
+)
 
 
 @main.command(
-    cls=_Command,
+    cls=options.Command,
     help="Train with one or several federated methods, all seeds at once, and compare them." + _EXAMPLES,
     short_help="Train and compare federated methods.",
 )
-@_CONFIG
-@_option(
-    "Configuration",
-    "--write-config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write all options to such a file, and stop.",
-)
-@_option("Configuration", "--print-config", is_flag=True, show_default=False, help="Print them as TOML, and stop.")
-@_of_federation
-@_option(
-    "Clients", "--federation", metavar="DIR", help="A federation saved by `fedjax-core federate`, instead of all that."
-)
-@_option(
-    "Methods and model",
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="NAME",
-    shell_complete=_names("method"),
-    help="Method to run, or your own as module:function; may be given several times.  "
-    f"[default: {', '.join(_DEFAULTS.methods)}]",
-)
-@_option(
-    "Methods and model",
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="[METHOD.]NAME=VALUE",
-    help="Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and client_lr_decay. "
-    "May be given several times.",
-)
-@_option(
-    "Methods and model",
-    "--model",
-    metavar="NAME",
-    shell_complete=_names("model"),
-    help="Model; `fedjax-core list` shows them. Your own: module:function.",
-)
-@_option(
-    "Methods and model",
-    "--hidden",
-    type=_Widths(),
-    default=",".join(map(str, _DEFAULTS.hidden)),
-    metavar="N,N,...",
-    help="mlp: widths of the hidden layers.",
-)
-@_option(
-    "Participation",
-    "--sampler",
-    metavar="NAME",
-    shell_complete=_names("sampler"),
-    help="Who takes part in a round: uniform, weighted (by size), full, bernoulli, cyclic, periodic or markov.",
-)
-@_option("Participation", "--cohort-size", type=int, metavar="N", help="uniform, weighted, cyclic: clients a round.")
-@_option("Participation", "--participation", type=float, metavar="P", help="bernoulli, periodic: share of rounds.")
-@_option("Participation", "--period", type=int, metavar="N", help="periodic: rounds of a period.")
-@_option("Participation", "--turn-on", type=float, metavar="P", help="markov: probability to come back.")
-@_option("Participation", "--turn-off", type=float, metavar="P", help="markov: probability to leave.")
-@_option("Local training", "--batch-size", type=int, metavar="N", help="Examples of a local step.")
-@_option("Local training", "--epochs", type=int, metavar="N", help="Local epochs.")
-@_option("Local training", "--steps", type=int, metavar="N", help="Local steps, instead of epochs.")
-@_option("Local training", "--order", metavar="NAME", help="Order of examples: shuffled, replacement or sequential.")
-@_option("Local training", "--weights", metavar="NAME", help="Weights of clients in averages: uniform or examples.")
-@_option(
-    "Local training",
-    "--client-optimizer",
-    metavar="NAME",
-    shell_complete=_names("client optimizer"),
-    help="sgd, adam or adamw.",
-)
-@_option("Local training", "--client-lr", type=float, metavar="LR", help="Learning rate of the clients.")
-@_option("Local training", "--client-momentum", type=float, metavar="M", help="Momentum of the clients (sgd).")
-@_option("Local training", "--client-lr-decay", type=float, metavar="F", help="Factor on client_lr after every round.")
-@_option("Run", "--rounds", type=int, metavar="N", help="Number of rounds.")
-@_option("Run", "--eval-every", type=int, metavar="N", help="Rounds between evaluations.")
-@_option(
-    "Run",
-    "--checkpoint-every",
-    type=int,
-    metavar="N",
-    show_default="25, or the next multiple",
-    help="Rounds between checkpoints, a multiple of that.",
-)
-@_option("Run", "--seeds", type=int, metavar="N", help="Number of seeds, run at once.")
-@_option("Run", "--first-seed", type=int, metavar="SEED", help="Seeds are counted from here.")
-@_option(
-    "Run",
-    "--patience",
-    type=int,
-    metavar="N",
-    help="Stop after N evaluations without improvement on the validation part; needs --validation-share.",
-)
-@_option("Run", "--stop-at", type=float, metavar="ACCURACY", help="Stop at this accuracy on the validation part.")
-@_option(
-    "Run",
-    "--keep-best",
-    is_flag=True,
-    show_default=False,
-    help="Keep the model that is best on the validation part; --patience and --stop-at do so too.",
-)
-@_option("Run", "--best-by", metavar="NAME", help="What is best there: accuracy or loss.")
-@_option(
-    "Run",
-    "--clients-over-time",
-    is_flag=True,
-    show_default=False,
-    help="Measure every client at every evaluation, and write clients.parquet at the end.",
-)
-@_option("Run", "--target", type=float, metavar="ACCURACY", help="Test accuracy for which rounds are counted.")
-@_option(
-    "Run",
-    "--attack-radius",
-    type=float,
-    metavar="R",
-    help="Largest change of an input in an attack under which test accuracy is measured too; 0 for none.",
-)
-@_option(
-    "Run", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
-)
-@_option("Run", "--quiet", is_flag=True, help="Print nothing but errors.")
-@_option(
-    "Run",
+@options.several(*options.CONFIG)
+@options.choices(Config)
+@_DISTRIBUTED
+@options.OUT
+@options.QUIET
+@options.option(
+    "Output",
     "--json",
     "as_json",
     is_flag=True,
-    show_default=False,
     help="Print what happens as JSON, an object a line, and nothing else on the standard output.",
 )
-@_option(
-    "Run",
+@options.option(
+    "Output",
     "--log",
     "log_to",
     multiple=True,
     metavar="NAME",
     help="Log metrics to tensorboard or wandb (offline), in the run directory. May be given twice.",
 )
-@_option(
-    "Machine",
-    "--mesh",
-    type=int,
-    metavar="N",
-    help=f"Devices to spread the cohort over; {_CPU} cores stand in for them.  [default: all]",
-)
-@_option(
-    "Machine",
-    "--lanes",
-    type=int,
-    metavar="N",
-    help=f"Clients trained at the same time.  [default: one a core {_CPU}, else tried out once]",
-)
-@_option("Machine", "--model-parallel", type=int, metavar="N", help="Devices of the mesh that share a client's model.")
-@_option("Machine", "--convolution", metavar="NAME", help="auto (tried out off the processor), dots or native.")
-@_option("Machine", "--memory", type=float, metavar="GIB", help="What one device may use.  [default: what it has]")
-@_option("Machine", "--processes", "join_processes", is_flag=True, show_default=False, help=_PROCESSES)
-@_option("Machine", "--coordinator", metavar="HOST:PORT", help="--processes: the first one, where no cluster says.")
-@_option("Machine", "--num-processes", type=int, metavar="N", help="--processes: how many, where no cluster says.")
-@_option("Machine", "--process-id", type=int, metavar="I", help="--processes: which this is, where no cluster says.")
-@_option(
-    "Machine",
-    "--staged",
-    is_flag=True,
-    show_default=False,
-    help="Keep examples and client state in host memory; each cohort is brought to the device.",
-)
-@_option("Machine", "--x64", is_flag=True, help="Double precision.", show_default=False)
-@_option(
-    "Machine",
+@options.option(
+    "Output",
     "--cache/--no-cache",
     default=True,
+    show_default=True,
     help="Keep compiled programs in the user's cache folder, so that a second run starts at once.",
 )
 @click.pass_context
@@ -428,8 +140,7 @@ def train(
     **values: Any,
 ) -> None:
     """Train and compare federated methods; the help text is given above."""
-    explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    typed = frozenset(explicit)
+    typed = options.given(ctx, Config)
     # Orbax tells of every step it takes through this logger.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if as_json:
@@ -437,30 +148,17 @@ def train(
     with terminal.warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
-        filed = {} if config_path is None else _from_file(config_path, values, explicit)
-        if values["steps"] is not None and "epochs" not in explicit:
-            values["epochs"] = None
-        if values["federation"] is not None:
-            values |= _saved_federation(values, explicit)
-        if "checkpoint_every" not in explicit:
-            del values["checkpoint_every"]  # the default goes by eval_every
-        chosen = list(values.pop("methods")) or list(_DEFAULTS.methods)
-        for name in chosen:
-            methods.describe(name)
-        settings = parse_settings(values["settings"], chosen)
-        for method, own in _filed_settings(filed, chosen).items():
-            settings[method] = own | settings.get(method, {})
-        config = Config(**values | {"methods": tuple(chosen), "settings": settings})
-        if write_config is not None:
-            config_file.write(write_config, config)
-        if print_config:
-            click.echo(config_file.text(config), nl=False)
-        if write_config is not None or print_config:
+        chosen = _choices(typed, config_path)
+        config = Config.of(**chosen)
+        if options.shown(config, write_config, print_config):
             return
+        explicit = set(chosen)
         out = out or Path("runs") / config.slug()
         files.check_directory(out)
         # Of very many none is made, and the mesh is refused (`config.MOST_DEVICES`).
-        processes.cores_as_devices(None if join_processes or (config.mesh or 1) > MOST_DEVICES else config.mesh)
+        processes.cores_as_devices(
+            None if join_processes or (config.machine.mesh or 1) > MOST_DEVICES else config.machine.mesh
+        )
         if join_processes and not processes.is_supervised():
             sys.exit(_supervised(out))
         if join_processes:
@@ -516,7 +214,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
     from pipelines.results import early, report
     from pipelines.run import train
 
-    with jax.enable_x64(config.x64), terminal.warnings_as_lines():
+    with jax.enable_x64(config.machine.x64), terminal.warnings_as_lines():
         with usage_errors(ctx):
             # A run that goes on keeps its plan, and with it its numbers to the last bit.
             saved = train.saved_config(out)
@@ -551,19 +249,20 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             return 128 + stop.signal
         except train.Diverged as error:
             return _failed(reporter, error, 1)
-        eval_rounds = train.history.evaluated_rounds(config.rounds, config.eval_every)
+        eval_rounds = train.history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
         for name, result in results.items():
             accuracy = early.reported(config, result.history, eval_rounds)["test/accuracy"]
             final = report.mean_sd(accuracy[:, -1].astype(float))
-            reached = report.rounds_to_target(accuracy, eval_rounds, config.target)
-            compiled = "" if config.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
+            reached = report.rounds_to_target(accuracy, eval_rounds, config.report.target)
+            compiled = "" if config.machine.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
             reporter.say(
-                f"{name}: test accuracy {final}, rounds to {100 * config.target:g} %: {reached} "
+                f"{name}: test accuracy {final}, rounds to {100 * config.report.target:g} %: {reached} "
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(
             f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, "
-            f"{'clients.parquet, ' if config.clients_over_time else ''}checkpoints; curves and clients as .png and .pdf"
+            f"{'clients.parquet, ' if config.evaluation.clients_over_time else ''}checkpoints; curves and "
+            "clients as .png and .pdf"
         )
         reporter.event("finished", {"path": str(out)})
     return 0
@@ -577,7 +276,7 @@ def _failed(reporter: progress.Reporter, error: Exception, exit_code: int) -> in
 
 
 @main.command(
-    cls=_Command,
+    cls=options.Command,
     short_help="Build, describe and draw a federation before anything is trained.",
     help="""Build a federation, say how its clients differ and what would spoil a study with it, and save it.
 
@@ -595,17 +294,18 @@ digest, so that a federation can be shared and is checked when it is used. Exit 
 arguments.
 """,
 )
-@_CONFIG
-@_of_federation
-@_option("Output", "--batch-size", type=int, metavar="N", help="Warn of clients with fewer examples.")
-@_option(
+@options.CONFIG[0]
+@options.choices(Config, (*FEDERATION_FIELDS, "data_dir"))
+@options.choices(Config, ["batch_size"])
+@options.option(
     "Output",
     "--compare",
     multiple=True,
     metavar="NAME",
+    shell_complete=options.completing("partition"),
     help="Another partition to measure beside it, with the same options. May be given several times.",
 )
-@_option(
+@options.option(
     "Output",
     "--out",
     type=click.Path(path_type=Path),
@@ -620,17 +320,16 @@ def federate(
     from pipelines.experiment import setup
     from pipelines.federation import federations, portrait
 
-    explicit = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    typed = frozenset(explicit)
+    typed = options.given(ctx, Config)
     with terminal.warnings_as_lines(), usage_errors(ctx):
-        if config_path is not None:
-            _from_file(config_path, values, explicit)
-        config = Config(**values)
+        filed = {} if config_path is None else config_file.read(config_path)
+        config = Config.of(**{name: value for name, value in _beside(typed, filed).items() if name in values})
         out = out or Path("federations") / config.federation_slug()
         files.check_directory(out)
         terminal.check_jax()
         for name in compare:
-            pick("partition to compare with", name, [n for n in federations.PARTITIONS if n != config.partition])
+            choices = [n for n in federations.PARTITIONS if n != config.federation.partition]
+            pick("partition to compare with", name, choices)
         built = setup.federate(config)
         others = {name: _train_part(config, built, name) for name in compare}
     with usage_errors(ctx):
@@ -658,25 +357,34 @@ def _train_part(config: Config, built: Any, partition: str) -> Any:
     """The training part of the federation that another partition gives."""
     from pipelines.federation import federations
 
-    other = dataclasses.replace(config, partition=partition, feature_skew="none")
+    other = config.replace(partition=partition, feature_skew="none")
     return federations.build(other, built.dataset).parts["train"].assignment
 
 
-def _from_file(path: Path, values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """Puts what a file says into the values of the options that are not given, and returns its settings of methods."""
-    found = config_file.read(path)
-    settings = {"settings": found.pop("settings", {}), "methods": found.get("methods")}
+def _choices(typed: Mapping[str, Any], config_path: Path | None) -> dict[str, Any]:
+    """The choices of a run that are not left at their defaults: those that are given, then those of a file."""
+    filed = {} if config_path is None else config_file.read(config_path)
+    found = _beside(typed, filed)
+    if found.get("federation") is not None:
+        found |= _saved_federation(found)
+    found["methods"] = tuple(found.get("methods") or Config().methods)
+    for name in found["methods"]:
+        methods.describe(name)
+    settings = parse_settings(typed.get("settings", ()), found["methods"])
+    for method, own in _filed_settings(filed, found["methods"]).items():
+        settings[method] = own | settings.get(method, {})
+    return found | {"settings": settings}
+
+
+def _beside(typed: Mapping[str, Any], filed: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and what a file says beside; one of epochs and steps does away with the other."""
     work = {"epochs", "steps"}
-    if explicit & work:  # one of them here does away with both there
-        found = {name: value for name, value in found.items() if name not in work}
-    if "steps" in found and found["steps"] is not None:
-        found.setdefault("epochs", None)
-    if found.get("federation") is None or "federation" in explicit:
-        found.pop("federation_digest", None)
-    from_file = {name: value for name, value in found.items() if name not in explicit}
-    values |= {name: value for name, value in from_file.items() if name in values}
-    explicit |= set(from_file) & set(values)
-    return settings
+    if typed.keys() & work:
+        filed = {name: value for name, value in filed.items() if name not in work}
+    if filed.get("federation") is None or "federation" in typed:
+        filed = {name: value for name, value in filed.items() if name != "federation_digest"}
+    found = {**filed, **typed}
+    return found | {"epochs": found.get("epochs")} if found.get("steps") is not None else found
 
 
 def _filed_settings(filed: dict[str, Any], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
@@ -692,32 +400,33 @@ def _filed_settings(filed: dict[str, Any], chosen: Sequence[str]) -> dict[str, d
     return general
 
 
-def _saved_federation(values: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """What a saved federation says of the fields of the configuration; what was asked for beside must agree."""
+def _saved_federation(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved federation says of the choices; what was asked for beside must agree."""
     from pipelines.federation import federations
 
-    fields, digest = federations.read(values["federation"])
-    for name in explicit & set(fields):
-        if values[name] != fields[name]:
-            flag = "--" + name.replace("_", "-")
+    fields, digest = federations.read(found["federation"])
+    for name in found.keys() & fields:
+        if found[name] != fields[name]:
+            flag = fields_of(Config)[name].flags[0]
             raise ValueError(
-                f"{flag} {values[name]} and --federation {values['federation']}, which was made with {fields[name]}: "
+                f"{flag} {found[name]} and --federation {found['federation']}, which was made with {fields[name]}: "
                 f"leave {flag} out, or make another federation"
             )
-    return fields | {"federation_digest": digest}
+    return {**fields, "federation_digest": digest}
 
 
 @main.command(
+    cls=options.Command,
     short_help="Learn one task after another, and see what is forgotten.",
     help="""Train methods on one task after another and measure what they still know of the tasks before.
 
 \b
 Examples:
   fedjax-core continual
-  fedjax-core continual --methods fot,fedavg,ewc,fedprox,joint
+  fedjax-core continual --method fot,fedavg,ewc,fedprox,joint
   fedjax-core continual --scenario split --dataset cifar10 --model cnn --tasks 5 --rounds 20
   fedjax-core continual --dataset mnist --data-dir DIR --tasks 10 --rounds 200 --clients 125 --cohort-size 64 \\
-      --hidden 400,400,400 --dropout 0.2,0.5,0.5 --batch-size 64 --client-lr 0.01 --energy 0.96
+      --hidden 400,400,400 --dropout 0.2,0.5,0.5 --batch-size 64 --lr 0.01 --energy 0.96
 
 In the run directory are accuracy.png and .pdf, the test accuracy on every task after every task, the same as
 accuracy.csv, results.tex and summary.json. A run that was stopped goes on when the same command is given again, and
@@ -725,34 +434,44 @@ other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2
 directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 """,
 )
-@continual_config.options
-@click.option("--save-every", type=int, default=50, show_default=True, metavar="N", help="Rounds between checkpoints.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory.  [default: runs/<what is run>]"
-)
+@options.several(*options.CONFIG)
+@options.choices(Continual)
+@options.OUT
+@options.QUIET
 @click.pass_context
-def continual(ctx: click.Context, out: Path | None, save_every: int, **values: Any) -> None:
+def continual(
+    ctx: click.Context,
+    out: Path | None,
+    quiet: bool,
+    config_path: Path | None,
+    write_config: Path | None,
+    print_config: bool,
+    **values: Any,
+) -> None:
     """Learn one task after another; the help text is given above."""
     from pipelines.studies.continual import run, slug
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     processes.cores_as_devices()
     with terminal.warnings_as_lines(), terminal.stops(ctx), usage_errors(ctx):
-        config = continual_config.from_options(values)
+        filed = {} if config_path is None else config_file.read(config_path, Continual)
+        config = Continual.of(**{**filed, **options.given(ctx, Continual)})
+        if options.shown(config, write_config, print_config):
+            return
         out = out or Path("runs") / slug(config)
-        count("save_every", save_every, "1 saves after every round")
         files.check_directory(out)
         terminal.check_jax()
+        reporter = progress.silent() if quiet else terminal.going_on(progress.plain(), out)
         try:
-            run(config, out, save_every=save_every, reporter=terminal.going_on(progress.plain(), out))
+            run(config, out, reporter=reporter)
         except FloatingPointError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
-    click.echo(f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.json, checkpoints")
+    reporter.say(f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.json, checkpoints")
 
 
 @main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers, plans.")
-@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_names())
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=options.completing())
 @click.option("--data-dir", metavar="DIR", help="Prepared data.  [default: $FEDJAX_CORE_DATA]")
 @click.pass_context
 def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> None:

@@ -9,7 +9,7 @@ import click
 
 from pipelines.cli import terminal
 from pipelines.cli.terminal import usage_errors
-from pipelines.configuration.config import LIMIT
+from pipelines.configuration.options import LIMIT
 
 _RUN = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 _METHOD = click.option(
@@ -72,7 +72,7 @@ def evaluate(
         for row in scores:
             click.echo(json.dumps(row))
         return
-    _print(scores, dataset or loaded.config.dataset, split, len(examples["y"]))
+    _print(scores, dataset or loaded.config.data.dataset, split, len(examples["y"]))
 
 
 @click.command(

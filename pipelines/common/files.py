@@ -259,8 +259,19 @@ def _edits(found: dict[str, Any], kept: dict[str, Any]) -> str:
     now, then = found["config"], kept["config"]
     if not (isinstance(now, dict) and isinstance(then, dict)):
         return "all of it"
-    names = [name for name in {**then, **now} if now.get(name) != then.get(name)]
-    return ", ".join(f"{name} {now.get(name)!r}, which was {then.get(name)!r}" for name in names)
+    return ", ".join(_changes(now, then))
+
+
+def _changes(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Every value that differs, of tables in tables too, in words."""
+    found = []
+    for name in {**then, **now}:
+        value, was = now.get(name), then.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):
+            found += _changes(value, was)
+        elif value != was:
+            found.append(f"{name} {value!r}, which was {was!r}")
+    return found
 
 
 def _is_one_bit_apart(path: Path, copy: Path) -> bool:

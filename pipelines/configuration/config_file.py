@@ -1,20 +1,24 @@
-"""A configuration in a file that people write: TOML, YAML or JSON, with the names of the options.
+"""A configuration in a file that people write: TOML, YAML or JSON.
 
-    dataset = "fashion_mnist"
-    clients = 100
+    rounds = 500
     methods = ["fedavg", "fedprox"]
+
+    [data]
+    dataset = "fashion_mnist"
+
+    [federation]
+    clients = 100
 
     [settings.fedprox]
     mu = 0.01
 
-A name is that of a field of `Config` or of an option of `fedjax-core train`, with - or _. What is left out has its
-default, and options of the command line go before what the file says. A run's own `config.json` is such a file too.
+A name is that of a choice of the configuration or of its option on the command line, with - or _, in the table of its
+section or at the top. What is left out has its default, and options of the command line go before what the file says.
+A run's own `config.json` is such a file too.
 """
 
-import dataclasses
 import json
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,39 +29,50 @@ import yaml
 from pipelines.common import files
 from pipelines.common.names import pick
 from pipelines.configuration.config import Config
+from pipelines.configuration.options import Configuration, Field, fields_of, flattened
 
-_OPTIONS = {"method": "methods", "set": "settings"}
 _FORMATS = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON"}
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The fields of `Config` that a file gives, each of its type; settings as method to name to value.
+def read(path: str | Path, kind: type[Configuration] = Config) -> dict[str, Any]:
+    """The choices that a file gives, by name, each of its type; settings as method to name to value.
 
     Args:
       path: a file that ends in .toml, .yaml, .yml or .json; or the directory of a run.
+      kind: of configuration.
 
     Raises:
-      ValueError: if it is not there, is of another kind, cannot be read, has a name that is no field (with the
-        nearest), or a value of another type than the field.
+      ValueError: if it is not there, is of another kind, cannot be read, has a name that is no choice (with the
+        nearest), or a value of another type than the choice.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     content = _content(path)
     if isinstance(content.get("config"), Mapping):  # as a run has it, beside the versions
         content = dict(content["config"])
-    fields = {f.name for f in dataclasses.fields(Config)}
+    fields = fields_of(kind)
+    options = {
+        flag.removeprefix("--").replace("-", "_"): name for name, field in fields.items() for flag in field.flags
+    }
     found: dict[str, Any] = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        name = pick(f"option in {path}", _OPTIONS.get(name, name), sorted(fields))
+    for key, value in _listed(path, kind, content):
+        name = key.replace("-", "_")
+        name = pick(f"option in {path}", name if name in fields else options.get(name, name), sorted(fields))
         if name in found:
             raise ValueError(f"{path} gives {name} twice, as {key!r} too: give it once")
-        found[name] = _of_type(f"{name} in {path}", name, value)
+        found[name] = _of_type(f"{name} in {path}", fields[name], value)
     return found
 
 
-def text(config: Config, format: str = "TOML") -> str:
-    """A configuration as the text of such a file, every field with its value.
+def _listed(path: Path, kind: type[Configuration], content: Mapping[Any, Any]) -> list[tuple[str, Any]]:
+    try:
+        return list(flattened(kind, {str(key): value for key, value in content.items()}).items())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def text(config: Configuration, format: str = "TOML") -> str:
+    """A configuration as the text of such a file, every choice with its value.
 
     Args:
       config: the configuration.
@@ -68,19 +83,32 @@ def text(config: Config, format: str = "TOML") -> str:
         return json.dumps(values, indent=2) + "\n"
     if format == "YAML":
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    values["clients"] = "all" if values["clients"] is None else values["clients"]
-    settings = values.pop("settings")
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-    for method, chosen in settings.items():
-        lines += [
-            "",
-            f"[settings.{json.dumps(method, ensure_ascii=False)}]",
-            *(f"{name} = {_toml(value)}" for name, value in chosen.items()),
-        ]
-    return "\n".join(lines) + "\n"
+    for field in fields_of(type(config)).values():
+        inner = values
+        for each in field.path[:-1]:
+            inner = inner[each]
+        if inner[field.path[-1]] is None and field.option.none:
+            inner[field.path[-1]] = field.option.none
+    return "\n".join(_tables(values, ())).lstrip("\n") + "\n"
 
 
-def write(path: str | Path, config: Config) -> None:
+def _tables(values: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    """Lines of a table and then of the tables in it."""
+    own = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
+    lines = [f"{_key(name)} = {_toml(value)}" for name, value in own.items() if value is not None]
+    if path and (lines or not values):
+        lines = ["", f"[{'.'.join(map(_key, path))}]", *lines]
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += _tables(value, (*path, name))
+    return lines
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "").isalnum() and name.isascii() else json.dumps(name, ensure_ascii=False)
+
+
+def write(path: str | Path, config: Configuration) -> None:
     """Writes a configuration to a file, in the format that the end of its name says.
 
     Raises:
@@ -120,23 +148,22 @@ def _content(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _of_type(where: str, name: str, value: Any) -> Any:
-    """A value as the type of its field."""
-    if name == "settings":
+def _of_type(where: str, field: Field, value: Any) -> Any:
+    """A value as the type of its choice."""
+    if field.name == "settings":
         return _settings(where, value)
-    if name == "methods":
+    optional = field.kind is not field.type
+    if optional and (value is None or (field.option.none and str(value).lower() == field.option.none)):
+        return None
+    kind, items = typing.get_origin(field.kind) or field.kind, typing.get_args(field.kind)
+    if kind is tuple and items[0] is str:
         listed = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
             return tuple(listed)
         raise ValueError(f"{where} is {value!r}: write a list of names")
-    if name == "hidden":
+    if kind is tuple:
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        return tuple(_number(where, part, int) for part in parts)
-    hint = typing.get_type_hints(Config)[name]
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in kinds and (value is None or (name == "clients" and str(value).lower() == "all")):
-        return None
-    kind = kinds[0]
+        return tuple(_number(where, part, items[0]) for part in parts)
     if kind is bool:
         if isinstance(value, bool):
             return value

@@ -25,8 +25,8 @@ _FIXES = {
     "local training": "{smaller}, or lower --batch-size",
     "evaluation": "{smaller}, or lower --seeds",
     "cohorts": "lower --cohort-size or --seeds",
-    "trials": "lower --trials, or what makes one large: --clients, --dim",
-    "rounds": "lower --rounds or --trials",
+    "seeds": "lower --seeds, or what makes one large: --clients, --dim",
+    "rounds": "lower --rounds or --seeds",
     "data": "leave out --mesh, or keep the examples in host memory with --staged",
 }
 

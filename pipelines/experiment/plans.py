@@ -22,7 +22,7 @@ from fedjax_core import HostPopulation, Plan, Population, Trial, try_plans
 from pipelines.common import files, processes
 from pipelines.common.processes import cores
 from pipelines.common.progress import Reporter, size
-from pipelines.configuration.config import MACHINE_FIELDS, Config
+from pipelines.configuration.config import Config
 from pipelines.data import cache
 from pipelines.experiment import memory
 from pipelines.experiment.setup import Experiment, memory_fix, predicted_memory, prepare
@@ -40,14 +40,18 @@ def tuned(config: Config, reporter: Reporter) -> Config:
       reporter: is told of a trial.
     """
     if jax.default_backend() == "cpu":
-        if config.mesh is not None or config.lanes is not None or jax.process_count() > 1:
+        if config.machine.mesh is not None or config.machine.lanes is not None or jax.process_count() > 1:
             return config
-        busy = config.cohort_size * config.seeds if config.sampler in ("uniform", "weighted", "cyclic") else cores()
+        busy = (
+            config.participation.cohort_size * config.seeds
+            if config.participation.sampler in ("uniform", "weighted", "cyclic")
+            else cores()
+        )
         devices = min(cores(), len(jax.devices()), busy)
-        return dataclasses.replace(config, mesh=devices) if devices > 1 else config
-    if config.mesh is None and len(jax.devices()) > 1:
-        config = dataclasses.replace(config, mesh=len(jax.devices()))
-    if config.lanes is not None:
+        return config.replace(mesh=devices) if devices > 1 else config
+    if config.machine.mesh is None and len(jax.devices()) > 1:
+        config = config.replace(mesh=len(jax.devices()))
+    if config.machine.lanes is not None:
         return config
     return _tried(config, reporter)
 
@@ -93,8 +97,8 @@ def slots(experiment: Experiment) -> int:
 
 def device_memory(experiment: Experiment) -> float:
     """Bytes that one device may use; infinity if nothing says."""
-    if experiment.config.memory is not None:
-        return experiment.config.memory * 2**30
+    if experiment.config.machine.memory is not None:
+        return experiment.config.machine.memory * 2**30
     if jax.default_backend() == "cpu":
         return memory.available() / experiment.plan.num_devices
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -112,17 +116,17 @@ def kept(config: Config, saved: Config, explicit: Collection[str]) -> Config:
 
     A mesh of more devices than there are now is not kept; all there are make the new one.
     """
-    if "mesh" not in explicit and (saved.mesh or 1) > len(jax.devices()):
+    if "mesh" not in explicit and (saved.machine.mesh or 1) > len(jax.devices()):
         explicit = {*explicit, "mesh", "lanes", "model_parallel"}
-        config = dataclasses.replace(config, mesh=len(jax.devices()))
-    fields = {name: getattr(saved, name) for name in MACHINE_FIELDS if name not in explicit}
-    return dataclasses.replace(config, **fields)
+        config = config.replace(mesh=len(jax.devices()))
+    fields = {name: value for name, value in saved.with_role("machine").items() if name not in explicit}
+    return config.replace(**fields)
 
 
 def _tried(config: Config, reporter: Reporter) -> Config:
     """The fastest lanes and convolution for a configuration, tried now or looked up."""
     # Any one method stands for all: what is measured is the local step.
-    experiment = prepare(dataclasses.replace(config, methods=("fedavg",), settings={}))
+    experiment = prepare(config.replace(methods=("fedavg",), settings={}))
     name, where = f"{_fingerprint(experiment)}.json", "not kept"
     # Processes that took different plans would wait for each other for ever, so the first one's counts.
     found = processes.first_does(lambda: _kept_trial(name))
@@ -137,9 +141,9 @@ def _tried(config: Config, reporter: Reporter) -> Config:
                 where = f"kept in {path}"
     else:
         where = "kept from an earlier run"
-    convolution = config.convolution if config.convolution != "auto" else found["convolution"]
+    convolution = config.machine.convolution if config.machine.convolution != "auto" else found["convolution"]
     reporter.say(f"plan: {found['lanes']} lanes, convolution {convolution} (tried on this device, {where})")
-    return dataclasses.replace(config, lanes=found["lanes"], convolution=convolution)
+    return config.replace(lanes=found["lanes"], convolution=convolution)
 
 
 def _kept_trial(name: str) -> dict[str, Any] | None:
@@ -157,9 +161,9 @@ def _measure(config: Config, experiment: Experiment) -> dict[str, Any]:
     plans = [Plan(n * devices, experiment.mesh) for n in LANES if n == 1 or n * devices <= most]
     trials = {"auto": trial(experiment, plans)}
     best = trials["auto"][0]
-    if config.convolution == "auto" and config.model in ("cnn", "resnet18_gn"):
+    if config.machine.convolution == "auto" and config.model in ("cnn", "resnet18_gn"):
         for other in ("dots", "native"):
-            chosen = prepare(dataclasses.replace(config, methods=("fedavg",), settings={}, convolution=other))
+            chosen = prepare(config.replace(methods=("fedavg",), settings={}, convolution=other))
             trials[other] = trial(chosen, [best.plan])
     convolution = min(trials, key=lambda name: trials[name][0].seconds)
     return {
@@ -181,14 +185,14 @@ def trial(experiment: Experiment, plans: Sequence[Plan]) -> list[Trial]:
     if isinstance(population, HostPopulation):
         # Enough examples for a few steps each; who holds them does not matter to the time.
         rows = np.resize(
-            population.rows_of(np.arange(min(64, population.num_clients))), TRIAL_STEPS * config.batch_size
+            population.rows_of(np.arange(min(64, population.num_clients))), TRIAL_STEPS * config.local.batch_size
         )
         examples = jax.tree.map(lambda leaf: leaf[rows], population.examples)
         population, ids = Population.from_clients([examples]), np.zeros_like(ids)
 
     def make(plan: Plan) -> Any:
         return algorithms.fedavg(
-            experiment.loss_fn, optax.sgd(0.01), batch_size=config.batch_size, num_steps=TRIAL_STEPS, plan=plan
+            experiment.loss_fn, optax.sgd(0.01), batch_size=config.local.batch_size, num_steps=TRIAL_STEPS, plan=plan
         )
 
     params = experiment.model.init(jax.random.key(0))
@@ -203,5 +207,13 @@ def _fingerprint(experiment: Experiment) -> str:
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     shapes = [[list(leaf.shape), str(leaf.dtype)] for leaf in jax.tree.leaves(params)]
     device = [jax.devices()[0].device_kind, len(jax.devices()), experiment.plan.num_devices, jax.__version__]
-    known = [device, config.model, config.convolution, config.batch_size, slots(experiment), batch, shapes]
+    known = [
+        device,
+        config.model,
+        config.machine.convolution,
+        config.local.batch_size,
+        slots(experiment),
+        batch,
+        shapes,
+    ]
     return sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -34,7 +34,8 @@ from fedjax_core import (
 from pipelines.common import own
 from pipelines.common.names import pick
 from pipelines.configuration import methods
-from pipelines.configuration.config import FEDERATION_FIELDS, LIMIT, MOST_DEVICES, Config
+from pipelines.configuration.config import FEDERATION_FIELDS, MOST_DEVICES, Config, ParticipationConfig
+from pipelines.configuration.options import LIMIT
 from pipelines.data import datasets
 from pipelines.data.dataset import fits_single
 from pipelines.data.datasets import Dataset
@@ -126,23 +127,23 @@ def _transformer(dataset: Dataset) -> models.Model:
 MODELS: dict[str, Callable[[Dataset, Config], models.Model]] = {
     "logistic_regression": lambda d, c: models.logistic_regression(d.input_shape, d.num_classes),
     "mlp": lambda d, c: models.mlp(d.input_shape, d.num_classes, hidden=c.hidden),
-    "cnn": lambda d, c: models.cnn(d.input_shape, d.num_classes, convolution=c.convolution),
-    "resnet18_gn": lambda d, c: models.resnet18_gn(d.input_shape, d.num_classes, convolution=c.convolution),
+    "cnn": lambda d, c: models.cnn(d.input_shape, d.num_classes, convolution=c.machine.convolution),
+    "resnet18_gn": lambda d, c: models.resnet18_gn(d.input_shape, d.num_classes, convolution=c.machine.convolution),
     "char_lstm": lambda d, c: _token_model("char_lstm", lambda vocab, length: models.char_lstm(vocab), d),
     "transformer": lambda d, c: _transformer(d),
 }
 """Name to `build(dataset, config) -> Model`; the first paragraph of `models.<name>` describes it."""
 
-SAMPLERS: dict[str, Callable[[Config, Population | HostPopulation], Sampler]] = {
+SAMPLERS: dict[str, Callable[[ParticipationConfig, Population | HostPopulation], Sampler]] = {
     "uniform": lambda c, p: samplers.uniform(p.num_clients, c.cohort_size),
     "weighted": lambda c, p: samplers.weighted(np.asarray(p.sizes), c.cohort_size),
     "full": lambda c, p: samplers.full(p.num_clients),
-    "bernoulli": lambda c, p: samplers.bernoulli(c.participation, p.num_clients),
+    "bernoulli": lambda c, p: samplers.bernoulli(c.probability, p.num_clients),
     "cyclic": lambda c, p: samplers.cyclic(p.num_clients, c.cohort_size),
-    "periodic": lambda c, p: samplers.periodic(c.participation, c.period, p.num_clients),
+    "periodic": lambda c, p: samplers.periodic(c.probability, c.period, p.num_clients),
     "markov": lambda c, p: samplers.markov(c.turn_on, c.turn_off, p.num_clients),
 }
-"""Name to `build(config, population) -> Sampler`; `fedjax_core.samplers.<name>` describes it."""
+"""Name to `build(participation, population) -> Sampler`; `fedjax_core.samplers.<name>` describes it."""
 
 OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
     "sgd": lambda lr, momentum: optax.sgd(lr, momentum or None),
@@ -164,28 +165,29 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         partition that cannot be made, a cohort larger than the population, more devices than there are, a value a
         method refuses, a model that does not fit the data.
     """
-    if (jnp.result_type(float) == jnp.float64) != config.x64:
+    if (jnp.result_type(float) == jnp.float64) != config.machine.x64:
         raise ValueError(
-            f"x64={config.x64} but JAX runs in {jnp.result_type(float)}: call this within jax.enable_x64({config.x64})"
+            f"x64={config.machine.x64} but JAX runs in {jnp.result_type(float)}: call this within "
+            f"jax.enable_x64({config.machine.x64})"
         )
     if not own.is_own(config.model):
         pick("model", config.model, MODELS)
-    pick("sampler", config.sampler, SAMPLERS)
-    pick("client optimizer", config.client_optimizer, OPTIMIZERS)
+    pick("sampler", config.participation.sampler, SAMPLERS)
+    pick("client optimizer", config.local.client_optimizer, OPTIMIZERS)
     federation = federation or federate(config)
     held = federation.parts["validation"].assignment.rows if "validation" in federation.parts else ()
-    if config.validates and not len(held):
+    if config.evaluation.validates and not len(held):
         raise ValueError(
-            f"validation_share={config.validation_share:g} leaves no client an example for validation, by which "
-            "patience, stop_at and keep_best decide: raise it, or leave them out"
+            f"validation_share={config.federation.validation_share:g} leaves no client an example for validation, by "
+            "which patience, stop_at and keep_best decide: raise it, or leave them out"
         )
     dataset = federation.dataset
-    population = federation.host_population("train") if config.staged else federation.population("train")
+    population = federation.host_population("train") if config.machine.staged else federation.population("train")
     model = (
         own_model.build(config.model, dataset) if own.is_own(config.model) else MODELS[config.model](dataset, config)
     )
     inputs = datasets.normalized(model, dataset.normalization)
-    plan = Plan(config.lanes, _mesh(config.mesh, config.model_parallel))
+    plan = Plan(config.machine.lanes, _mesh(config.machine.mesh, config.machine.model_parallel))
     if dataset.is_sequence:
         loss_fn = models.losses.sequence_cross_entropy(inputs, dataset.pad_id)
         metric_fn = models.metrics.sequence(inputs, dataset.pad_id)
@@ -206,11 +208,11 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         return models.capture.layer_widths(inputs.apply, jax.eval_shape(model.init, jax.random.key(0)), one)
 
     local = {
-        "batch_size": config.batch_size,
-        "num_epochs": config.epochs,
-        "num_steps": config.steps,
-        "order": config.order,
-        "weights": config.weights,
+        "batch_size": config.local.batch_size,
+        "num_epochs": config.local.epochs,
+        "num_steps": config.local.steps,
+        "order": config.local.order,
+        "weights": config.local.weights,
     }
 
     def make(name: str, plan: Plan, rates: Mapping[str, Any] = MappingProxyType({})) -> Algorithm:
@@ -235,9 +237,9 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         test=jax.tree.map(jnp.asarray, dataset.test),
         model=inputs,
         metric_fn=metric_fn,
-        score_fn=_under_attack(config, dataset, loss_fn, metric_fn) if config.attack_radius else metric_fn,
+        score_fn=_under_attack(config, dataset, loss_fn, metric_fn) if config.evaluation.attack_radius else metric_fn,
         loss_fn=loss_fn,
-        sampler=SAMPLERS[config.sampler](config, population),
+        sampler=SAMPLERS[config.participation.sampler](config.participation, population),
         algorithms={name: make(name, plan) for name in config.methods},
         plan=plan,
         make=make,
@@ -252,14 +254,15 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
             f"model {config.model!r} has {scalars} parameters, and a method counts at most {LIMIT} of them: "
             f"{_smaller_model(config, dataset)}"
         )
-    largest = -(-int(np.max(population.sizes)) // config.batch_size)
-    if (config.epochs or 0) * largest > LIMIT or int(np.max(population.sizes)) + config.batch_size > LIMIT:
+    largest = -(-int(np.max(population.sizes)) // config.local.batch_size)
+    if (config.local.epochs or 0) * largest > LIMIT or int(np.max(population.sizes)) + config.local.batch_size > LIMIT:
         raise ValueError(
-            f"epochs={config.epochs} of up to {largest} batches of batch_size={config.batch_size} are more than "
+            f"epochs={config.local.epochs} of up to {largest} batches of batch_size={config.local.batch_size} are more "
+            "than "
             f"{LIMIT} steps or examples of one client in a round, which devices cannot count: lower one of them"
         )
     for name, algorithm in experiment.algorithms.items():
-        if config.staged and hasattr(algorithm, "explore"):
+        if config.machine.staged and hasattr(algorithm, "explore"):
             raise ValueError(
                 f"{name} explores with all clients before the first round, but staged=True brings only the clients of "
                 "one round to the device: leave out --staged"
@@ -313,16 +316,16 @@ def unused(config: Config, given: Collection[str]) -> list[str]:
         for field in FEDERATION_FIELDS
     }
     reading = [("sampler", field, names) for field, names in samplers_of.items()]
-    if config.federation is None:
+    if config.federation.directory is None:
         reading += [("partition", field, names) for field, names in partitions_of.items() if names]
         reading += [("feature_skew", "severity", tuple(skew.SKEWS))]
     if not own.is_own(config.model):
         reading += [("model", "hidden", ("mlp",))]
     return [
-        f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {getattr(config, by)}: it is for "
+        f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {config.flat()[by]}: it is for "
         f"{', '.join(names)}"
         for by, field, names in reading
-        if field in given and getattr(config, by) not in names
+        if field in given and config.flat()[by] not in names
     ]
 
 
@@ -330,9 +333,9 @@ def much_local_work(experiment: Experiment) -> str:
     """What to know of a run that can hardly be waited for or stopped; an empty string if it is none."""
     config = experiment.config
     largest = int(np.max(experiment.population.sizes))
-    each = config.steps or (config.epochs or 0) * -(-largest // config.batch_size)
+    each = config.local.steps or (config.local.epochs or 0) * -(-largest // config.local.batch_size)
     slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
-    steps = each * slots * config.seeds * min(config.eval_every, config.rounds)
+    steps = each * slots * config.seeds * min(config.evaluation.eval_every, config.rounds)
     if steps < _MANY_STEPS or not any(map(methods.takes_local_work, config.methods)):
         return ""
     return (
@@ -372,7 +375,7 @@ def held_memory(experiment: Experiment, method: str, metrics: Any) -> tuple[dict
     opt = client_optimizer(config, method)
     opt_state = jax.eval_shape((opt(jnp.int32(0)) if callable(opt) else opt).init, params)
     example = num_bytes(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), experiment.test))
-    each, evaluations = num_bytes(metrics), -(-config.rounds // config.eval_every)
+    each, evaluations = num_bytes(metrics), -(-config.rounds // config.evaluation.eval_every)
     together = plan.num_devices if jax.default_backend() == "cpu" else 1
     staged = isinstance(experiment.population, HostPopulation)
     slots = jax.eval_shape(experiment.sampler, jax.random.key(0), jnp.int32(0)).shape[0]
@@ -385,8 +388,8 @@ def held_memory(experiment: Experiment, method: str, metrics: Any) -> tuple[dict
         "client state": rows if staged or together > 1 else rows // plan.num_devices,
         "state": together * (num_bytes(states) - rows),
         "local training": together * (3 * num_bytes(params) + num_bytes(opt_state))
-        + config.batch_size * (example + _DRAWN),
-        "chunk": together * config.seeds * min(config.eval_every, config.rounds) * each,
+        + config.local.batch_size * (example + _DRAWN),
+        "chunk": together * config.seeds * min(config.evaluation.eval_every, config.rounds) * each,
         "data": 0 if staged or plan.mesh is None else together * num_bytes(experiment.population),
     }
     if staged and jax.default_backend() != "cpu":
@@ -401,15 +404,15 @@ def _under_attack(
     x = dataset.train["x"]
     if dataset.is_sequence or np.issubdtype(x.dtype, np.signedinteger):
         raise ValueError(
-            f"attack_radius={config.attack_radius:g}, but the inputs of {dataset.name} are "
+            f"attack_radius={config.evaluation.attack_radius:g}, but the inputs of {dataset.name} are "
             f"{x.dtype}{list(x.shape[1:])}, which cannot be moved a little: leave it out, or take images or "
             "measurements"
         )
     in_unit = x.dtype == np.uint8 or (x.min() >= 0 and x.max() <= 1)
     attack = pgd(
         loss_fn,
-        rho=config.attack_radius,
-        step_size=config.attack_radius / 4,
+        rho=config.evaluation.attack_radius,
+        step_size=config.evaluation.attack_radius / 4,
         attack_steps=ATTACK_STEPS,
         low=0.0 if in_unit else -math.inf,
         high=1.0 if in_unit else math.inf,
@@ -458,31 +461,31 @@ def federate(config: Config) -> Federation:
       ValueError: as `pipelines.data.datasets.load`, and `build` and `load` of `pipelines.federation.federations`; and
         if a saved federation is not the one of the configuration.
     """
-    text = {"sequence_length": config.sequence_length, "vocabulary": config.vocabulary}
-    known = datasets.options(config.dataset, config.data_dir)
+    text = {"sequence_length": config.data.sequence_length, "vocabulary": config.data.vocabulary}
+    known = datasets.options(config.data.dataset, config.data.data_dir)
     asked: dict[str, Any] = {name: value for name, value in text.items() if name in known}
     # Single or double precision must not make another federation: cast what has been built.
-    built = _build_or_load(config, datasets.load(config.dataset, config.data_dir, **asked))
+    built = _build_or_load(config, datasets.load(config.data.dataset, config.data.data_dir, **asked))
     return built._replace(dataset=in_precision(built.dataset))
 
 
 def _build_or_load(config: Config, dataset: Dataset) -> Federation:
-    if config.federation is None:
+    if config.federation.directory is None:
         return federations.build(config, dataset)
-    fields, digest = federations.read(config.federation)
+    fields, digest = federations.read(config.federation.directory)
     own = config.federation_fields()
     for name, value in fields.items():
         if own[name] != value:
             raise ValueError(
-                f"{name}={own[name]!r}, but the federation in {config.federation} was made with {value!r}: take its "
-                "values, or another federation"
+                f"{name}={own[name]!r}, but the federation in {config.federation.directory} was made with {value!r}: "
+                "take its values, or another federation"
             )
-    if config.federation_digest not in (None, digest):
+    if config.federation.digest not in (None, digest):
         raise ValueError(
-            f"the federation in {config.federation} has digest {digest}, and {config.federation_digest} is wanted: it "
-            "has been made anew since, restore the other one"
+            f"the federation in {config.federation.directory} has digest {digest}, and {config.federation.digest} is "
+            "wanted: it has been made anew since, restore the other one"
         )
-    return federations.load(config.federation, dataset)
+    return federations.load(config.federation.directory, dataset)
 
 
 def client_optimizer(config: Config, method: str, lr: Any = None) -> Any:
@@ -496,12 +499,13 @@ def client_optimizer(config: Config, method: str, lr: Any = None) -> Any:
     chosen = config.client_settings(method)
     lr = chosen["client_lr"] if lr is None else lr
     momentum, decay = chosen["client_momentum"], chosen["client_lr_decay"]
-    if momentum and config.client_optimizer != "sgd":
+    if momentum and config.local.client_optimizer != "sgd":
         raise ValueError(
-            f"client_momentum={momentum:g} means nothing to client_optimizer={config.client_optimizer!r}: use sgd, or "
+            f"client_momentum={momentum:g} means nothing to client_optimizer={config.local.client_optimizer!r}: "
+            "use sgd, or "
             "leave the momentum out"
         )
-    build = OPTIMIZERS[pick("client optimizer", config.client_optimizer, OPTIMIZERS)]
+    build = OPTIMIZERS[pick("client optimizer", config.local.client_optimizer, OPTIMIZERS)]
     return build(lr, momentum) if decay == 1 else lambda round: build(lr * decay**round, momentum)
 
 
@@ -544,7 +548,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     lanes = experiment.plan.lanes_per_device(slots * config.seeds)
     table = num_bytes(rows) - num_bytes(rows) // experiment.plan.num_devices
     batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape[1:]), leaf.dtype), experiment.test
+        lambda leaf: jax.ShapeDtypeStruct((config.local.batch_size, *leaf.shape[1:]), leaf.dtype), experiment.test
     )
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
@@ -567,7 +571,7 @@ def memory_fix(experiment: Experiment, method: str) -> str:
     """How a run of a method needs less memory, by what it needs most of."""
     config, parts = experiment.config, dict(predicted_memory(experiment, method))
     smaller = _smaller_model(config, experiment.dataset)
-    if not config.staged and not hasattr(experiment.algorithms[method], "explore"):
+    if not config.machine.staged and not hasattr(experiment.algorithms[method], "explore"):
         states = jax.eval_shape(partial(initial_states, experiment, experiment.algorithms[method]), experiment.keys)
         rows = num_bytes(jax.tree.leaves(split_tables(states)[1]))
         if rows > parts["state"] / 2 and rows > parts["local training"] + parts["evaluation"]:
@@ -575,7 +579,7 @@ def memory_fix(experiment: Experiment, method: str) -> str:
         if parts["data"] > sum(parts.values()) / 2:
             return "keep the examples in host memory with --staged"
     fix = memory.fix({name: parts[name] for name in ("state", "local training", "evaluation")}, smaller)
-    return f"{fix}, or lower --cohort-size" if config.staged else fix
+    return f"{fix}, or lower --cohort-size" if config.machine.staged else fix
 
 
 def _one_round(experiment: Experiment, algorithm: Algorithm, population: Population, keys: Key) -> Any:

@@ -1,7 +1,7 @@
 """A federation: who trains on which examples, who is tested on which, and what each client does to its inputs.
 
     dataset = data.load("fashion_mnist", data_dir=...)
-    federation = build(Config(dataset="fashion_mnist", clients=100, alpha=0.1), dataset)
+    federation = build(Config.of(dataset="fashion_mnist", clients=100, alpha=0.1), dataset)
     federation.population("train")
 
 It is a pure function of the configuration and the data set. Saved in a directory it can be shared: the digest of the
@@ -133,34 +133,35 @@ def build(config: Config, dataset: Dataset) -> Federation:
     Raises:
       ValueError: for anything that cannot be met, before any of it is done.
     """
-    pick("partition", config.partition, PARTITIONS)
-    if config.feature_skew != "none":
-        pick("feature skew", config.feature_skew, ["none", *skew.SKEWS])
-        skew.parameters(config.feature_skew, dataset.input_shape, 1, severity=config.severity)  # says if it is no use
-    seed = config.partition_seed
+    chosen = config.federation
+    pick("partition", chosen.partition, PARTITIONS)
+    if chosen.feature_skew != "none":
+        pick("feature skew", chosen.feature_skew, ["none", *skew.SKEWS])
+        skew.parameters(chosen.feature_skew, dataset.input_shape, 1, severity=chosen.severity)  # says if it is no use
+    seed = chosen.partition_seed
     rows = np.arange(len(dataset.train["y"]))
-    if config.imbalance > 1:
+    if chosen.imbalance > 1:
         with _named("imbalance"):
-            rows = splits.long_tail(dataset.train["y"], config.imbalance, seed=seed)
+            rows = splits.long_tail(dataset.train["y"], chosen.imbalance, seed=seed)
     train = _partition(config, dataset, rows).within(rows)
     parts: dict[str, Part] = {}
-    if config.new_clients:
+    if chosen.new_clients:
         with _named("new_clients"):
-            held = splits.hold_out_clients(train, config.new_clients, seed=seed)
+            held = splits.hold_out_clients(train, chosen.new_clients, seed=seed)
         train = held.kept
         parts["new"] = Part("train", held.new)
-    shares = config.validation_share, config.test_share
+    shares = chosen.validation_share, chosen.test_share
     if any(shares):
-        labels = None if config.split_by == "position" or dataset.is_sequence else dataset.train["y"]
-        split = splits.split_clients(train, shares, by=config.split_by, labels=labels, gap=config.gap, seed=seed)
+        labels = None if chosen.split_by == "position" or dataset.is_sequence else dataset.train["y"]
+        split = splits.split_clients(train, shares, by=chosen.split_by, labels=labels, gap=chosen.gap, seed=seed)
         train = split.train
-        if config.validation_share:
+        if chosen.validation_share:
             parts["validation"] = Part("train", split.validation)
-        if config.test_share:
+        if chosen.test_share:
             parts["test"] = Part("train", split.test)
-    elif config.gap:
-        raise ValueError(f"gap={config.gap} without validation_share or test_share: there is nothing to keep apart")
-    if config.partition == "natural" and dataset.test_groups is not None and dataset.groups is not None:
+    elif chosen.gap:
+        raise ValueError(f"gap={chosen.gap} without validation_share or test_share: there is nothing to keep apart")
+    if chosen.partition == "natural" and dataset.test_groups is not None and dataset.groups is not None:
         _add_test_groups(parts, train, dataset.groups, dataset.test_groups)
     parts = {"train": Part("train", train), **parts}
     return Federation(_skewed(config, dataset, parts), parts)
@@ -184,7 +185,7 @@ def save(federation: Federation, config: Config, directory: str | Path) -> dict[
         "config": config.federation_fields(),
         "parts": {name: part.source for name, part in federation.parts.items()},
         "measures": federation.measures(),
-        "warnings": federation.warnings(config.batch_size),
+        "warnings": federation.warnings(config.local.batch_size),
     }
     files.write_text(folder / _FILE, json.dumps(content, indent=2) + "\n")
     return content
@@ -217,7 +218,7 @@ def load(directory: str | Path, dataset: Dataset) -> Federation:
                 f"{folder}: {name} holds row {assignment.rows.max()}, but {dataset.name} has {total} examples there: "
                 "load the data set that the federation was made of"
             )
-    config = Config(**content["config"])
+    config = Config.of(**content["config"])
     federation = Federation(_skewed(config, dataset, parts), parts)
     if federation.digest() != content["digest"]:
         raise ValueError(
@@ -234,22 +235,23 @@ def options(name: str) -> list[str]:
 
 
 def _partition(config: Config, dataset: Dataset, rows: np.ndarray) -> Assignment:
-    function = PARTITIONS[config.partition]
+    chosen = config.federation
+    function = PARTITIONS[chosen.partition]
     reads = next(iter(inspect.signature(function).parameters))
     takes_all = len(rows) == len(dataset.train["y"])
     if reads == "embeddings":
-        source = embedding.embed(dataset, seed=config.partition_seed)
+        source = embedding.embed(dataset, seed=chosen.partition_seed)
     elif reads == "groups":
         if dataset.groups is None:
             raise ValueError(
-                f"partition={config.partition!r} deals examples out by group, and {dataset.name} has no groups: take a "
+                f"partition={chosen.partition!r} deals examples out by group, and {dataset.name} has no groups: take a "
                 "data set with natural clients (shakespeare, har), several joined by +, or another partition"
             )
         source = dataset.groups
     else:
         source = dataset.train["y"]
-    own = {name: getattr(config, name) for name in options(config.partition)}
-    return function(source if takes_all else source[rows], config.clients, seed=config.partition_seed, **own)
+    own = {name: getattr(chosen, name) for name in options(chosen.partition)}
+    return function(source if takes_all else source[rows], chosen.clients, seed=chosen.partition_seed, **own)
 
 
 def _add_test_groups(parts: dict[str, Part], train: Assignment, groups: np.ndarray, test_groups: np.ndarray) -> None:
@@ -270,7 +272,8 @@ def _add_test_groups(parts: dict[str, Part], train: Assignment, groups: np.ndarr
 
 def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset:
     """The data set with every input as its client sees it; test inputs of nobody are dealt out to clients at random."""
-    if config.feature_skew == "none":
+    chosen = config.federation
+    if chosen.feature_skew == "none":
         return dataset
     num_clients = parts["train"].assignment.num_clients
     num_new = parts["new"].assignment.num_clients if "new" in parts else 0
@@ -284,16 +287,16 @@ def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset
         if source == "test":
             taken |= owner >= 0
     sizes = parts["train"].assignment.sizes
-    rng = np.random.default_rng(config.partition_seed)
+    rng = np.random.default_rng(chosen.partition_seed)
     rest = np.where(taken, -1, rng.choice(num_clients, len(taken), p=sizes / sizes.sum()))
     for source, name, owner in [*owners, ("test", "test", rest)]:
         inputs[source] = skew.apply(
-            config.feature_skew,
+            chosen.feature_skew,
             inputs[source],
             owner,
             num_clients + num_new,
-            severity=config.severity,
-            seed=config.partition_seed,
+            severity=chosen.severity,
+            seed=chosen.partition_seed,
             part=name,  # type: ignore[arg-type]
         )
     return dataset._replace(train={**dataset.train, "x": inputs["train"]}, test={**dataset.test, "x": inputs["test"]})

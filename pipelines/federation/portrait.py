@@ -43,18 +43,20 @@ def described(config: Config, federation: Federation) -> list[str]:
     """What a federation is, one line for each part of it."""
     dataset, sizes = federation.dataset, federation.sizes
     x = dataset.train["x"]
-    own = ", ".join(f"{name} {getattr(config, name):g}" for name in options(config.partition))
+    own = ", ".join(f"{name} {getattr(config.federation, name):g}" for name in options(config.federation.partition))
     kind = "tokens" if dataset.is_sequence else "classes"
     lines = [
         f"data: {dataset.name}, {len(x):,} training and {len(dataset.test['y']):,} test examples, "
         f"{dataset.num_classes} {kind}, inputs {x.dtype}{list(dataset.input_shape)}",
-        f"clients: {federation.num_clients:,} by {config.partition}{f' ({own})' if own else ''}, with {sizes.min():,} "
-        f"to {sizes.max():,} examples, median {np.median(sizes):g}",
+        f"clients: {federation.num_clients:,} by {config.federation.partition}{f' ({own})' if own else ''}, with "
+        f"{sizes.min():,} to {sizes.max():,} examples, median {np.median(sizes):g}",
     ]
-    if config.imbalance > 1:
-        lines.append(f"long tail: the first class has {config.imbalance:g} times the examples of the last one")
-    if config.feature_skew != "none":
-        lines.append(f"feature skew: {config.feature_skew}, severity {config.severity:g}")
+    if config.federation.imbalance > 1:
+        lines.append(
+            f"long tail: the first class has {config.federation.imbalance:g} times the examples of the last one"
+        )
+    if config.federation.feature_skew != "none":
+        lines.append(f"feature skew: {config.federation.feature_skew}, severity {config.federation.severity:g}")
     for name, (source, assignment) in federation.parts.items():
         if name == "train":
             continue
@@ -97,7 +99,7 @@ def text(config: Config, federation: Federation, table: list[dict[str, Any]], wa
 def comparison(config: Config, federation: Federation, compared: Mapping[str, Assignment]) -> list[dict[str, Any]]:
     """The measures of a federation and of other partitions: a row for each measure, a column for each partition."""
     dataset = federation.dataset
-    assignments = {config.partition: federation.parts["train"].assignment, **compared}
+    assignments = {config.federation.partition: federation.parts["train"].assignment, **compared}
     columns = heterogeneity.compare(assignments, dataset.train["y"], dataset.num_classes)
     names = [name for name in columns[0] if name != "partition"]
     return [{"measure": name, **{column["partition"]: column[name] for column in columns}} for name in names]
@@ -123,10 +125,10 @@ def figure(config: Config, federation: Federation) -> Figure:
 
 def title(config: Config, federation: Federation) -> str:
     """A federation in one line."""
-    own = ", ".join(f"{name} {getattr(config, name):g}" for name in options(config.partition))
-    skew = "" if config.feature_skew == "none" else f", {config.feature_skew}"
+    own = ", ".join(f"{name} {getattr(config.federation, name):g}" for name in options(config.federation.partition))
+    skew = "" if config.federation.feature_skew == "none" else f", {config.federation.feature_skew}"
     return (
-        f"{federation.dataset.name}, {federation.num_clients:,} clients by {config.partition}"
+        f"{federation.dataset.name}, {federation.num_clients:,} clients by {config.federation.partition}"
         f"{f' ({own})' if own else ''}{skew}"
     )
 

@@ -68,7 +68,7 @@ class Course(NamedTuple):
 
 def begin(config: Config, algorithm: Algorithm, state: Any) -> Any:
     """A state, leaves [S, ...], before the first evaluation; with what is remembered if the run validates."""
-    if not config.validates:
+    if not config.evaluation.validates:
         return state
     params = jax.vmap(algorithm.params)(split_tables(state)[0])
     seeds = jax.tree.leaves(params)[0].shape[0]
@@ -108,10 +108,10 @@ def updated(config: Config, models: Models, params: Any, scores: Mapping[str, Ar
     improved = going & (score > models.score)
     waited = jnp.where(going, jnp.where(improved, 0, models.waited + 1), models.waited)
     stopped = models.stopped
-    if config.patience is not None:
-        stopped |= waited >= config.patience
-    if config.stop_at is not None:
-        stopped |= going & (scores["accuracy"].astype(models.score.dtype) >= config.stop_at)
+    if config.evaluation.patience is not None:
+        stopped |= waited >= config.evaluation.patience
+    if config.evaluation.stop_at is not None:
+        stopped |= going & (scores["accuracy"].astype(models.score.dtype) >= config.evaluation.stop_at)
     return Models(
         jax.tree.map(lambda new, old: jnp.where(_rows(improved, new), new, old), params, models.best),
         jax.tree.map(lambda new, old: jnp.where(_rows(going, new), new, old), params, models.last),
@@ -123,10 +123,10 @@ def updated(config: Config, models: Models, params: Any, scores: Mapping[str, Ar
 
 def course(config: Config, history: History) -> Course | None:
     """How the seeds have done so far; None for a run that does not validate, or before its first evaluation."""
-    if not config.validates or "validated/accuracy" not in history:
+    if not config.evaluation.validates or "validated/accuracy" not in history:
         return None
     # As on the device, where they are compared with `stop_at` in this type.
-    dtype = np.float64 if config.x64 else np.float32
+    dtype = np.float64 if config.machine.x64 else np.float32
     found = {name: history[f"validated/{name}"].astype(dtype) for name in ("loss", "accuracy")}
     scores, reached = _score(config, found), found["accuracy"]
     seeds, evaluations = scores.shape
@@ -138,8 +138,8 @@ def course(config: Config, history: History) -> Course | None:
                 best[s], highest, waited = e, scores[s, e], 0
             else:
                 waited += 1
-            late = config.patience is not None and waited >= config.patience
-            if late or (config.stop_at is not None and reached[s, e] >= dtype(config.stop_at)):
+            late = config.evaluation.patience is not None and waited >= config.evaluation.patience
+            if late or (config.evaluation.stop_at is not None and reached[s, e] >= dtype(config.evaluation.stop_at)):
                 ends[s], stopped[s] = e + 1, True
                 break
     return Course(best, ends, stopped)
@@ -194,7 +194,7 @@ def ends(config: Config, histories: Mapping[str, History], eval_rounds: np.ndarr
 
 
 def _score(config: Config, scores: Mapping[str, Any]) -> Any:
-    return scores["accuracy"] if config.best_by == "accuracy" else -scores["loss"]
+    return scores["accuracy"] if config.evaluation.best_by == "accuracy" else -scores["loss"]
 
 
 def _rows(which: Array, leaf: Array) -> Array:

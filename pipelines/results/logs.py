@@ -63,7 +63,7 @@ def logger(kinds: Sequence[str], config: Config, out: Path) -> Logger:
             raise ValueError(
                 f"--log {kind} needs the package {package}: install it with pip install 'fedjax-core[{kind}]'"
             ) from None
-    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
     opened: dict[tuple[str, int, str], Log] = {}
 
     def log(method: str, seeds: Sequence[int], begin: int, new: History, ends: np.ndarray) -> None:

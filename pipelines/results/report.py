@@ -51,13 +51,13 @@ def write(
       versions: name to version, for the record.
     """
     config = experiment.config
-    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
     sizes = experiment.federation.sizes
     ends = early.ends(config, histories, eval_rounds)
     files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds, ends))
     histories = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
     files.write_text(out / "clients.csv", clients_csv(histories, experiment.seeds, sizes))
-    if config.clients_over_time:
+    if config.evaluation.clients_over_time:
         files.write(out / "clients.parquet", partial(clients_parquet, experiment, histories))
     files.write_text(out / "results.tex", results_tex(experiment, histories))
     files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
@@ -101,7 +101,7 @@ def clients_parquet(experiment: Experiment, histories: Mapping[str, History], pa
     import pyarrow.parquet as pq
 
     config, part = experiment.config, part_of_clients(experiment)
-    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
     sizes = np.diff(experiment.federation.host_population(part).offsets).astype(np.int64)
     clients = len(sizes)
     counts = [("seed", pa.int64()), ("round", pa.int64()), ("client", pa.int64()), ("examples", pa.int64())]
@@ -143,10 +143,10 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
     finals = np.concatenate([h["test/accuracy"].mean(axis=0) for h in histories.values()])
     finals = finals[np.isfinite(finals)]
     low = max(0.0, float(np.quantile(finals, 0.05)) - 0.05) if len(finals) else 0.0
-    left.set_ylim(low, min(1.0, max(finals.max(initial=0.0), config.target) + 0.02))
-    if config.target >= low:
+    left.set_ylim(low, min(1.0, max(finals.max(initial=0.0), config.report.target) + 0.02))
+    if config.report.target >= low:
         style = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3))}
-        left.axhline(config.target, label=f"target {100 * config.target:g} %", **style)
+        left.axhline(config.report.target, label=f"target {100 * config.report.target:g} %", **style)
     for axis in (left, right):
         axis.set(xlabel="round", xlim=(0, _last_round(histories)))
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -220,16 +220,16 @@ def results_tex(experiment: Experiment, histories: Mapping[str, History]) -> str
 def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of results, without what depends on the machine."""
     config = experiment.config
-    eval_rounds = evaluated_rounds(config.rounds, config.eval_every)
+    eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
     extra = _extra_parts(experiment)
     header = [
         "method",
         "test accuracy",
-        *(["of the best model", "its round", "rounds"] if config.validates else []),
-        *(["under attack"] if config.attack_radius else []),
+        *(["of the best model", "its round", "rounds"] if config.evaluation.validates else []),
+        *(["under attack"] if config.evaluation.attack_radius else []),
         "worst decile of clients",
         *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
-        f"rounds to {100 * config.target:g} %",
+        f"rounds to {100 * config.report.target:g} %",
         "uploaded scalars",
         "downloaded scalars",
     ]
@@ -241,10 +241,10 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
                 methods.paper_name(name),
                 mean_sd(history["test/accuracy"][:, -1].astype(np.float64)),
                 *_of_the_best(config, history, eval_rounds),
-                *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.attack_radius else []),
+                *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.evaluation.attack_radius else []),
                 mean_sd(tails),
                 *[mean_sd(_mean_of_clients(history[f"{part}/accuracy"])) for part in extra],
-                rounds_to_target(history["test/accuracy"], eval_rounds, config.target),
+                rounds_to_target(history["test/accuracy"], eval_rounds, config.report.target),
                 f"{transferred(history, 'uploaded'):,}",
                 f"{transferred(history, 'downloaded'):,}",
             ]
@@ -267,7 +267,7 @@ def summary(
     for row, name in zip(rows, histories, strict=True):
         spent = info[name]
         row += [
-            "in run" if config.staged else duration(spent["compile_seconds"]),
+            "in run" if config.machine.staged else duration(spent["compile_seconds"]),
             duration(spent["run_seconds"]),
             size(spent["memory"]) if spent["memory"] else "unknown",
         ]
@@ -279,14 +279,15 @@ def summary(
     )
     under_attack = (
         f"Under attack: test accuracy where {ATTACK_STEPS} steps of projected gradient ascent on its loss have moved "
-        f"every input by at most {config.attack_radius:g}. "
-        if config.attack_radius
+        f"every input by at most {config.evaluation.attack_radius:g}. "
+        if config.evaluation.attack_radius
         else ""
     )
     validated = (
-        f"The best model is that with the best {config.best_by} on the validation examples of all clients, the first "
-        "of equals; test examples had no part in that choice. What is told of a stopped seed is as it was then. "
-        if config.validates
+        f"The best model is that with the best {config.evaluation.best_by} on the validation examples of all clients, "
+        "the first of equals; test examples had no part in that choice. What is told of a stopped seed is as it was "
+        "then. "
+        if config.evaluation.validates
         else ""
     )
     table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
@@ -330,36 +331,49 @@ def described(experiment: Experiment) -> list[str]:
     config = experiment.config
     params = num_parameters(experiment)
     hidden = f" (hidden {', '.join(map(str, config.hidden))})" if config.model == "mlp" else ""
-    work = f"{_count(config.steps, 'step')}" if config.steps is not None else _count(config.epochs, "epoch")
+    work = (
+        f"{_count(config.local.steps, 'step')}"
+        if config.local.steps is not None
+        else _count(config.local.epochs, "epoch")
+    )
     seeds = ", ".join(map(str, experiment.seeds))
     return [
         *portrait.described(config, experiment.federation),
         f"model: {config.model}{hidden}, {params:,} parameters",
         f"cohort: {cohort(config, experiment.federation.num_clients)}"
-        + (", staged from host memory" if config.staged else ""),
-        f"local work: {work}, batches of {config.batch_size}, {config.client_optimizer}, "
-        f"clients weighted {config.weights}",
-        *([f"early stopping: {_stopping(config)}"] if config.validates else []),
-        f"rounds: {config.rounds}, evaluated every {config.eval_every}, saved every {config.checkpoint_every}; "
-        f"{_count(config.seeds, 'seed')} ({seeds}) at once" + (", double precision" if config.x64 else ""),
+        + (", staged from host memory" if config.machine.staged else ""),
+        f"local work: {work}, batches of {config.local.batch_size}, {config.local.client_optimizer}, "
+        f"clients weighted {config.local.weights}",
+        *([f"early stopping: {_stopping(config)}"] if config.evaluation.validates else []),
+        f"rounds: {config.rounds}, evaluated every {config.evaluation.eval_every}, saved every "
+        f"{config.report.checkpoint_every}; {_count(config.seeds, 'seed')} ({seeds}) at once"
+        + (", double precision" if config.machine.x64 else ""),
     ]
 
 
 def _stopping(config: Config) -> str:
     """When a seed stops, in words."""
-    after = [f"after {_count(config.patience, 'evaluation')} without improvement"] if config.patience else []
-    after += [f"at a validation accuracy of {100 * config.stop_at:g} %"] if config.stop_at is not None else []
-    return f"{' or '.join(after) or 'never'}; the model with the best validation {config.best_by} is kept"
+    after = (
+        [f"after {_count(config.evaluation.patience, 'evaluation')} without improvement"]
+        if config.evaluation.patience
+        else []
+    )
+    after += (
+        [f"at a validation accuracy of {100 * config.evaluation.stop_at:g} %"]
+        if config.evaluation.stop_at is not None
+        else []
+    )
+    return f"{' or '.join(after) or 'never'}; the model with the best validation {config.evaluation.best_by} is kept"
 
 
 def cohort(config: Config, num_clients: int) -> str:
     """Who takes part, in words."""
-    c = config
+    c = config.participation
     turns = f"return with probability {c.turn_on:g}, leave with {c.turn_off:g}"
     words = {
         "full": f"all {num_clients} clients in every round",
-        "bernoulli": f"each of {num_clients} clients with probability {c.participation:g} (bernoulli)",
-        "periodic": f"each of {num_clients} clients in {c.participation:g} of every {c.period} rounds (periodic)",
+        "bernoulli": f"each of {num_clients} clients with probability {c.probability:g} (bernoulli)",
+        "periodic": f"each of {num_clients} clients in {c.probability:g} of every {c.period} rounds (periodic)",
         "markov": f"{num_clients} clients that {turns} (markov)",
     }
     return words.get(c.sampler, f"{c.cohort_size} of {num_clients} clients a round ({c.sampler})")
@@ -445,7 +459,7 @@ def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[s
     for name, history in histories.items():
         who = history["round/participants"]
         found = early.course(experiment.config, history)
-        evals = evaluated_rounds(experiment.config.rounds, experiment.config.eval_every)
+        evals = evaluated_rounds(experiment.config.rounds, experiment.config.evaluation.eval_every)
         made = who.shape[1] if found is None else int(early.rounds_of(found, evals).max())
         rounds = int((who[:, :made].sum(axis=0) == 0).sum())
         if rounds == made:

@@ -57,7 +57,7 @@ class Engine(NamedTuple):
 
 def engine(experiment: Experiment, algorithm: Algorithm) -> Engine:
     """The engine of the configuration."""
-    return (_staged if experiment.config.staged else _in_memory)(experiment, algorithm)
+    return (_staged if experiment.config.machine.staged else _in_memory)(experiment, algorithm)
 
 
 def placement(experiment: Experiment) -> Callable[[Any], Any]:
@@ -87,7 +87,7 @@ def chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable
 
 def tests(experiment: Experiment) -> Any:
     """What models are scored on: the test examples, or (those, the validation examples) in a run that validates."""
-    if not experiment.config.validates:
+    if not experiment.config.evaluation.validates:
         return experiment.test
     held = experiment.federation.host_population("validation")
     rows = held.rows_of(np.arange(held.num_clients))

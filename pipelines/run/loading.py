@@ -7,7 +7,6 @@
 Neither the devices nor the data of the run need be there. Letters: S seeds, N clients, C clients asked for.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -157,8 +156,8 @@ def load_run(
     for name in methods or ():
         pick("method of this run", name, config.methods)
     # How the machine was used when the run was made says nothing about this one.
-    here = dataclasses.replace(config, mesh=None, model_parallel=1, lanes=None, memory=None)
-    with jax.enable_x64(config.x64):
+    here = config.replace(mesh=None, model_parallel=1, lanes=None, memory=None)
+    with jax.enable_x64(config.machine.x64):
         missing = "" if with_data else "it was not asked for"
         if experiment is not None:
             federation = experiment.federation
@@ -171,8 +170,7 @@ def load_run(
             )
         if experiment is None:
             # With one client a round any population will do; nothing is trained.
-            bare = dataclasses.replace(
-                here,
+            bare = here.replace(
                 sampler="uniform",
                 cohort_size=1,
                 attack_radius=0.0,
@@ -202,7 +200,7 @@ def _federation(config: Config, known: Description | None) -> tuple[Federation |
     changed = [name for name, value in (known or now).items() if name in now and now[name] != value]
     if changed:
         what = ", ".join(f"{name} is {now[name]} and was {(known or now)[name]}" for name in changed)
-        return None, f"the data set {config.dataset!r} here is another one than that of the run: {what}"
+        return None, f"the data set {config.data.dataset!r} here is another one than that of the run: {what}"
     return found, ""
 
 
@@ -230,7 +228,7 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
         history = {key: _as_far_as_all([part.arrays[key] for part in parts]) for key in names}
     num_clients = experiment.population.num_clients
     models = (None, None) if kept is None else (kept.best, kept.last)
-    return Trained(algorithm, state, seeds, rounds, history, num_clients, config.x64, *models)
+    return Trained(algorithm, state, seeds, rounds, history, num_clients, config.machine.x64, *models)
 
 
 def _expected(experiment: Experiment, algorithm: Algorithm, keys: Any) -> Any:

@@ -264,9 +264,11 @@ def command_line(words: list[str], values: Mapping[str, Any], usual: Mapping[str
 
 def _changed(record: Record, machine: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, version or setting that began the run, the one now) of everything that has changed since."""
-    then = {**record.get("versions", {}), **{name: record["config"].get(name) for name in machine}}
+    config = record["config"]
+    before = {**config, **config.get("machine", {})}  # before there were sections it was flat
+    then = {**record.get("versions", {}), **{name: before.get(name) for name in machine}}
     pairs = [(name, then.get(name), now) for name, now in (versions() | dict(machine)).items()]
-    return [(name, before, now) for name, before, now in pairs if before is not None and before != now]
+    return [(name, was, now) for name, was, now in pairs if was is not None and was != now]
 
 
 def _name() -> str:

@@ -44,11 +44,14 @@ def examples_of(
             raise ValueError(f"the {split} part of the run is empty: take another split")
         return {name: leaf[rows] for name, leaf in host.examples.items()}, ""
     pick("split of another data set", split, SPLITS)
-    place = data_dir if data_dir is not None else run.config.data_dir
+    place = data_dir if data_dir is not None else run.config.data.data_dir
     known = datasets.options(dataset, place)
-    text: dict[str, Any] = {"sequence_length": run.config.sequence_length, "vocabulary": run.config.vocabulary}
+    text: dict[str, Any] = {
+        "sequence_length": run.config.data.sequence_length,
+        "vocabulary": run.config.data.vocabulary,
+    }
     loaded = datasets.load(dataset, place, **{name: value for name, value in text.items() if name in known})
-    with jax.enable_x64(run.config.x64):
+    with jax.enable_x64(run.config.machine.x64):
         loaded = in_precision(loaded)
     wrong = description.misfit(loaded, run.data)
     if wrong:
@@ -76,7 +79,7 @@ def score(run: Run, examples: dict[str, np.ndarray], *, seeds: Sequence[int] | N
       ValueError: if there is no such seed.
     """
     rows = []
-    with jax.enable_x64(run.config.x64):
+    with jax.enable_x64(run.config.machine.x64):
         scoring = jax.jit(partial(evaluate, run.metric_fn, batch_size=EVAL_BATCH))
         on_device = jax.tree.map(jnp.asarray, examples)
         for name, trained in run.methods.items():

@@ -21,7 +21,6 @@ A run directory:
     clients.parquet         so too, where it is asked for
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from pipelines.common.files import Unwritable as Unwritable
 from pipelines.common.processes import Refused
 from pipelines.common.progress import Progression, Reporter, Speed, duration, silent, size
 from pipelines.configuration import methods
-from pipelines.configuration.config import MACHINE_FIELDS, Config
+from pipelines.configuration.config import Config
 from pipelines.experiment import plans
 from pipelines.experiment.setup import EVAL_BATCH, Experiment, memory_fix, prepare
 from pipelines.federation import heterogeneity
@@ -75,7 +74,7 @@ class Result(NamedTuple):
 def train(config: Config, out: str | Path, *, reporter: Reporter | None = None) -> dict[str, Result]:
     """Runs a configuration in the directory `out`, or what is left of it."""
     config = joined(config, Path(out))
-    with jax.enable_x64(config.x64):
+    with jax.enable_x64(config.machine.x64):
         return run(prepare(config), out, reporter=reporter)
 
 
@@ -101,7 +100,7 @@ def run(experiment: Experiment, out: str | Path, *, reporter: Reporter | None = 
     reporter = (reporter if processes.is_first() else None) or silent()
     out = Path(out)
     claim(out, experiment.config, experiment.federation)
-    machine = {name: getattr(experiment.config, name) for name in MACHINE_FIELDS}
+    machine = experiment.config.with_role("machine")
     pinned = identity.identity(experiment.federation)
     grown = partial(_grown, experiment)
     with _all_processes(out), run_directory.at_work(out, KIND, reporter.say, grown, pinned, machine) as work:
@@ -164,7 +163,7 @@ def read_config(out: Path) -> Config:
 
 
 def _config(content: Any) -> Config:
-    return Config.from_json(json.dumps(content))
+    return Config.from_values(content)
 
 
 KIND = Kind("train", _config)
@@ -203,7 +202,7 @@ def claim(out: Path, config: Config, federation: Federation | None = None) -> No
         json.loads(config.to_json()),
         lambda there: config.check_grown_from(_config(there), out),
         {} if federation is None else identity.identity(federation),
-        identity.place(config.dataset, config.data_dir),
+        identity.place(config.data.dataset, config.data.data_dir),
         sources=config.sources(),
     )
 
@@ -217,10 +216,10 @@ def _grown(experiment: Experiment, content: Mapping[str, Any]) -> dict[str, Any]
     """What a record says of the run as it is now, and what is needed to use it without its data."""
     config, saved = experiment.config, _config(content["config"])
     # How the machine was used when it began stays on record: another plan changes last bits.
-    kept = {name: getattr(saved, name) for name in MACHINE_FIELDS}
+    kept = saved.with_role("machine")
     return {
         "sources": {**config.sources(), **content.get("sources", {})},
-        "config": json.loads(dataclasses.replace(config, **kept).to_json()),
+        "config": json.loads(config.replace(**kept).to_json()),
         "batches": content.get("batches", [saved.seeds]) + [config.seeds - saved.seeds] * (config.seeds > saved.seeds),
         "data": described(experiment),
     }
@@ -286,7 +285,7 @@ def batches_of(experiment: Experiment, sizes: Sequence[int]) -> list[tuple[int, 
     """(number of seeds before it, the experiment with its seeds alone) of every batch."""
     parts = []
     for first, number in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
-        config = dataclasses.replace(experiment.config, first_seed=experiment.config.first_seed + first, seeds=number)
+        config = experiment.config.replace(first_seed=experiment.config.first_seed + first, seeds=number)
         parts.append((first, experiment._replace(config=config, keys=experiment.keys[first : first + number])))
     return parts
 
@@ -339,12 +338,12 @@ def _run_with_plan(
     experiment, label, folder = batch.experiment, batch.label, batch.folder
     config, algorithm = experiment.config, experiment.algorithms[name]
     engine, out, run = engines.engine(experiment, algorithm), work.out, work.run
-    eval_rounds = history.evaluated_rounds(config.rounds, config.eval_every)
-    last_but_end = config.rounds // config.eval_every * config.eval_every
+    eval_rounds = history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
+    last_but_end = config.rounds // config.evaluation.eval_every * config.evaluation.eval_every
 
     def on_grid(round: int) -> bool:
         """Whether this run is evaluated there; one that was shorter ended anywhere."""
-        return round == config.rounds or (round < config.rounds and round % config.eval_every == 0)
+        return round == config.rounds or (round < config.rounds and round % config.evaluation.eval_every == 0)
 
     def first() -> tuple[Any, checkpoint.Saved]:
         saved = checkpoint.restore_latest(folder, engine.expected, f"the state of {name}", on_grid, run=run)
@@ -379,7 +378,7 @@ def _run_with_plan(
     grid = [0, *eval_rounds.tolist()]
     lengths = {after - before for before, after in pairwise(grid) if after > round}
     begin = time.monotonic()
-    reporter.say(f"{label}: compiles with its first round" if config.staged else f"{label}: compiling ...")
+    reporter.say(f"{label}: compiles with its first round" if config.machine.staged else f"{label}: compiling ...")
     chunks = {length: engine.compile(length, state) for length in sorted(lengths)}
     seconds = time.monotonic() - begin
     info["compile_seconds"] += seconds
@@ -389,7 +388,7 @@ def _run_with_plan(
             f"{plans.described(experiment.plan)} needs {size(info['memory'])} and a device has "
             f"{size(plans.device_memory(experiment))}"
         )
-    if not config.staged:
+    if not config.machine.staged:
         reporter.say(f"{label}: compiled in {duration(seconds)}, needs {size(info['memory'])}")
 
     earlier = {method: result.history for method, result in finished.items()}
@@ -418,7 +417,9 @@ def _run_with_plan(
 
     speed = Speed(round)
     ending: History = {}
-    on_clients = _part_scorer(experiment, report.part_of_clients(experiment)) if config.clients_over_time else None
+    on_clients = (
+        _part_scorer(experiment, report.part_of_clients(experiment)) if config.evaluation.clients_over_time else None
+    )
     for before, after in pairwise(grid):
         if after <= round:
             continue
@@ -464,7 +465,7 @@ def _run_with_plan(
                 ending |= {f"best/{key}": value for key, value in best.items() if key.startswith("client/")}
         stop = work.stop()
         # From the last evaluation before an end between two a longer run can go on.
-        if round % config.checkpoint_every == 0 or round == last_but_end or ended or stop:
+        if round % config.report.checkpoint_every == 0 or round == last_but_end or ended or stop:
             save(ending)
         if ended:
             reporter.event("finished", {"method": name, "seeds": experiment.seeds, "rounds": round})

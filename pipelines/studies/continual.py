@@ -10,16 +10,19 @@ A method is trained for `rounds` rounds on every task, at whose end a method wit
 tested on all of them, learned or not. "joint" is FedAvg on the examples of all tasks together, for as many rounds and
 local steps as the others have in all: about what could be reached at best, if nothing were forgotten.
 
-A run directory (`pipelines.run.run_directory`) holds config.json and checkpoints/<method>, and accuracy.csv,
-accuracy.png and .pdf, results.tex and summary.json of the methods that are finished.
+Every seed has tasks, a partition, first weights and rounds of its own; what is shown is the mean over them.
+
+A run directory (`pipelines.run.run_directory`) holds config.json and checkpoints/<method>, with the number of the seed
+behind it for all but the first, and accuracy.csv, accuracy.png and .pdf, results.tex and summary.json of the methods
+that are finished.
 """
 
 import csv
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +39,6 @@ from fedjax_core import (
     Examples,
     Plan,
     Population,
-    checks,
     client_mesh,
     continue_rounds,
     evaluate,
@@ -48,6 +50,7 @@ from fedjax_core import (
 from pipelines.common import figures, files, growth
 from pipelines.common.progress import Reporter, duration, silent
 from pipelines.configuration import methods
+from pipelines.configuration.options import check_grown, named
 from pipelines.data import datasets
 from pipelines.data.datasets import Dataset
 from pipelines.federation import partition
@@ -80,7 +83,7 @@ class Scenario(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What one method has come to.
+    """What one method has come to with one seed.
 
     Attributes:
       accuracy: float[T, T], test accuracy on task j (column) after task i (row).
@@ -116,7 +119,7 @@ def measures(accuracy: np.ndarray, untrained: np.ndarray) -> dict[str, float]:
 
 
 def scenario(config: Continual) -> Scenario:
-    """The tasks of a configuration.
+    """The tasks of a configuration, of its first seed.
 
     Raises:
       ValueError: as `pipelines.data.datasets.load` and the partitions; if the data set has no label per example, or
@@ -133,7 +136,7 @@ def _permuted(config: Continual, dataset: Dataset) -> Scenario:
     size = int(np.prod(dataset.input_shape))
 
     def order(t: int) -> np.ndarray:
-        return np.random.default_rng([config.seed, t]).permutation(size) if t else np.arange(size)
+        return np.random.default_rng([config.first_seed, t]).permutation(size) if t else np.arange(size)
 
     def part(examples: Examples, t: int) -> Examples:
         x = examples["x"]
@@ -150,7 +153,7 @@ def _split(config: Continual, dataset: Dataset) -> Scenario:
         raise ValueError(
             f"tasks={config.tasks}, but {dataset.name} has {dataset.num_classes} classes to deal out: ask for fewer"
         )
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.first_seed)
     classes = rng.permutation(dataset.num_classes)[: each * config.tasks].reshape(config.tasks, each)
 
     def parts(examples: Examples) -> list[Examples]:
@@ -193,7 +196,7 @@ def _scenario(
 
     def assignment(t: int) -> Assignment:
         deal = partition.iid if config.partition == "iid" else partition.shards
-        return deal(labels(t), config.clients, seed=config.seed + t)
+        return deal(labels(t), config.clients, seed=config.first_seed + t)
 
     def clients(t: int) -> list[Examples]:
         """The examples of each client."""
@@ -241,21 +244,18 @@ def build(
 
 
 def run(
-    config: Continual,
-    out: str | Path,
-    *,
-    save_every: int = continual_config.SAVE_EVERY,
-    plan: Plan | None = None,
-    reporter: Reporter | None = None,
-) -> dict[str, Scores]:
+    config: Continual, out: str | Path, *, plan: Plan | None = None, reporter: Reporter | None = None
+) -> dict[str, list[Scores]]:
     """Runs a configuration in the directory `out`, or what is left of it.
 
     Args:
       config: what to run.
       out: the run directory; made if need be.
-      save_every: rounds between checkpoints; what is computed does not depend on it.
       plan: execution plan of the rounds; all devices unless given.
       reporter: where words go; nowhere unless given.
+
+    Returns:
+      Name of a method to what it has come to, for every seed.
 
     Raises:
       Interrupted: after SIGINT or SIGTERM, once the chunk is done and saved. A second signal ends the process.
@@ -263,33 +263,46 @@ def run(
       ValueError: if something is wrong with the configuration, the directory holds another one's run or one of other
         examples, or another process is at work in it.
     """
-    checks.positive_int("save_every", save_every, "save after every round at most")
     reporter = reporter or silent()
     out = Path(out)
     config = _joined(config, out)
-    tasks, content = scenario(config), json.loads(json.dumps(asdict(config)))
-    pinned = tasks.identity()
+    # All seeds have the same shapes, but for tasks whose sizes are drawn.
+    tasks = {seed: scenario(config.replace(first_seed=seed, seeds=1)) for seed in _seeds(config)}
+    first = tasks[config.first_seed]
+    content, pinned = json.loads(config.to_json()), first.identity()
 
     def check(there: Any) -> None:
-        growth.check(out, content, there, _GROWS, "configuration", "more methods")
+        saved = continual_config.of_values(there)
+        check_grown(config, saved, out, _GROWS, "configuration", "more methods and seeds")
 
     claim(out, KIND, content, check, pinned, identity.place(config.dataset, config.data_dir))
     if plan is None:
         plan = Plan(mesh=client_mesh() if len(jax.devices()) > 1 else None)
-    results = {}
+    results: dict[str, list[Scores]] = {}
     with at_work(out, KIND, reporter.say, lambda there: {"config": content}, pinned) as work:
         for name in config.methods:
-            folder = out / "checkpoints" / name
-            with files.told(out, partial(_saved, name, folder)):
-                results[name] = _run_method(config, name, tasks, folder, save_every, plan, reporter, work)
+            trainer, results[name] = _Trainer(config, name, first, plan), []
+            for seed, own in tasks.items():
+                folder = _folder(config, out, name, seed)
+                with files.told(out, partial(_saved, name, folder)):
+                    results[name].append(_run_method(trainer, seed, own, folder, reporter, work))
             if work.may_write:
                 with files.told(out, f"{name} is done and saved, and the report is not"):
-                    write(out, results)
-            shown = {key: f"{100 * value:.2f} %" for key, value in measures(*results[name][:2]).items()}
-            reporter.say(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}")
+                    write(out, config, results)
+            shown = ", ".join(f"{key} {value}" for key, value in _shown(results[name]).items())
+            reporter.say(f"{name}: {shown}")
         if not work.may_write:
             reporter.say(f"{out} is read-only, so its report stays as it is")
     return results
+
+
+def _seeds(config: Continual) -> range:
+    return range(config.first_seed, config.first_seed + config.seeds)
+
+
+def _folder(config: Continual, out: Path, name: str, seed: int) -> Path:
+    """Where a method's checkpoints with one seed are."""
+    return out / "checkpoints" / (name if seed == config.first_seed else f"{name}-{seed}")
 
 
 def _saved(name: str, folder: Path) -> str:
@@ -298,44 +311,66 @@ def _saved(name: str, folder: Path) -> str:
     return f"{name} is saved after round {round}" if round else f"Nothing of {name} is saved yet"
 
 
-def write(out: Path, results: Mapping[str, Scores]) -> None:
+def write(out: Path, config: Continual, results: Mapping[str, Sequence[Scores]]) -> None:
     """Writes accuracy.csv, accuracy.png and .pdf, results.tex and summary.json of finished methods."""
     summary = {
         name: {
-            **measures(scores.accuracy, scores.untrained),
-            "accuracy": scores.accuracy.tolist(),
-            "untrained": scores.untrained.tolist(),
-            "seconds": scores.seconds,
-            **({"directions": scores.directions} if scores.directions else {}),
+            **{key: float(np.mean(values)) for key, values in over_seeds(scores).items()},
+            "seeds": {
+                seed: {
+                    **measures(each.accuracy, each.untrained),
+                    "accuracy": each.accuracy.tolist(),
+                    "untrained": each.untrained.tolist(),
+                    "seconds": each.seconds,
+                    **({"directions": each.directions} if each.directions else {}),
+                }
+                for seed, each in zip(_seeds(config), scores, strict=True)
+            },
         }
         for name, scores in results.items()
     }
     files.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write_text(out / "accuracy.csv", accuracy_csv(results))
+    files.write_text(out / "accuracy.csv", accuracy_csv(_seeds(config), results))
     files.write_text(out / "results.tex", results_tex(results))
     with figures.style():
         figures.write(out / "accuracy.png", heat_map(results))
 
 
-def accuracy_csv(results: Mapping[str, Scores]) -> str:
-    """One row per method, task learned last (-1 for the initial model) and task tested."""
+def over_seeds(scores: Sequence[Scores]) -> dict[str, np.ndarray]:
+    """The measures of a method with every seed, name to float[S]."""
+    each = [measures(one.accuracy, one.untrained) for one in scores]
+    return {key: np.array([values[key] for values in each]) for key in each[0]}
+
+
+def _shown(scores: Sequence[Scores]) -> dict[str, str]:
+    """The measures of a method in percent, with the standard deviation over seeds where there are several."""
+
+    def percent(values: np.ndarray) -> str:
+        if np.isnan(values).any():
+            return "none"
+        deviation = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{100 * np.mean(values):.2f}{deviation} %"
+
+    return {key: percent(values) for key, values in over_seeds(scores).items()}
+
+
+def accuracy_csv(seeds: Iterable[int], results: Mapping[str, Sequence[Scores]]) -> str:
+    """One row per method, seed, task learned last (-1 for the initial model) and task tested."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "after_task", "task", "accuracy"])
+    writer.writerow(["method", "seed", "after_task", "task", "accuracy"])
     for name, scores in results.items():
-        for after, row in enumerate([scores.untrained, *scores.accuracy], -1):
-            writer.writerows([name, after, task, str(value)] for task, value in enumerate(row))
+        for seed, each in zip(seeds, scores, strict=True):
+            for after, row in enumerate([each.untrained, *each.accuracy], -1):
+                writer.writerows([name, seed, after, task, str(value)] for task, value in enumerate(row))
     return text.getvalue()
 
 
-def results_tex(results: Mapping[str, Scores]) -> str:
+def results_tex(results: Mapping[str, Sequence[Scores]]) -> str:
     """The measures of every method, in percent, as a table in LaTeX."""
-    rows = []
-    for name, scores in results.items():
-        values = measures(scores.accuracy, scores.untrained).values()
-        rows.append([shown_name(name), *("none" if np.isnan(v) else f"{100 * v:.2f} %" for v in values)])
+    rows = [[shown_name(name), *_shown(scores).values()] for name, scores in results.items()]
     first = next(iter(results.values()))
-    return latex.table(["method", *measures(first.accuracy, first.untrained)], rows, "made by fedjax-core continual")
+    return latex.table(["method", *over_seeds(first)], rows, "made by fedjax-core continual")
 
 
 def shown_name(name: str) -> str:
@@ -343,15 +378,19 @@ def shown_name(name: str) -> str:
     return "Joint" if name == "joint" else methods.paper_name(name)
 
 
-def heat_map(results: Mapping[str, Scores]) -> Figure:
-    """The accuracy matrix of every method: tasks tested from left to right, tasks learned from top to bottom."""
-    num_tasks = len(next(iter(results.values())).untrained)
+def heat_map(results: Mapping[str, Sequence[Scores]]) -> Figure:
+    """The accuracy matrix of every method, the mean over its seeds.
+
+    Tasks are tested from left to right, and learned from top to bottom.
+    """
+    num_tasks = len(next(iter(results.values()))[0].untrained)
     side = max(2.6, 0.42 * num_tasks)
     figure = Figure(figsize=(side * len(results) + 1, side + 0.6), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (name, scores) in zip(panels, results.items(), strict=True):
-        image = panel.imshow(scores.accuracy, vmin=0, vmax=1, cmap="viridis")
-        for (i, j), value in np.ndenumerate(scores.accuracy):
+        accuracy = np.mean([each.accuracy for each in scores], axis=0)
+        image = panel.imshow(accuracy, vmin=0, vmax=1, cmap="viridis")
+        for (i, j), value in np.ndenumerate(accuracy):
             color = "black" if value > 0.6 else "white"
             panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
         panel.set(title=shown_name(name), xlabel="tested on task", xticks=range(num_tasks), yticks=range(num_tasks))
@@ -361,105 +400,138 @@ def heat_map(results: Mapping[str, Scores]) -> Figure:
     return figure
 
 
-def _run_method(
-    config: Continual,
-    name: str,
-    tasks: Scenario,
-    folder: Path,
-    save_every: int,
-    plan: Plan,
-    reporter: Reporter,
-    work: Work,
-) -> Scores:
-    """Trains and tests one method; a checkpoint after the last round of a task holds the state after its end."""
-    everything, steps = None, None
-    if name == "joint":  # with as many local steps as a client takes on one task
-        everything = tasks.joint()
-        steps = config.epochs * -(-int(tasks.population(0).sizes.max()) // config.batch_size)
-    method = build(config, name, tasks, num_steps=steps, plan=plan)
-    sampler = samplers.uniform(config.clients, config.cohort_size)
-    init_key, run_key, end_key = jax.random.split(jax.random.key(config.seed), 3)
-    metric_fn = models.metrics.classification(tasks.model)
-    score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
-    initial = jax.jit(lambda key: method.init(tasks.model.init(key)))
-    shapes = jax.eval_shape(initial, init_key)
-    replication = None if plan.mesh is None else replicated(plan.mesh)
-    kept = None if plan.mesh is None else shardings(shapes, plan.mesh)
-    end_task: Any = None
-    chunks: dict[int, Any] = {}
+class _Trainer:
+    """A method and its compiled programs, which all seeds share.
 
-    def replicate(tree: Any) -> Any:
-        return tree if replication is None else place(tree, replication)
+    Attributes:
+      config: what is run.
+      name: of the method.
+      steps: local steps of a client, None for those of its epochs.
+      method: the method.
+      shapes: of its state.
+      seconds: of compiled rounds and ends of tasks, since it was last set.
+    """
 
-    def alone(tree: Any) -> Any:
-        return tree if replication is None else jax.device_put(tree, jax.devices()[0])
+    def __init__(self, config: Continual, name: str, tasks: Scenario, plan: Plan) -> None:
+        self.config, self.name = config, name
+        self._tasks, self._plan = tasks, plan
+        self.steps = None
+        if name == "joint":  # with as many local steps as a client takes on one task
+            self.steps = config.epochs * -(-int(tasks.population(0).sizes.max()) // config.batch_size)
+        self.method = build(config, name, tasks, num_steps=self.steps, plan=plan)
+        self._sampler = samplers.uniform(config.clients, config.cohort_size)
+        self.initial = jax.jit(lambda key: self.method.init(tasks.model.init(key)))
+        self.shapes = jax.eval_shape(self.initial, jax.random.key(0))
+        mesh = plan.mesh
+        self._everywhere = None if mesh is None else replicated(mesh)
+        self._kept = None if mesh is None else shardings(self.shapes, mesh)
+        metric_fn = models.metrics.classification(tasks.model)
+        self._score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
+        self._compiled: dict[Any, Any] = {}
+        self.seconds = 0.0
 
-    def scores(state: Any) -> np.ndarray:
-        return np.array([score(method.params(state), replicate(tasks.test(j))) for j in range(config.tasks)], float)
+    def replicate(self, tree: Any) -> Any:
+        """Puts a copy on every device."""
+        return tree if self._everywhere is None else place(tree, self._everywhere)
+
+    def place_state(self, state: Any) -> Any:
+        """Puts a state where the plan has it."""
+        return state if self._kept is None else place(state, self._kept)
+
+    def scores(self, state: Any, tasks: Scenario) -> np.ndarray:
+        """Test accuracy on every task, float[T]."""
+        params = self.method.params(state)
+        tests = (self.replicate(tasks.test(j)) for j in range(self.config.tasks))
+        return np.array([self._score(params, test) for test in tests], float)
+
+    def rounds(self, length: int, state: Any, population: Population, key: Any) -> Any:
+        """The state after some rounds, and their metrics."""
+
+        def made() -> Any:
+            results = None if self._kept is None else (self._kept, self._everywhere)
+            return jax.jit(continue_rounds(self.method, self._sampler, length), out_shardings=results)
+
+        return self._timed(length, made, (state, population, key))
+
+    def end_task(self, state: Any, population: Population, run_key: Any, key: Any) -> Any:
+        """The state after the end of a task, at which the cohort of the last round looks back."""
+        ids = self._sampler(jax.random.split(run_key)[0], state.round - 1)
+        event = (state, population.cohort(ids), key)
+        if self._kept is not None:
+            event = jax.device_put(event, jax.devices()[0])
+
+        def made() -> Any:
+            # On one device: decompositions of matrices do not split, and once a task their time hardly counts.
+            alone = replace(self._plan, mesh=None)
+            return jax.jit(build(self.config, self.name, self._tasks, num_steps=self.steps, plan=alone).end_task)
+
+        return self.place_state(self._timed("end", made, event))
+
+    def _timed(self, name: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """The result of a program, compiled once for arguments of these shapes; adds to `seconds`."""
+        known = (name, *(leaf.shape for leaf in jax.tree.leaves(args)))
+        if known not in self._compiled:
+            self._compiled[known] = make().lower(*args).compile()
+        begin = time.monotonic()
+        result = waited_for(self._compiled[known](*args))
+        self.seconds += time.monotonic() - begin
+        return result
+
+
+def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, reporter: Reporter, work: Work) -> Scores:
+    """Trains and tests a method with one seed; a checkpoint after the last round of a task holds the state after it."""
+    config, name = trainer.config, trainer.name
+    called = name if config.seeds == 1 else f"{name}, seed {seed}"
+    everything = tasks.joint() if name == "joint" else None
+    init_key, run_key, end_key = jax.random.split(jax.random.key(seed), 3)
 
     def save(state: Any) -> None:
         arrays = {"accuracy": accuracy, "untrained": untrained}
-        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": seconds}, run=work.run)
+        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": trainer.seconds}, run=work.run)
 
     def stop_if_asked(done: int) -> None:
         if stop := work.stop():
-            where = f"after round {done} of {name}, which is saved" if done else f"before {name} began"
-            raise interruption(stop, where, continual_config.command(config, save_every, work.out))
+            where = f"after round {done} of {called}, which is saved" if done else f"before {called} began"
+            raise interruption(stop, where, continual_config.command(config, work.out))
 
-    saved = checkpoint.restore_latest(folder, shapes, f"the state of {name}", run=work.run)
-    state = initial(init_key) if saved is None else jax.tree.map(jnp.asarray, saved.state)
-    if kept is not None:
-        state = place(state, kept)
+    saved = checkpoint.restore_latest(folder, trainer.shapes, f"the state of {name}", run=work.run)
+    state = trainer.initial(init_key) if saved is None else jax.tree.map(jnp.asarray, saved.state)
+    state = trainer.place_state(state)
     if saved is None:
-        accuracy, untrained, seconds = np.zeros((0, config.tasks)), scores(state), 0.0
+        accuracy, untrained, trainer.seconds = np.zeros((0, config.tasks)), trainer.scores(state, tasks), 0.0
     else:
-        seconds = saved.info["seconds"]
+        trainer.seconds = saved.info["seconds"]
         accuracy, untrained = saved.arrays["accuracy"], saved.arrays["untrained"]
-        reporter.say(f"{name}: {saved.round} of {config.tasks * config.rounds} rounds are done")
+        reporter.say(f"{called}: {saved.round} of {config.tasks * config.rounds} rounds are done")
 
     if len(accuracy) < config.tasks:
         work.check_writable()
         stop_if_asked(0 if saved is None else saved.round)
     for t in range(len(accuracy), config.tasks):
-        population, end = replicate(everything or tasks.population(t)), (t + 1) * config.rounds
+        population = trainer.replicate(everything or tasks.population(t))
+        end = (t + 1) * config.rounds
         while (done := int(state.round)) < end:
-            length = min(save_every, end - done)
-            if length not in chunks:
-                results = None if kept is None else (kept, replication)
-                rounds = jax.jit(continue_rounds(method, sampler, length), out_shardings=results)
-                chunks[length] = rounds.lower(state, population, run_key).compile()
-            begin = time.monotonic()
-            state, metrics = waited_for(chunks[length](state, population, run_key))
-            seconds += time.monotonic() - begin
+            length = min(config.checkpoint_every, end - done)
+            state, metrics = trainer.rounds(length, state, population, run_key)
             if not (np.isfinite(metrics.loss) | (metrics.participants == 0)).all():
                 raise FloatingPointError(
-                    f"the loss of {name} is no longer finite after {done} to {done + length} rounds: lower client_lr"
+                    f"the loss of {called} is no longer finite after {done} to {done + length} rounds: lower client_lr"
                     + (", or lam" if name == "ewc" else "")
                 )
             if done + length < end:
                 save(state)
                 stop_if_asked(done + length)
-        if hasattr(method, "end_task"):
-            ids = sampler(jax.random.split(run_key)[0], state.round - 1)  # the cohort of the last round
-            event = alone((state, population.cohort(ids), jax.random.fold_in(end_key, t)))
-            if end_task is None:
-                # On one device: decompositions of matrices do not split, and once a task their time hardly counts.
-                ending = build(config, name, tasks, num_steps=steps, plan=replace(plan, mesh=None))
-                end_task = jax.jit(ending.end_task).lower(*event).compile()
-            begin = time.monotonic()
-            state = waited_for(end_task(*event))
-            seconds += time.monotonic() - begin
-            if kept is not None:
-                state = place(state, kept)
-        accuracy = np.vstack([accuracy, scores(state)])
+        if hasattr(trainer.method, "end_task"):
+            state = trainer.end_task(state, population, run_key, jax.random.fold_in(end_key, t))
+        accuracy = np.vstack([accuracy, trainer.scores(state, tasks)])
         save(state)
         shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])
-        reporter.say(f"{name}: task {t} learned, accuracy {shown} % ({duration(seconds)})")
+        reporter.say(f"{called}: task {t} learned, accuracy {shown} % ({duration(trainer.seconds)})")
         if directions := _directions(state):
             reporter.say("directions taken: " + ", ".join(f"{path} {k} of {d}" for path, (k, d) in directions.items()))
         if t + 1 < config.tasks:
             stop_if_asked(end)
-    return Scores(accuracy, untrained, seconds, _directions(state))
+    return Scores(accuracy, untrained, trainer.seconds, _directions(state))
 
 
 def _directions(state: Any) -> dict[str, tuple[int, int]]:
@@ -467,17 +539,18 @@ def _directions(state: Any) -> dict[str, tuple[int, int]]:
     return {path: (int(rank), len(columns)) for path, (columns, rank) in getattr(state, "bases", {}).items()}
 
 
-KIND = Kind("continual", continual_config.check)
-_GROWS = {"methods": growth.contains, "data_dir": growth.free}
+KIND = Kind("continual", continual_config.of_values)
+_GROWS = {"methods": growth.contains, "seeds": growth.at_least}
 
 
 def slug(config: Continual) -> str:
-    """A short readable name of a run, the same with more methods and for no other."""
+    """A short readable name of a run, the same with more methods or seeds and for no other."""
     name = Path(config.dataset).stem or "data"
-    return f"continual-{config.scenario}-{name}-{growth.digest(json.loads(json.dumps(asdict(config))), _GROWS)}"
+    but = {*_GROWS, *named(Continual, "place", "machine", "report")}
+    return f"continual-{config.scenario}-{name}-{growth.digest(json.loads(json.dumps(config.flat())), but)}"
 
 
 def _joined(config: Continual, out: Path) -> Continual:
     """The configuration with the methods that the run in `out` has already: others join them and none leaves."""
     there = read(out, KIND)["config"]["methods"] if files.has_record(out / KIND.marker) else []
-    return replace(config, methods=(*there, *(name for name in config.methods if name not in there)))
+    return config.replace(methods=(*there, *(name for name in config.methods if name not in there)))

@@ -1,149 +1,134 @@
-"""Every choice of a run over several tasks, and the options of the command line that make it."""
+"""Every choice of a run over several tasks."""
 
-import re
-from dataclasses import asdict, dataclass, fields
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import click
-
-from fedjax_core import checks
-from pipelines.common import cards
 from pipelines.common.names import pick
-from pipelines.configuration.config import LIMIT, at_least_zero, count, finite
-from pipelines.run.run_directory import command_line
+from pipelines.configuration.options import (
+    LIMIT,
+    Configuration,
+    choice,
+    count,
+    names,
+    natural,
+    number,
+    numbers,
+    text,
+    widths,
+)
 
 SCENARIOS = ("permuted", "split")
-SAVE_EVERY = 50
 METHODS = ("fot", "fedavg", "ewc", "fedprox", "joint")
 
 
 @dataclass(frozen=True)
-class Continual:
-    """Every choice that can change a number; the defaults make a run of seconds.
+class Continual(Configuration):
+    """Configuration of a run over several tasks; the defaults make a run of seconds."""
 
-    Attributes:
-      scenario: "permuted" or "split".
-      dataset: name of a data set of images with labels.
-      data_dir: folder of prepared data, or None for that of the environment variable FEDJAX_CORE_DATA.
-      tasks: number of tasks.
-      rounds: rounds on each task.
-      clients: number of clients, each with examples of every task.
-      cohort_size: clients a round.
-      partition: "iid", or "shards" of sorted labels, two for each client; drawn anew for each task.
-      methods: what to compare: fot, fedavg, ewc, fedprox, joint.
-      model: "mlp" or "cnn".
-      hidden: mlp: widths of the hidden layers.
-      dropout: mlp: rate after each of them; none of all unless given.
-      start: "normal", weights with variance 1 / fan in, as flax has them, or "uniform", a third of that, as PyTorch.
-      batch_size: examples of a local step.
-      epochs: local epochs.
-      client_lr: learning rate of the clients' SGD.
-      weight_decay: of the same.
-      energy: fot: share of the inputs' energy to keep.
-      energy_step: fot: added to it at the end of every task.
-      rule: fot: "norm" or "squared".
-      oversampling: fot: columns of a sketch over the width of its layer.
-      lam: ewc: weight of the penalty.
-      mu: fedprox: weight of the penalty.
-      seed: of the permutations or classes of tasks, of the partitions, and of the run.
-    """
+    heading: ClassVar[str] = "Tasks"
 
-    scenario: str = "permuted"
-    dataset: str = "digits"
-    data_dir: str | None = None
-    tasks: int = 3
-    rounds: int = 30
-    clients: int = 20
-    cohort_size: int = 10
-    partition: str = "iid"
-    methods: tuple[str, ...] = ("fot", "fedavg")
-    model: str = "mlp"
-    hidden: tuple[int, ...] = (100, 100)
-    dropout: tuple[float, ...] | None = None
-    start: str = "normal"
-    batch_size: int = 16
-    epochs: int = 1
-    client_lr: float = 0.1
-    weight_decay: float = 1e-5
-    energy: float = 0.95
-    energy_step: float = 0.0
-    rule: str = "norm"
-    oversampling: int = 1
-    lam: float = 10.0
-    mu: float = 0.1
-    seed: int = 0
+    scenario: str = choice(
+        "permuted",
+        SCENARIOS,
+        "permuted: every task has the pixels in another order. split: every task has other classes and a head.",
+    )
+    dataset: str = text("digits", "Data set of images with labels.", completes=("data set",))
+    data_dir: str | None = text(None, "Prepared data.", metavar="DIR", shown="$FEDJAX_CORE_DATA", role="place")
+    tasks: int = count(3, "Number of tasks.", fix="take at least one")
+    clients: int = count(
+        20, "Number of clients, each with examples of every task.", fix="take at least one", heading="Clients"
+    )
+    partition: str = choice(
+        "iid",
+        ("iid", "shards"),
+        "iid, or shards of sorted labels, two for each client; dealt anew for each task.",
+        heading="Clients",
+    )
+    cohort_size: int = count(10, "Clients a round.", fix="take at least one", heading="Clients")
+    methods: tuple[str, ...] = names(
+        ("fot", "fedavg"),
+        f"method of {', '.join(METHODS)}",
+        "Method to run: fot, fedavg, ewc, fedprox or joint (all tasks at once); may be given several times.",
+        flags=("--method",),
+        heading="Methods and model",
+    )
+    model: str = choice("mlp", ("mlp", "cnn"), "mlp or cnn.", heading="Methods and model")
+    hidden: tuple[int, ...] = widths(
+        (100, 100),
+        "mlp: widths of the hidden layers.",
+        fix="each hidden layer has at least one unit",
+        heading="Methods and model",
+    )
+    dropout: tuple[float, ...] | None = numbers(
+        None, "mlp: rate after each of them.", shown="none", heading="Methods and model"
+    )
+    start: str = choice(
+        "normal",
+        ("normal", "uniform"),
+        "First weights: normal, of variance 1 / fan in as flax has them, or uniform, a third of that, as PyTorch.",
+        heading="Methods and model",
+    )
+    energy: float = number(0.95, "fot: share of the inputs' energy to keep.", heading="Methods and model")
+    energy_step: float = number(0.0, "fot: added to it at the end of every task.", heading="Methods and model")
+    rule: str = text("norm", "fot: norm or squared.", heading="Methods and model")
+    oversampling: int = count(
+        1, "fot: columns of a sketch over the width of its layer.", fix="take at least one", heading="Methods and model"
+    )
+    lam: float = number(10.0, "ewc: weight of the penalty.", heading="Methods and model")
+    mu: float = number(0.1, "fedprox: weight of the penalty.", heading="Methods and model")
+    batch_size: int = count(16, "Examples of a local step.", fix="take at least one", heading="Local training")
+    epochs: int = count(1, "Local epochs.", fix="take at least one", heading="Local training")
+    client_lr: float = number(
+        0.1,
+        "Learning rate of the clients' SGD.",
+        low=0,
+        flags=("--lr", "--client-lr"),
+        metavar="LR",
+        heading="Local training",
+    )
+    weight_decay: float = number(1e-5, "Of the clients' SGD.", low=0, heading="Local training")
+    rounds: int = count(30, "Rounds on each task.", fix="take at least one", heading="Run")
+    seeds: int = count(
+        1, "Number of seeds: of tasks, partitions, first weights and rounds.", fix="run at least one", heading="Run"
+    )
+    first_seed: int = natural(
+        0, "Seeds are counted from here.", fix="every other number is another run", metavar="SEED", heading="Run"
+    )
+    checkpoint_every: int = count(
+        50, "Rounds between checkpoints.", fix="1 saves after every round", role="report", heading="Run"
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is wrong whatever the data."""
-        pick("scenario", self.scenario, SCENARIOS)
-        pick("partition", self.partition, ("iid", "shards"))
-        pick("model", self.model, ("mlp", "cnn"))
-        pick("start", self.start, ("normal", "uniform"))
+        super().__post_init__()
         for name in self.methods:
             pick("method", name, METHODS)
-        if not self.methods:
-            raise ValueError(f"methods is empty: choose among {', '.join(METHODS)}")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods={list(self.methods)} names one twice: name each once")
-        for name in ("tasks", "rounds", "clients", "cohort_size", "batch_size", "epochs", "oversampling"):
-            count(name, getattr(self, name), "count at least one")
-        for i, width in enumerate(self.hidden):
-            count(f"hidden[{i}]", width, "each hidden layer has at least one unit")
-        for name in ("client_lr", "weight_decay", "energy", "energy_step", "lam", "mu"):
-            finite(name, getattr(self, name))
-        for name in ("client_lr", "weight_decay"):
-            checks.scalar(name, getattr(self, name), low=0)
-        at_least_zero("seed", self.seed, "every other number is another run")
         if self.tasks * self.rounds > LIMIT:
             raise ValueError(
                 f"tasks={self.tasks} of rounds={self.rounds} are more than {LIMIT} rounds in all: devices count in 32 "
                 "bits, take fewer"
             )
+        if self.first_seed + self.seeds - 1 > LIMIT:
+            raise ValueError(
+                f"seeds={self.seeds} from first_seed={self.first_seed} go beyond {LIMIT}: a seed has 32 bits, take a "
+                "smaller one"
+            )
 
 
-def options(command: Any) -> Any:
-    """Gives a click command an option for every field of `Continual`, with its docstring as help; lists by commas."""
-    text = cards.text(Continual).partition("Attributes:")[2]
-    about = {name: " ".join(words.split()) for name, words in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text, re.M)}
-    for field in reversed(fields(Continual)):
-        default: Any = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        kind: Any = type(default) if isinstance(default, int | float) else str
-        flag = "--" + field.name.replace("_", "-")
-        shown = {"help": about.get(field.name), "default": default, "show_default": default is not None}
-        command = click.option(flag, type=kind, metavar=kind.__name__.upper(), **shown)(command)
-    return command
-
-
-def from_options(values: dict[str, Any]) -> Continual:
-    """The configuration of these options.
-
-    Raises:
-      ValueError: if a list cannot be read, or something is wrong with the configuration.
-    """
-    read = {"methods": str, "hidden": int, "dropout": float}
-
-    def listed(name: str, text: Any) -> Any:
-        try:
-            return tuple(read[name](part.strip()) for part in text.split(",") if part.strip())
-        except ValueError:
-            flag = "--" + name
-            raise ValueError(f"{flag} {text} is no list of numbers: write for example 200,200 or 0.2,0.5") from None
-
-    return Continual(**{k: listed(k, v) if k in read and v is not None else v for k, v in values.items()})
-
-
-def command(config: Continual, save_every: int, out: Path) -> str:
+def command(config: Continual, out: Path) -> str:
     """The command line that runs a configuration in the directory `out`."""
-    usual = asdict(Continual()) | {"save_every": SAVE_EVERY}
-    return command_line(["continual"], asdict(config) | {"save_every": save_every}, usual, out)
+    return shlex.join(["fedjax-core", "continual", *config.words(), "--out", str(out)])
 
 
-def check(content: Any) -> Continual:
-    """The configuration that JSON values say.
+def of_values(content: Any) -> Continual:
+    """The configuration that JSON values say; those of before there were several seeds too.
 
     Raises:
       ValueError, TypeError or AttributeError: if it is none.
     """
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-    return Continual(**values)
+    known = dict(content)
+    if "seed" in known:
+        known["first_seed"] = known.pop("seed")
+    return Continual.from_values(known)

@@ -2,19 +2,19 @@
 
     fedjax-core zeroth-order synthetic --function ackley --heterogeneity 5 --out runs/ackley
 
-Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II, from the same starts, over trials that draw
-functions and start anew. Where functions have gradients, FedAvg and SCAFFOLD are there with them: what the best of
-estimates would do, in local minima and with clients that drift apart. As many trials run at once as there are devices
-(from the command line, cores). Every (method, trial) is saved when it is done, so that the same command goes on where
-it was stopped (`pipelines.run.run_directory`; the record is study.json). What comes out: curves.csv, curves.png and
-.pdf, summary.md and results.tex.
+Each compares FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II over several seeds: a trial is one seed, which draws
+functions and a start, the same for all methods. Where functions have gradients, FedAvg and SCAFFOLD are there with
+them: what the best of estimates would do, in local minima and with clients that drift apart. As many trials run at once
+as there are devices (from the command line, cores). Every (method, trial) is saved when it is done, so that the same
+command goes on where it was stopped (`pipelines.run.run_directory`; the record is study.json). What comes out:
+curves.csv, curves.png and .pdf, summary.md and results.tex.
 """
 
 import csv
-import inspect
 import io
 import json
 import os
+import shlex
 import warnings
 import zipfile
 import zlib
@@ -36,13 +36,14 @@ import algorithms
 from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, masks, num_bytes, samplers
 from pipelines.common import files, growth
 from pipelines.common.names import pick
-from pipelines.configuration.config import count, finite
+from pipelines.configuration.options import check_grown, named
 from pipelines.data.dataset import Dataset
 from pipelines.experiment import memory
 from pipelines.federation.assignment import Assignment
 from pipelines.run import identity, run_directory
 from pipelines.run.checkpoint import CheckpointWarning, OtherRun
 from pipelines.run.run_directory import Kind, Work
+from pipelines.studies.zeroth_order_config import ALL, Attack, Metric, Study, of_values
 
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "FZooS": ("fzoos", {}),
@@ -59,46 +60,7 @@ REFERENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """The same for methods that make no queries: they are given the true gradients."""
 
-
 _ROUND = 200  # bytes of a round of a trial, in the curves of all methods and as text
-
-
-class Study(NamedTuple):
-    """What is compared; every field may change numbers, and is written to study.json.
-
-    Attributes:
-      task: "synthetic", "attack" or "metric", and `options` are the keyword arguments of the function of that name.
-      options: pairs (name, value).
-      rounds: rounds of each method.
-      steps: local steps of a round, T.
-      trials: functions and starts drawn anew.
-      lr: learning rate of the clients' Adam, whose steps end at the faces of the box [0, 1]^d.
-      directions: q of the baselines.
-      mu: length of the baselines' differences.
-      radius: half-width of the boxes of FZooS.
-      noise: variance that its surrogates allow a query; more for rough functions.
-      neighbors: queries that a surrogate is given.
-      features: random Fourier features, M.
-      lengthscale: of the features; it must be longer than the way that a client goes in a round.
-      correction_decay: how fast the corrections of FZooS fade within a round; 0 keeps them, for very unlike clients.
-      capacity: queries that a client remembers.
-    """
-
-    task: str
-    options: tuple[tuple[str, Any], ...] = ()
-    rounds: int = 50
-    steps: int = 10
-    trials: int = 10
-    lr: float = 0.01
-    directions: int = 20
-    mu: float = 0.01
-    radius: float = 0.01
-    noise: float = 1e-6
-    neighbors: int = 150
-    features: int = 10000
-    lengthscale: float = 1.0
-    correction_decay: float = 1.0
-    capacity: int = 1000
 
 
 class Task(NamedTuple):
@@ -117,9 +79,6 @@ class Task(NamedTuple):
     start: Array
     optimum: float | None = None
     differentiable: bool = True
-
-
-# The tasks: `name(trial, **options) -> Task`.
 
 
 def synthetic(
@@ -249,7 +208,7 @@ def build(name: str, study: Study, task: Task) -> Algorithm:
         settings |= {"num_directions": study.directions, "mu": study.mu}
     plan = Plan(lanes=1) if jax.default_backend() == "cpu" else Plan(lanes=num_clients)
     # Functions are flat outside their box: a coordinate that left it would have no slope to come back by.
-    optimizer = optax.chain(optax.adam(study.lr), _stay_in_box())
+    optimizer = optax.chain(optax.adam(study.client_lr), _stay_in_box())
     return getattr(algorithms, factory)(
         task.loss_fn, optimizer, batch_size=1, num_steps=study.steps, plan=plan, **settings
     )
@@ -295,55 +254,20 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
     return run
 
 
-def of_json(content: Any) -> Study:
-    """The study that JSON values say.
-
-    Raises:
-      ValueError, TypeError or AttributeError: if they say none.
-    """
-    study = Study(**{**content, "options": tuple(content["options"].items())})
-    check(study)
-    return study
-
-
-KIND = Kind("zeroth-order", of_json, "study.json", "group of trials")
-
-
-def check(study: Study) -> None:
-    """Raises ValueError for numbers that make no sense whatever the task."""
-    pick("task", study.task, TASKS)
-    options = dict(study.options)
-    for name in ("rounds", "steps", "trials", "directions", "neighbors", "features", "capacity"):
-        count(name, getattr(study, name), "take at least one")
-    for name in ("clients", "dim", "pool"):
-        if name in options:
-            count(name, options[name], "take at least one")
-    for name in ("lr", "mu", "radius", "lengthscale"):
-        checks.scalar(name, finite(name, getattr(study, name)), low=0, low_open=True)
-    for name in ("alpha", "epsilon", "reach"):
-        if name in options:
-            checks.scalar(name, finite(name, options[name]), low=0, low_open=True)
-    for name in ("noise", "correction_decay"):
-        checks.scalar(name, finite(name, getattr(study, name)), low=0)
-    finite("heterogeneity", options.get("heterogeneity", 0.0))
+KIND = Kind("zeroth-order", of_values, "study.json", "group of trials")
 
 
 def identity_of(study: Study) -> dict[str, str]:
     """What a study must find again to go on: its data, if it has some, and the kind of random keys."""
-    if study.task == "synthetic":
+    if not isinstance(study, Attack | Metric):
         return identity.keys()
-    defaults = {name: each.default for name, each in inspect.signature(TASKS[study.task]).parameters.items()}
-    own = defaults | dict(study.options)
-    dataset, assignment = _dealt(own["dataset"], own["data_dir"], own["clients"], own["alpha"])
+    dataset, assignment = _dealt(study.dataset, study.data_dir, study.clients, study.alpha)
     return identity.of(dataset, [assignment.digest()])
 
 
 def command(study: Study, out: Path) -> str:
     """The command line that runs a study in the directory `out`."""
-    own = {name: each.default for name, each in inspect.signature(TASKS[study.task]).parameters.items()}
-    usual = Study("")._asdict() | own
-    values = {k: v for k, v in study._asdict().items() if k not in ("task", "options")}
-    return run_directory.command_line(["zeroth-order", study.task], values | dict(study.options), usual, out)
+    return shlex.join(["fedjax-core", "zeroth-order", study.task, *study.words(), "--out", str(out)])
 
 
 def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, np.ndarray]]:
@@ -358,18 +282,21 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
       ValueError: if something is wrong with the study, the directory holds another one or one of other examples, or
         another process is at work in it.
     """
-    check(study)
+    study = _joined(study, out)
     # Mistakes show in building a task, before the directory is there.
-    first = TASKS[study.task](0, **dict(study.options))
+    first = TASKS[study.task](0, **study.own())
     held = {
-        "trials": study.trials * (num_bytes(first.population) + num_bytes(first.start)),
-        "rounds": study.trials * study.rounds * _ROUND,
+        "seeds": study.seeds * (num_bytes(first.population) + num_bytes(first.start)),
+        "rounds": study.seeds * study.rounds * _ROUND,
     }
     memory.refuse("the study", held, memory.available())
     pinned = identity_of(study)
     claim(study, out, pinned)
-    tasks = [first, *(TASKS[study.task](trial, **dict(study.options)) for trial in range(1, study.trials))]
-    names = [*METHODS, *(REFERENCES if tasks[0].differentiable else ())]
+    tasks = [first, *(TASKS[study.task](trial, **study.own()) for trial in range(1, study.seeds))]
+    known = {**METHODS, **(REFERENCES if first.differentiable else {})}
+    names = [name for name, (factory, _) in known.items() if factory in study.methods]
+    if not names:
+        raise ValueError(f"methods={list(study.methods)} need gradients, and {study.task} has none: add fzoos or fedzo")
     at_work = run_directory.at_work(out, KIND, say, lambda there: {"config": _content(study)}, pinned)
     # Systems of 150 unknowns are solved one after the other: a second thread would only wait, which takes a core too.
     with threadpool_limits(1, user_api="blas"), at_work as work:
@@ -478,7 +405,7 @@ def _digest(curves: Mapping[str, np.ndarray]) -> str:
 
 
 def claim(study: Study, out: Path, pinned: Mapping[str, str] | None = None) -> None:
-    """Makes `out` the directory of a study, or checks that it holds the same one, or one with fewer trials.
+    """Makes `out` the directory of a study, or checks that it holds the same one, or one with fewer seeds.
 
     Args:
       study: the study.
@@ -489,10 +416,15 @@ def claim(study: Study, out: Path, pinned: Mapping[str, str] | None = None) -> N
       ValueError: if it holds another one (with what differs), one of other examples, or something else.
       Unwritable: if it cannot be written to.
     """
-    own, content = dict(study.options), _content(study)
+    own, content = study.own(), _content(study)
 
     def check(there: Any) -> None:
-        growth.check(out, _flat(content), _flat(there), _GROWS, "study", "more trials")
+        saved = of_values(there)
+        if type(saved) is not type(study):
+            raise ValueError(
+                f"{out} holds a study of another task, {saved.task}, and not {study.task}: choose another --out"
+            )
+        check_grown(study, saved, out, _GROWS, "study", "more seeds and methods")
 
     where = identity.place(str(own.get("dataset", study.task)), own.get("data_dir"))
     run_directory.claim(out, KIND, content, check, pinned or {}, where)
@@ -500,23 +432,26 @@ def claim(study: Study, out: Path, pinned: Mapping[str, str] | None = None) -> N
 
 def _content(study: Study) -> dict[str, Any]:
     """A study as JSON values."""
-    content: dict[str, Any] = json.loads(json.dumps(study._asdict() | {"options": dict(study.options)}))
-    return content
+    return {"task": study.task, **json.loads(study.to_json())}
 
 
-_GROWS = {"trials": growth.at_least, "data_dir": growth.free}
+_GROWS = {"seeds": growth.at_least, "methods": growth.contains}
+
+
+def _joined(study: Study, out: Path) -> Study:
+    """The study with the methods that are in `out` already: others join them and none leaves."""
+    if not files.has_record(out / KIND.marker):
+        return study
+    there = of_values(run_directory.read(out, KIND)["config"])
+    return study.replace(methods=tuple(name for name in ALL if name in {*there.methods, *study.methods}))
 
 
 def slug(study: Study) -> str:
-    """A short readable name of a study, the same for more trials of it and for no other."""
-    values = _flat(study._asdict() | {"options": dict(study.options)})
+    """A short readable name of a study, the same for more seeds or methods of it and for no other."""
+    values = study.flat()
     kind = str(values.get("function") or values.get("score") or values.get("dataset") or "")
-    return f"{study.task}-{kind}-{growth.digest(values, _GROWS)}"
-
-
-def _flat(study: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a study and its task's options side by side."""
-    return {**study, **study["options"]} | {"options": sorted(study["options"])}
+    but = {*_GROWS, *named(type(study), "place", "report")}
+    return f"{study.task}-{kind}-{growth.digest(json.loads(json.dumps(values)), but)}"
 
 
 def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:
@@ -570,8 +505,8 @@ def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
     if known:
         axes[2].set(title="Surrogate gradients of FZooS", xlabel="round", ylim=(0, 1.5))
     figures.legend_below(drawn, *axes, columns=7)
-    options = ", ".join(f"{k}={v}" for k, v in study.options if v is not None and k != "data_dir")
-    figures.title(drawn, f"{study.task} ({options}); mean and standard deviation of {study.trials} trials")
+    options = ", ".join(f"{k}={v}" for k, v in study.own().items() if v is not None and k != "data_dir")
+    figures.title(drawn, f"{study.task} ({options}); mean and standard deviation of {study.seeds} trials")
     return drawn
 
 
@@ -588,16 +523,19 @@ def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optim
     lines = [
         f"# {study.task}",
         "",
-        *(f"- {k}: {v}" for k, v in study._asdict().items() if k not in ("task", "options")),
+        *(f"- {k}: {', '.join(v) if k == 'methods' else v}" for k, v in study.flat().items()),
     ]
-    lines += [f"- {k}: {v}" for k, v in study.options]
     if optimum is not None:
         lines += ["", f"Least value of F: {optimum:.6g}."]
     lines += [
         "",
-        "Final F is the mean and standard deviation over trials. The last column says after how many queries per",
-        "client, in the median trial, FZooS is as low as the baseline in the end, and in how many trials it ever is.",
+        "Final F is the mean and standard deviation over trials.",
     ]
+    if "FZooS" in results:
+        lines += [
+            "The last column says after how many queries per client, in the median trial, FZooS is as low as the",
+            "baseline in the end, and in how many trials it ever is.",
+        ]
     if REFERENCES.keys() & results.keys():
         lines += ["Methods with gradients are given the true ones and query nothing."]
     header, rows = table(results)
@@ -612,13 +550,14 @@ def table(results: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[str], l
         final = result["value"][:, -1].astype(float)
         deviation = f" ± {final.std(ddof=1):.2g}" if len(final) > 1 else ""
         needed = ""
-        if name != "FZooS":
+        if name != "FZooS" and "FZooS" in results:
             needs = queries_to(final, results["FZooS"])
             there = ~np.isnan(needs)
             needed = f"{np.median(needs[there]):g} ({there.sum()} of {len(needs)})" if there.any() else "not reached"
         queries = f"{result['queries'][:, -1].mean():g}" if "queries" in result else "none"
         rows.append([name, f"{final.mean():.5g}{deviation}", queries, needed])
-    return ["method", "final F", "queries per client", "FZooS needs"], rows
+    header = ["method", "final F", "queries per client", "FZooS needs"]
+    return (header, rows) if "FZooS" in results else (header[:3], [row[:3] for row in rows])
 
 
 def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str, line: str = "-") -> None:

@@ -1,4 +1,3 @@
-import dataclasses
 import shlex
 
 import pytest
@@ -9,6 +8,7 @@ from pipelines.cli import commands
 from pipelines.common import processes
 from pipelines.configuration import methods
 from pipelines.configuration.config import FEDERATION_FIELDS
+from pipelines.configuration.options import fields_of
 from pipelines.data import datasets
 from pipelines.experiment import setup
 from pipelines.federation import federations, skew
@@ -47,13 +47,13 @@ def test_the_defaults_are_those_of_config(parsed):
     "config",
     [
         Config(),
-        Config(methods=("scaffold", "fedprox"), settings={"fedprox": {"mu": 0.01}, "scaffold": {"client_lr": 0.3}}),
-        Config(dataset="wine", hidden=(8, 4), epochs=None, steps=7, x64=True, lanes=2, mesh=1, target=0.8),
-        Config(
+        Config.of(methods=("scaffold", "fedprox"), settings={"fedprox": {"mu": 0.01}, "scaffold": {"client_lr": 0.3}}),
+        Config.of(dataset="wine", hidden=(8, 4), epochs=None, steps=7, x64=True, lanes=2, mesh=1, target=0.8),
+        Config.of(
             sampler="markov", turn_on=0.2, turn_off=0.7, client_lr_decay=0.99, partition="shards", shards_per_client=3
         ),
-        Config(eval_every=10, checkpoint_every=50, first_seed=3, partition_seed=2, min_size=1, weights="examples"),
-        Config(settings={"fedadam": {"tau": 1e-9}, "scaffold": {"option": "I"}}),
+        Config.of(eval_every=10, checkpoint_every=50, first_seed=3, partition_seed=2, min_size=1, weights="examples"),
+        Config.of(settings={"fedadam": {"tau": 1e-9}, "scaffold": {"option": "I"}}),
     ],
 )
 def test_the_printed_command_runs_the_same_configuration(config, parsed):
@@ -95,7 +95,7 @@ def test_help_reads_well():
     assert "[default: 50]" in text
     assert "fedavg, scaffold, fedadam" in text
     assert max(map(len, text.splitlines())) <= 110
-    names = {field.name for field in dataclasses.fields(Config)}
+    names = set(fields_of(Config))
     options = {parameter.name for parameter in commands.train.params}
     assert names - {"federation_digest"} <= options, "every choice is an option"
     assert set(FEDERATION_FIELDS) <= {parameter.name for parameter in commands.federate.params}
@@ -280,7 +280,7 @@ def test_a_saved_federation_is_trained_on(tmp_path, parsed):
     assert call("federate", *SKEWED, "--out", saved).exit_code == 0
     config, _ = parsed("--federation", saved)
     digest = federations.read(saved)[1]
-    assert config == Config(
+    assert config == Config.of(
         dataset="iris", clients=6, min_size=2, new_clients=2, test_share=0.25, federation=str(saved),
         federation_digest=digest,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """What cannot work is refused in a sentence before anything is compiled: numbers, names, directories, memory."""
 
-import dataclasses
 import json
 import shlex
 
@@ -11,11 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from pipelines import Config
-from pipelines.cli import commands
+from pipelines.cli import commands, options
 from pipelines.common import files, names
 from pipelines.experiment import memory, setup
 from pipelines.run import train
 from pipelines.studies import continual_config, zeroth_order
+from pipelines.studies.zeroth_order_config import Synthetic
 
 TINY = shlex.split(
     "--no-cache --dataset iris --model logistic_regression --clients 6 --cohort-size 3 --min-size 2 --rounds 1 "
@@ -56,17 +56,17 @@ TINY = shlex.split(
 )
 def test_a_configuration_holds_only_what_devices_can_count(fields, said):
     with pytest.raises(ValueError, match=said):
-        Config(**fields)
+        Config.of(**fields)
 
 
 def test_the_largest_numbers_are_taken():
     most = 2**31 - 1
-    config = Config(
+    config = Config.of(
         rounds=most, eval_every=most, checkpoint_every=most, first_seed=most - 4, clients=most, steps=most, epochs=None
     )
     assert Config.from_json(config.to_json()) == config
-    assert Config(first_seed=-most).first_seed == -most
-    assert Config(hidden=[8], methods=["fedavg"]) == Config(hidden=(8,), methods=("fedavg",))
+    assert Config.of(first_seed=-most).first_seed == -most
+    assert Config.of(hidden=[8], methods=["fedavg"]) == Config.of(hidden=(8,), methods=("fedavg",))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_largest_numbers_are_taken():
         ({"hidden": (0,)}, r"hidden\[0\] must be an integer of at least 1"),
         ({"client_lr": float("nan")}, "client_lr must be finite"),
         ({"weight_decay": -1.0}, "weight_decay must lie in"),
-        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"first_seed": -1}, "first_seed must be an integer of at least 0"),
         ({"methods": ("fedavg", "fedavg")}, "names one twice"),
     ],
 )
@@ -89,23 +89,23 @@ def test_so_does_a_run_over_tasks(fields, said):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
-        ({"trials": 2**31}, "trials must be at most"),
+        ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
+        ({"seeds": 2**31}, "seeds must be at most"),
         ({"capacity": 2**31}, "capacity must be at most"),
-        ({"options": (("dim", 0),)}, "dim must be an integer of at least 1, got 0"),
-        ({"options": (("clients", 0),)}, "clients must be an integer of at least 1, got 0"),
-        ({"options": (("heterogeneity", float("nan")),)}, "heterogeneity must be finite"),
+        ({"dim": 0}, "dim must be an integer of at least 1, got 0"),
+        ({"clients": 0}, "clients must be an integer of at least 1, got 0"),
+        ({"heterogeneity": float("nan")}, "heterogeneity must be finite"),
         ({"mu": 0.0}, "mu must lie in"),
     ],
 )
 def test_and_a_study_without_gradients(fields, said):
     with pytest.raises(ValueError, match=said):
-        zeroth_order.check(zeroth_order.Study("synthetic", **fields))
+        Synthetic(**fields)
 
 
-@pytest.mark.parametrize(("fields", "said"), [({"trials": 10**9}, "rounds"), ({"rounds": 2**31 - 1}, "rounds")])
+@pytest.mark.parametrize(("fields", "said"), [({"seeds": 10**9}, "rounds"), ({"rounds": 2**31 - 1}, "rounds")])
 def test_a_study_that_cannot_fit(fields, said, tmp_path):
-    study = zeroth_order.Study("synthetic", (("dim", 3), ("clients", 2)), **fields)
+    study = Synthetic(dim=3, clients=2, **fields)
     with pytest.raises(ValueError, match=f"the study would hold at least .*{said}.*lower --{said}"):
         zeroth_order.compare(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -141,7 +141,7 @@ def test_no_more_cores_than_can_be_are_advised(small):
     with jax.enable_x64(False):
         for mesh, advised in ((100, True), (999, False), (2**31 - 1, False)):
             with pytest.raises(ValueError, match=f"mesh={mesh} but there are") as error:
-                setup.prepare(dataclasses.replace(small, mesh=mesh))
+                setup.prepare(small.replace(mesh=mesh))
             assert ("JAX_NUM_CPU_DEVICES" in str(error.value)) == advised
 
 
@@ -192,11 +192,11 @@ def test_cores_do_not_stand_in_for_a_thousand_devices(mesh, made, monkeypatch, t
 
 
 def test_long_names_make_short_directories():
-    long = [Config(dataset=f"/{'folder/' * 40}{name}.npz", model=f"{'m' * 300}:{name}") for name in ("a", "\u00e9")]
+    long = [Config.of(dataset=f"/{'folder/' * 40}{name}.npz", model=f"{'m' * 300}:{name}") for name in ("a", "\u00e9")]
     slugs = {config.slug() for config in long} | {config.federation_slug() for config in long}
     assert len(slugs) == 4
     assert all(len(slug.encode()) < 255 for slug in slugs)
-    assert Config(dataset="mnist+usps").federation_slug().startswith("mnist+usps-50")
+    assert Config.of(dataset="mnist+usps").federation_slug().startswith("mnist+usps-50")
 
 
 def test_memory_of_a_container_counts(tmp_path, monkeypatch):
@@ -228,14 +228,14 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
 def test_what_cannot_fit_is_refused_before_it_is_compiled(fields, said, small, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 10**9)
     with jax.enable_x64(False), pytest.raises(ValueError, match=said):
-        setup.prepare(dataclasses.replace(small, **{"methods": ("scaffold",), **fields}))
+        setup.prepare(small.replace(**{"methods": ("scaffold",), **fields}))
 
 
 def test_what_is_held_counts_what_is_there(small):
     with jax.enable_x64(False):
         held = {}
         for staged in (False, True):
-            config = dataclasses.replace(small, methods=("scaffold",), staged=staged, mesh=2)
+            config = small.replace(methods=("scaffold",), staged=staged, mesh=2)
             experiment = setup.prepare(config)
             metrics = {"loss": np.zeros((), np.float32), "norm": np.zeros(2, np.float32)}
             held[staged] = setup.held_memory(experiment, "scaffold", metrics)
@@ -265,14 +265,13 @@ def hostile_calls():
     kinds = {
         click.types.IntParamType: int,
         click.types.FloatParamType: float,
-        commands._Clients: int,
-        commands._Widths: int,
+        options._Parsed: int,
     }
     base = {
         "train": TINY,
         "federate": ["--dataset", "iris", "--clients", "6", "--min-size", "2"],
         "continual": ["--dataset", "iris"],
-        "zeroth-order synthetic": ["--dim", "3", "--clients", "2", "--trials", "1"],
+        "zeroth-order synthetic": ["--dim", "3", "--clients", "2", "--seeds", "1"],
     }
     tried = {
         "train": commands.train,

@@ -15,6 +15,7 @@ from pipelines.experiment import setup
 from pipelines.results import report
 from pipelines.results.history import evaluated_rounds
 from pipelines.studies import continual, zeroth_order
+from pipelines.studies.zeroth_order_config import Synthetic
 
 
 def labels_of(axis) -> list[tuple[float, str]]:
@@ -81,7 +82,7 @@ def fake_histories(names, rng, seeds=2, evaluations=4, clients=6):
 
 @pytest.fixture(scope="module")
 def experiment():
-    config = Config(
+    config = Config.of(
         dataset="iris", clients=6, cohort_size=3, min_size=2, model="logistic_regression", seeds=2, rounds=4
     )
     return SimpleNamespace(config=config, federation=setup.federate(config), dataset=datasets.load("iris"))
@@ -132,17 +133,17 @@ def test_the_figure_of_a_zeroth_order_study():
     }
     results["FZooS"] |= {"cosine": rng.uniform(0, 1, (2, 3)), "error": rng.uniform(1.2, 1.5, (2, 3))}
     with figures.style():
-        figure = zeroth_order.figure(zeroth_order.Study("synthetic", trials=2), results, 0.0)
+        figure = zeroth_order.figure(Synthetic(seeds=2), results, 0.0)
         assert legends_cover_nothing(figure)
 
 
 def test_the_heat_maps_of_continual_runs():
-    scores = continual.Scores(np.full((2, 2), 0.775), np.full(2, 0.1), 1.0)
+    scores = [continual.Scores(np.full((2, 2), value), np.full(2, 0.1), 1.0) for value in (0.765, 0.785)]
     with figures.style():
         figure = continual.heat_map({"ewc": scores, "joint": scores})
     assert [axis.get_title() for axis in figure.axes[:2]] == ["EWC", "Joint"]
     table = continual.results_tex({"ewc": scores, "joint": scores})
-    assert r"EWC & 77.50 \% & 0.00 \%" in table
+    assert r"EWC & 77.50 $\pm$ 1.41 \% & 0.00 $\pm$ 0.00 \%" in table
 
 
 def test_files_are_the_same_for_the_same_numbers(tmp_path):

@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +12,10 @@ from pipelines.common import growth
 from pipelines.common.progress import Reporter
 from pipelines.run import loading, run_directory, train
 from pipelines.studies import zeroth_order
+from pipelines.studies.zeroth_order_config import Synthetic
 
 # It ends between two evaluations of a longer run.
-SHORT = Config(
+SHORT = Config.of(
     dataset="iris",
     clients=6,
     cohort_size=3,
@@ -30,8 +30,8 @@ SHORT = Config(
     client_lr_decay=0.9,
     target=0.8,
 )
-LONG = dataclasses.replace(SHORT, rounds=10)
-LARGE = dataclasses.replace(LONG, seeds=3, methods=("fedavg", "scaffold"))
+LONG = SHORT.replace(rounds=10)
+LARGE = LONG.replace(seeds=3, methods=("fedavg", "scaffold"))
 
 
 def rows(out, method, seeds):
@@ -67,7 +67,7 @@ def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
     train.train(LONG, long)
     assert rows(grown, "fedavg", {0, 1}) == rows(long, "fedavg", {0, 1})
     assert (long / "clients.csv").read_text().splitlines()[:13] == (grown / "clients.csv").read_text().splitlines()[:13]
-    train.train(dataclasses.replace(LONG, first_seed=2, seeds=1), third)
+    train.train(LONG.replace(first_seed=2, seeds=1), third)
     assert rows(grown, "fedavg", {2}) == rows(third, "fedavg", {2})
     assert len(rows(grown, "scaffold", {0, 1, 2})) == 30
     assert results["fedavg"].history["test/accuracy"].shape == (3, 5)
@@ -89,7 +89,7 @@ def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
     # Nothing is left to do, for the whole or for a part of it, and another target makes another report.
     before = times_of_checkpoints(grown)
     said.clear()
-    train.train(dataclasses.replace(LARGE, methods=("scaffold",), target=0.5), grown, reporter=say_to(said))
+    train.train(LARGE.replace(methods=("scaffold",), target=0.5), grown, reporter=say_to(said))
     assert said == [
         "fedavg: complete, 10 rounds",
         "fedavg, seeds 2 to 2: complete, 10 rounds",
@@ -97,7 +97,7 @@ def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
         "scaffold, seeds 2 to 2: complete, 10 rounds",
     ]
     assert times_of_checkpoints(grown) == before
-    assert train.read_config(grown).target == 0.5
+    assert train.read_config(grown).report.target == 0.5
     assert "rounds to 50 %" in (grown / "summary.md").read_text()
 
 
@@ -122,7 +122,7 @@ def test_an_end_between_evaluations_leaves_a_checkpoint_to_go_on_from(short):
 )
 def test_what_is_another_run_is_refused_with_what_differs(changed, said):
     with pytest.raises(ValueError, match="another configuration") as refused:
-        dataclasses.replace(SHORT, **changed).check_grown_from(SHORT, Path("out"))
+        SHORT.replace(**changed).check_grown_from(SHORT, Path("out"))
     assert said in str(refused.value)
     assert "more rounds, seeds and methods" in str(refused.value)
     assert str(refused.value).count(" there") - str(refused.value).count("is there") == len(changed)
@@ -139,32 +139,36 @@ def test_what_is_another_run_is_refused_with_what_differs(changed, said):
     ],
 )
 def test_what_may_grow(changed):
-    dataclasses.replace(SHORT, **changed).check_grown_from(SHORT, Path("out"))
+    SHORT.replace(**changed).check_grown_from(SHORT, Path("out"))
 
 
 def test_methods_join_those_that_are_there_with_their_settings():
-    there = dataclasses.replace(SHORT, methods=("fedavg", "fedprox"), settings={"fedprox": {"mu": 0.5}})
-    joining = dataclasses.replace(SHORT, methods=("fedadam", "fedavg"), settings={"fedadam": {"tau": 0.1}})
+    there = SHORT.replace(methods=("fedavg", "fedprox"), settings={"fedprox": {"mu": 0.5}})
+    joining = SHORT.replace(methods=("fedadam", "fedavg"), settings={"fedadam": {"tau": 0.1}})
     both = joining.with_methods_of(there)
     assert both.methods == ("fedavg", "fedprox", "fedadam")
     assert both.settings == {"fedprox": {"mu": 0.5}, "fedadam": {"tau": 0.1}}
     both.check_grown_from(there, Path("out"))
 
 
-def test_a_study_can_be_given_more_trials_and_nothing_else(tmp_path):
-    study = zeroth_order.Study("synthetic", (("dim", 4), ("function", "levy")), rounds=2, trials=2)
+def test_a_study_can_be_given_more_seeds_and_nothing_else(tmp_path):
+    study = Synthetic(dim=4, function="levy", rounds=2, seeds=2)
     zeroth_order.claim(study, tmp_path / "study")
-    larger = study._replace(trials=3)
+    larger = study.replace(seeds=3)
     zeroth_order.claim(larger, tmp_path / "study")
     grown = {"config": zeroth_order._content(larger)}
     with run_directory.at_work(tmp_path / "study", zeroth_order.KIND, print, lambda there: grown, {}):
-        assert json.loads((tmp_path / "study" / "study.json").read_text())["config"]["trials"] == 3
-    other = study._replace(rounds=4, trials=3, options=(("dim", 5), ("function", "levy")))
+        assert json.loads((tmp_path / "study" / "study.json").read_text())["config"]["seeds"] == 3
+    other = study.replace(rounds=4, seeds=3, dim=5)
     with pytest.raises(ValueError, match="another study") as refused:
         zeroth_order.claim(other, tmp_path / "study")
-    for words in ("rounds: 4 here, 2 there", "dim: 5 here, 4 there", "can be given more trials, and nothing else"):
+    for words in (
+        "rounds: 4 here, 2 there",
+        "dim: 5 here, 4 there",
+        "can be given more seeds and methods, and nothing else",
+    ):
         assert words in str(refused.value)
-    with pytest.raises(ValueError, match="trials: 2 here, 3 there"):
+    with pytest.raises(ValueError, match="seeds: 2 here, 3 there"):
         zeroth_order.claim(study, tmp_path / "study")
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"no study\.json"):

@@ -189,7 +189,7 @@ def here(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-SMALL = Config(
+SMALL = Config.of(
     dataset="data:load",
     clients=6,
     cohort_size=3,
@@ -207,7 +207,7 @@ SMALL = Config(
 
 
 def small(**changes):
-    return Config(**{**SMALL.__dict__, **changes})
+    return SMALL.replace(**changes)
 
 
 @pytest.mark.parametrize("name", ["my_methods:shrunk", "my_methods.py:shrunk"])

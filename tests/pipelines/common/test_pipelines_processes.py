@@ -1,7 +1,6 @@
 """Two processes on one machine are the several hosts of a run: the same numbers, one checkpoint, a clear end."""
 
 import csv
-import dataclasses
 import os
 import shutil
 import signal
@@ -21,9 +20,7 @@ ROUNDS = 40
 @pytest.fixture(scope="module")
 def config(small):
     # Seven clients' rows are split inside, and a cohort of three over four devices leaves one idle.
-    return dataclasses.replace(
-        small, methods=("scaffold",), clients=7, min_size=1, rounds=ROUNDS, checkpoint_every=2, seeds=1
-    )
+    return small.replace(methods=("scaffold",), clients=7, min_size=1, rounds=ROUNDS, checkpoint_every=2, seeds=1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,7 @@ def test_what_two_processes_saved_goes_on_on_one(killed, config, reference, devi
     """And gives the numbers of a run on one device, those of the rounds on two processes included."""
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)
-    train.train(dataclasses.replace(config, mesh=devices), out)
+    train.train(config.replace(mesh=devices), out)
     np.testing.assert_allclose(table(out), reference, rtol=1e-4, atol=1e-6)
 
 

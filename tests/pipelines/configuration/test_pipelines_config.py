@@ -1,12 +1,12 @@
-import dataclasses
 import json
 
 import pytest
 
 from pipelines import Config
-from pipelines.configuration.config import MACHINE_FIELDS
+from pipelines.configuration.config import DataConfig, FederationConfig
+from pipelines.configuration.options import fields_of, named
 
-FULL = Config(
+FULL = Config.of(
     dataset="wine",
     methods=("fedprox", "fedavg"),
     settings={"fedprox": {"mu": "0.5", "client_lr": 1}},
@@ -25,6 +25,31 @@ def test_json_round_trip(config):
     assert again.slug() == config.slug()
 
 
+def test_the_flat_json_of_before_there_were_sections_is_read_and_has_its_name():
+    flat = {**FULL.flat(), "federation": "somewhere", "participation": 0.5}
+    again = Config.from_json(json.dumps(flat))
+    assert again == FULL.replace(federation="somewhere", participation=0.5)
+    assert (again.federation.directory, again.participation.probability) == ("somewhere", 0.5)
+    assert Config().slug() == "digits-50-dirichlet0.3-mlp-324f1f14", "its directory is found again"
+
+
+def test_sections_and_names_make_the_same_configuration():
+    sections = Config(data=DataConfig(dataset="iris"), federation=FederationConfig(clients=6), rounds=3)
+    assert sections == Config.of(dataset="iris", clients=6, rounds=3) == Config().replace(**sections.flat())
+    with pytest.raises(ValueError, match="unknown choice of a configuration 'cliens': did you mean 'clients'"):
+        Config.of(cliens=3)
+
+
+def test_every_choice_is_declared_with_words_and_a_name_of_its_own():
+    fields = fields_of(Config)
+    assert len({flag for field in fields.values() for flag in field.flags}) == sum(
+        len(field.flags) for field in fields.values()
+    )
+    for name, field in fields.items():
+        assert field.heading, name
+        assert field.option.help.endswith((".", ";")), name
+
+
 def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
     other = {
         **{"dataset": "wine", "partition": "iid", "methods": ("fedavg",), "settings": {"fedavg": {"client_lr": 1.0}}},
@@ -38,32 +63,33 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
     other |= held
     places = ("data_dir", "federation")
     slugs = {Config().slug()}
-    for field in dataclasses.fields(Config):
-        value = other.get(field.name)
-        if field.name in ("epochs", "steps", *places, *MACHINE_FIELDS):
+    fields, usual = fields_of(Config), Config().flat()
+    for name in fields:
+        value = other.get(name)
+        if name in ("epochs", "steps", *places, *named(Config, "machine")):
             continue
         if value is None:
-            value = getattr(Config(), field.name) * 2
+            value = usual[name] * 2
             value = value / 4 if isinstance(value, float) and value > 1 else value
             value = value + 1 if value == 0 else value
-        base = Config(validation_share=0.2) if field.name in held else Config()
-        changed = dataclasses.replace(base, **{field.name: value})
-        assert list(changed.differences(base)) == [field.name]
+        base = Config.of(validation_share=0.2) if name in held else Config()
+        changed = base.replace(**{name: value})
+        assert list(changed.differences(base)) == [name]
         slugs.add(changed.slug())
-    assert len(slugs) == len(dataclasses.fields(Config)) - 4 - len(MACHINE_FIELDS) + 1
+    assert len(slugs) == len(fields) - 4 - len(named(Config, "machine")) + 1
     machine = {"lanes": 3, "mesh": 4, "model_parallel": 2, "convolution": "dots", "memory": 2.5}
-    assert set(machine) == set(MACHINE_FIELDS)
+    assert set(machine) == set(named(Config, "machine"))
     for name, value in machine.items():  # the same run on another machine
-        moved = dataclasses.replace(Config(mesh=2), **{name: value})
+        moved = Config.of(mesh=2).replace(**{name: value})
         assert not moved.differences(Config())
         assert moved.slug() == Config().slug()
         assert f"--{name.replace('_', '-')} {value}" in moved.command("out")
     for place in places:  # the same data in another folder is the same run
-        moved = dataclasses.replace(Config(), **{place: "elsewhere"})
+        moved = Config().replace(**{place: "elsewhere"})
         assert not moved.differences(Config())
         assert moved.slug() == Config().slug()
         assert f"--{place.replace('_', '-')} elsewhere" in moved.command("out")
-    assert dataclasses.replace(Config(), epochs=None, steps=2).differences(Config()) == {
+    assert Config().replace(epochs=None, steps=2).differences(Config()) == {
         "epochs": (None, 5),
         "steps": (2, None),
     }
@@ -73,11 +99,11 @@ def test_settings_are_typed_and_split():
     assert FULL.settings == {"fedprox": {"client_lr": 1.0, "mu": 0.5}}
     assert FULL.method_settings("fedprox") == {"mu": 0.5}
     assert FULL.client_settings("fedprox")["client_lr"] == 1.0
-    assert FULL.client_settings("fedavg")["client_lr"] == Config().client_lr
+    assert FULL.client_settings("fedavg")["client_lr"] == Config().local.client_lr
 
 
 def test_equal_settings_written_differently_are_equal():
-    assert Config(settings={"fedavg": {"server_lr": "1"}}) == Config(settings={"fedavg": {"server_lr": 1.0}})
+    assert Config.of(settings={"fedavg": {"server_lr": "1"}}) == Config.of(settings={"fedavg": {"server_lr": 1.0}})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +134,7 @@ def test_equal_settings_written_differently_are_equal():
 )
 def test_mistakes_are_named(values, message):
     with pytest.raises(ValueError, match=message):
-        Config(**values)
+        Config.of(**values)
 
 
 def test_an_unknown_field_of_a_file_is_named():

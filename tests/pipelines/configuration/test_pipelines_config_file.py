@@ -1,6 +1,5 @@
 """Configurations in files, in and out, on the command line too; and what a shell completes."""
 
-import dataclasses
 import json
 
 import pytest
@@ -11,7 +10,7 @@ from pipelines import Config
 from pipelines.cli import catalog, commands
 from pipelines.configuration import config_file
 
-ODD = Config(
+ODD = Config.of(
     dataset="wine",
     data_dir='/data/😀 "é"',
     clients=None,
@@ -72,11 +71,17 @@ def test_the_command_line_goes_before_the_file(tmp_path, parsed):
     )
     config = parsed("--config", path, "--set", "mu=0.1", "--client-lr", 0.4)
     assert config.methods == ("fedprox", "fedadam")
-    assert (config.client_lr, config.steps, config.epochs, config.hidden, config.alpha) == (0.4, 4, None, (9, 9), 0.01)
+    assert (
+        config.local.client_lr,
+        config.local.steps,
+        config.local.epochs,
+        config.hidden,
+        config.federation.alpha,
+    ) == (0.4, 4, None, (9, 9), 0.01)
     assert config.settings["fedprox"] == {"client_lr": 0.2, "mu": 0.1, "server_lr": 0.7}
     assert config.settings["fedadam"] == {"server_lr": 0.7, "tau": 1.0}
     other = parsed("--config", path, "--method", "fedprox", "--epochs", 2)
-    assert (other.methods, other.epochs, other.steps) == (("fedprox",), 2, None)
+    assert (other.methods, other.local.epochs, other.local.steps) == (("fedprox",), 2, None)
     assert set(other.settings) == {"fedprox"}
 
 
@@ -85,7 +90,7 @@ def test_a_runs_own_configuration_is_a_file_too(tmp_path, parsed):
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"config": json.loads(ODD.to_json()), "versions": {"jax": "0"}}))
     assert parsed("--config", run / "config.json") == ODD
-    assert parsed("--config", run, "--rounds", 9) == dataclasses.replace(ODD, rounds=9)
+    assert parsed("--config", run, "--rounds", 9) == ODD.replace(rounds=9)
 
 
 def test_a_federation_takes_its_part_of_a_file(tmp_path):

@@ -103,14 +103,14 @@ def test_recommendations_are_used_unless_overruled():
 
 def test_fzoos_fits_the_default_model():
     """Its own defaults would remember ten times as much, 14 GB for the default run, and end in NaN."""
-    config = Config(methods=("fzoos",))
+    config = Config.of(methods=("fzoos",))
     with jax.enable_x64(False):
         experiment = setup.prepare(config)
         assert sum(setup.predicted_memory(experiment, "fzoos").values()) < 3e9
     settings = methods.settings_of("fzoos", {})
-    steps = 5 * -(-int(experiment.population.sizes.max()) // config.batch_size)
+    steps = 5 * -(-int(experiment.population.sizes.max()) // config.local.batch_size)
     assert (
-        settings["feature_lengthscale"] > config.client_lr * steps
+        settings["feature_lengthscale"] > config.local.client_lr * steps
     )  # the way of a client, along gradients of length 1
     assert "7,510 parameters" in methods.advice("fzoos", 7510)
     assert methods.advice("fzoos", 15) == methods.advice("fedavg", 7510) == ""

@@ -1,4 +1,3 @@
-import dataclasses
 import gzip
 import io
 import json
@@ -215,7 +214,7 @@ def test_texts_with_labels_become_padded_rows(tmp_path):
 
 def classified(**changes):
     """A round of FedAvg on texts with the command line's transformer, traced; and the experiment."""
-    config = Config(
+    config = Config.of(
         model="transformer",
         methods=("fedavg",),
         clients=2,
@@ -244,7 +243,7 @@ def test_texts_are_classified_by_the_transformer(tmp_path):
     with pytest.raises(
         ValueError, match=r"'char_lstm' predicts the next token, .* with one label each: take transformer"
     ):
-        setup.prepare(dataclasses.replace(experiment.config, model="char_lstm", x64=True))
+        setup.prepare(experiment.config.replace(model="char_lstm", x64=True))
 
 
 def test_a_text_alone_becomes_windows(tmp_path):

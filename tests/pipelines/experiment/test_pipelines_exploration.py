@@ -1,7 +1,5 @@
 """Where a run starts that explores first: on a mesh, from what every seed's own exploration has found."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
@@ -14,9 +12,7 @@ def test_a_run_starts_with_the_exploration(small):
     """With a table of all clients' maps, split over the devices."""
     settings = {"threshold": 0.5, "explore_epochs": 2, "num_maps": 6}
     # In stored order the exploration draws nothing, so that its key does not matter.
-    config = dataclasses.replace(
-        small, methods=("autoflip",), settings={"autoflip": settings}, order="sequential", mesh=2
-    )
+    config = small.replace(methods=("autoflip",), settings={"autoflip": settings}, order="sequential", mesh=2)
     with jax.enable_x64(False):
         experiment = setup.prepare(config)
         algorithm = experiment.algorithms["autoflip"]

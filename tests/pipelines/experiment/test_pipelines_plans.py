@@ -1,6 +1,5 @@
 """Which plan a run takes, and what it does when memory does not suffice."""
 
-import dataclasses
 import json
 import shutil
 
@@ -22,16 +21,16 @@ def recorder():
 
 @pytest.fixture(scope="module")
 def wide(small):
-    return dataclasses.replace(small, methods=("fedavg",), mesh=2, lanes=4, rounds=4)
+    return small.replace(methods=("fedavg",), mesh=2, lanes=4, rounds=4)
 
 
 def test_on_a_processor_every_core_stands_in_for_a_device(small, monkeypatch):
     said, reporter = recorder()
     monkeypatch.setattr(plans, "cores", lambda: 4)
-    assert plans.tuned(small, reporter) == dataclasses.replace(small, mesh=4)
-    assert plans.tuned(dataclasses.replace(small, seeds=1), reporter).mesh == 3  # a cohort of three
+    assert plans.tuned(small, reporter) == small.replace(mesh=4)
+    assert plans.tuned(small.replace(seeds=1), reporter).machine.mesh == 3  # a cohort of three
     for chosen in ({"lanes": 3}, {"mesh": 1}, {"mesh": 2}):
-        asked = dataclasses.replace(small, **chosen)
+        asked = small.replace(**chosen)
         assert plans.tuned(asked, reporter) == asked
     monkeypatch.setattr(plans, "cores", lambda: 1)
     assert plans.tuned(small, reporter) == small
@@ -43,33 +42,31 @@ def test_elsewhere_lanes_are_tried_out_once(small, monkeypatch, tmp_path):
     monkeypatch.setattr(plans.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(plans, "LANES", (1, 2, 64))
     monkeypatch.setattr(plans, "device_memory", lambda experiment: float("inf"))
-    config = dataclasses.replace(small, mesh=1)
+    config = small.replace(mesh=1)
     with jax.enable_x64(False):
         said, reporter = recorder()
         chosen = plans.tuned(config, reporter)
-        assert chosen.lanes in (1, 2)  # there are not clients for 64
-        assert chosen == dataclasses.replace(config, lanes=chosen.lanes)
+        assert chosen.machine.lanes in (1, 2)  # there are not clients for 64
+        assert chosen == config.replace(lanes=chosen.machine.lanes)
         assert said[0] == "trying execution plans ..."
         (path,) = (tmp_path / "fedjax-core" / "plans").iterdir()
         kept = json.loads(path.read_text())
-        assert [trial["lanes"] for trial in kept["trials"]] == [chosen.lanes, 3 - chosen.lanes]
+        assert [trial["lanes"] for trial in kept["trials"]] == [chosen.machine.lanes, 3 - chosen.machine.lanes]
         said, reporter = recorder()
         assert plans.tuned(config, reporter) == chosen  # from the file, without a trial
         assert len(said) == 1
-        other = dataclasses.replace(config, batch_size=3)
+        other = config.replace(batch_size=3)
         assert plans._fingerprint(setup.prepare(other)) != path.stem
 
 
 def test_a_trial_weighs_both_convolutions(small, monkeypatch):
-    config = dataclasses.replace(
-        small, dataset="digits", model="cnn", methods=("fedavg",), batch_size=2, cohort_size=1, seeds=1
-    )
+    config = small.replace(dataset="digits", model="cnn", methods=("fedavg",), batch_size=2, cohort_size=1, seeds=1)
     monkeypatch.setattr(plans, "LANES", (1,))
     asked = []
 
     # The seconds are made up: which one wins must not depend on the machine.
     def trial(experiment, tried):
-        asked.append(experiment.config.convolution)
+        asked.append(experiment.config.machine.convolution)
         return [plans.Trial(tried[0], {"auto": 2.0, "dots": 3.0, "native": 1.0}[asked[-1]], 0.0, 0, "")]
 
     monkeypatch.setattr(plans, "trial", trial)
@@ -113,7 +110,7 @@ def test_a_smaller_plan_instead_of_running_out_of_memory(wide, finished, tmp_pat
         experiment = setup.prepare(wide)
         most = sum(setup.predicted_memory(experiment, "fedavg").values())
     said, reporter = recorder()
-    predicted = train.train(dataclasses.replace(wide, memory=(most - 1) / 2**30), tmp_path / "a", reporter=reporter)
+    predicted = train.train(wide.replace(memory=(most - 1) / 2**30), tmp_path / "a", reporter=reporter)
     assert "fedavg: 4 lanes on 2 devices would need about" in said[0]
     assert "4 lanes on 2 devices" not in built
 
@@ -160,7 +157,7 @@ def test_a_smaller_plan_instead_of_running_out_of_memory(wide, finished, tmp_pat
 def test_memory_that_suffices_for_no_plan(wide, tmp_path):
     said, reporter = recorder()
     with pytest.raises(ValueError, match=r"fedavg does not fit into memory .* (model|--staged)"):
-        train.train(dataclasses.replace(wide, memory=1e-7), tmp_path / "run", reporter=reporter)
+        train.train(wide.replace(memory=1e-7), tmp_path / "run", reporter=reporter)
     assert any("warning: fedavg needs about" in line for line in said)
 
 
@@ -176,11 +173,11 @@ def test_one_run_at_a_time_in_a_directory(finished, small, tmp_path):
 
 
 def test_a_run_that_goes_on_keeps_its_plan(small):
-    saved = dataclasses.replace(small, mesh=2, lanes=4, convolution="dots")
+    saved = small.replace(mesh=2, lanes=4, convolution="dots")
     assert plans.kept(small, saved, set()) == saved
-    assert plans.kept(dataclasses.replace(small, lanes=1), saved, {"lanes"}) == dataclasses.replace(saved, lanes=1)
-    gone = dataclasses.replace(saved, mesh=4096)  # on a larger machine
-    assert plans.kept(small, gone, set()) == dataclasses.replace(small, mesh=len(jax.devices()), convolution="dots")
+    assert plans.kept(small.replace(lanes=1), saved, {"lanes"}) == saved.replace(lanes=1)
+    gone = saved.replace(mesh=4096)  # on a larger machine
+    assert plans.kept(small, gone, set()) == small.replace(mesh=len(jax.devices()), convolution="dots")
 
 
 def test_another_plan_than_began_the_run_is_told(finished, small, tmp_path):
@@ -190,8 +187,8 @@ def test_another_plan_than_began_the_run_is_told(finished, small, tmp_path):
         for folder in sorted((out / "checkpoints" / name).iterdir())[1:]:
             shutil.rmtree(folder)
     content = json.loads((out / "config.json").read_text())
-    content["config"]["mesh"] = 2
+    content["config"]["machine"]["mesh"] = 2
     (out / "config.json").write_text(json.dumps(content))
     said, reporter = recorder()
-    train.train(dataclasses.replace(small, mesh=1), out, reporter=reporter)
+    train.train(small.replace(mesh=1), out, reporter=reporter)
     assert said[0] == "note: this run was begun with mesh 2 and goes on with 1: last bits may differ"

@@ -1,7 +1,6 @@
 """Federations: built from a configuration, saved, shared, drawn; and runs on them, staged or not."""
 
 import csv
-import dataclasses
 import json
 
 import jax
@@ -16,12 +15,12 @@ from pipelines.experiment import setup
 from pipelines.federation import federations, portrait
 from pipelines.run import train
 
-IRIS = Config(dataset="iris", clients=6, min_size=2)
+IRIS = Config.of(dataset="iris", clients=6, min_size=2)
 
 
 def built(**changes):
-    config = dataclasses.replace(IRIS, **changes)
-    return federations.build(config, datasets.load(config.dataset))
+    config = IRIS.replace(**changes)
+    return federations.build(config, datasets.load(config.data.dataset))
 
 
 def by_group(test_groups):
@@ -76,12 +75,12 @@ def test_both_kinds_of_population_hold_the_same_examples():
 
 
 def test_natural_clients_are_tested_on_their_own_groups_and_unseen_groups_are_new_clients():
-    config = Config(dataset="groups", partition="natural", clients=None, min_size=1)
+    config = Config.of(dataset="groups", partition="natural", clients=None, min_size=1)
     found = federations.build(config, by_group([0, 0, 5, 8, 9, 9]))
     np.testing.assert_array_equal(found.parts["test"].assignment.sizes, [2, 0, 0, 0, 0, 1, 0, 0])
     np.testing.assert_array_equal(found.parts["new"].assignment.sizes, [1, 2])
     assert found.parts["test"].source == found.parts["new"].source == "test"
-    fewer = federations.build(dataclasses.replace(config, clients=4), by_group([0, 0, 5, 1, 2, 3]))
+    fewer = federations.build(config.replace(clients=4), by_group([0, 0, 5, 1, 2, 3]))
     train, test = fewer.parts["train"].assignment, fewer.parts["test"].assignment
     for i in range(4):
         group = set(fewer.dataset.groups[train[i]])
@@ -115,7 +114,7 @@ def test_feature_skew_changes_inputs_and_the_same_client_sees_alike_in_every_par
     "changes", [{}, {"new_clients": 2, "test_share": 0.2, "validation_share": 0.1}, {"feature_skew": "scale"}]
 )
 def test_saved_and_loaded_it_is_the_same(tmp_path, changes):
-    config = dataclasses.replace(IRIS, **changes)
+    config = IRIS.replace(**changes)
     found = built(**changes)
     federations.save(found, config, tmp_path / "f")
     again = federations.load(tmp_path / "f", datasets.load("iris"))
@@ -160,18 +159,18 @@ def test_what_is_wrong_with_a_saved_federation_is_said(tmp_path):
 def test_a_run_refuses_another_federation_than_its_own(tmp_path):
     folder = str(tmp_path / "f")
     federations.save(built(), IRIS, folder)
-    own = dataclasses.replace(IRIS, federation=folder)
+    own = IRIS.replace(federation=folder)
     assert setup.federate(own).sizes.tolist() == built().sizes.tolist()
     with pytest.raises(ValueError, match=r"alpha=0\.9, but the federation"):
-        setup.federate(dataclasses.replace(own, alpha=0.9))
+        setup.federate(own.replace(alpha=0.9))
     with pytest.raises(ValueError, match="0123 is wanted"):
-        setup.federate(dataclasses.replace(own, federation_digest="0123"))
+        setup.federate(own.replace(federation_digest="0123"))
 
 
 def test_warnings_know_the_clients_own_test_part():
     leaking = datasets.load("iris")
     x = leaking.train["x"].copy()
-    config = dataclasses.replace(IRIS, partition="iid", clients=2, test_share=0.5)
+    config = IRIS.replace(partition="iid", clients=2, test_share=0.5)
     parts = federations.build(config, leaking).parts
     x[parts["test"].assignment[0][0]] = x[parts["train"].assignment[0][0]]
     found = federations.Federation(leaking._replace(train={**leaking.train, "x": x}), parts)
@@ -180,7 +179,7 @@ def test_warnings_know_the_clients_own_test_part():
 
 def test_a_federation_is_drawn(tmp_path):
     for changes in ({}, {"clients": 70, "min_size": 1, "partition": "lognormal", "sigma": 2.0}):
-        config, found = dataclasses.replace(IRIS, **changes), built(**changes)
+        config, found = IRIS.replace(**changes), built(**changes)
         figure = portrait.figure(config, found)
         bubbles, sizes, divergence = figure.axes
         shown = bubbles.collections[0].get_offsets()
@@ -198,13 +197,13 @@ shares_runs = pytest.mark.xdist_group("runs on a federation")  # in one process,
 def runs(tmp_path_factory):
     """The same run with everything on the device and staged; with new clients and test parts."""
     folder = tmp_path_factory.mktemp("runs")
-    config = Config(
+    config = Config.of(
         dataset="iris", clients=8, new_clients=2, test_share=0.25, validation_share=0.2, min_size=2, partition="iid",
         cohort_size=3, model="logistic_regression", methods=("scaffold",), rounds=6, eval_every=2, checkpoint_every=2,
         seeds=2, epochs=1,
     )  # fmt: skip
     for staged in (False, True):
-        train.train(dataclasses.replace(config, staged=staged), folder / str(staged))
+        train.train(config.replace(staged=staged), folder / str(staged))
     return config, folder
 
 
@@ -218,7 +217,7 @@ def test_a_staged_run_writes_the_same_numbers(runs):
 @shares_runs
 def test_a_staged_run_resumes_bit_for_bit(runs, tmp_path):
     config, folder = runs
-    config = dataclasses.replace(config, staged=True)
+    config = config.replace(staged=True)
     train.train(config, tmp_path / "run")
     last = sorted((tmp_path / "run" / "checkpoints" / "scaffold").glob("round-*"))
     for path in last[1:]:
@@ -256,7 +255,7 @@ def test_a_loss_that_is_no_number_stays_with_its_client():
 
 def test_staged_experiments_keep_the_examples_on_the_host():
     with jax.enable_x64(False):
-        experiment = setup.prepare(dataclasses.replace(IRIS, cohort_size=2, staged=True, methods=("scaffold",)))
+        experiment = setup.prepare(IRIS.replace(cohort_size=2, staged=True, methods=("scaffold",)))
     assert isinstance(experiment.population, HostPopulation)
     parts = setup.predicted_memory(experiment, "scaffold")
     largest = np.sort(experiment.population.sizes)[-2 * 5 :].sum()

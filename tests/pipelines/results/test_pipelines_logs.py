@@ -1,6 +1,5 @@
 """What is logged is a function of the history: no step twice, whatever was interrupted."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from pipelines.results import logs
 from pipelines.results.history import after
 from pipelines.run import train
 
-CONFIG = Config(rounds=6, eval_every=2, checkpoint_every=2, seeds=2, validation_share=0.1, patience=1)
+CONFIG = Config.of(rounds=6, eval_every=2, checkpoint_every=2, seeds=2, validation_share=0.1, patience=1)
 
 
 def measured(evaluations: int):
@@ -120,7 +119,7 @@ def test_the_nearest_kind_is_named(tmp_path):
 
 
 def test_a_run_that_was_interrupted_is_logged_as_one_that_was_not(small, tmp_path):
-    config = dataclasses.replace(small, methods=("fedavg",), rounds=6, eval_every=2, checkpoint_every=6)
+    config = small.replace(methods=("fedavg",), rounds=6, eval_every=2, checkpoint_every=6)
     told = []
 
     def stop(progression):

@@ -1,6 +1,5 @@
 """Every client at every evaluation, the same wherever a run was interrupted."""
 
-import dataclasses
 import os
 import signal
 
@@ -25,8 +24,8 @@ def stop(progression):
     ("part", "options"), [("train", {}), ("test", {"test_share": 0.3, **EARLY, "rounds": 9, "eval_every": 1})]
 )
 def test_clients_over_time(small, tmp_path, part, options):
-    config = dataclasses.replace(
-        small, **{"methods": ("fedavg",), "rounds": 7, "checkpoint_every": 4, "clients_over_time": True, **options}
+    config = small.replace(
+        **{"methods": ("fedavg",), "rounds": 7, "checkpoint_every": 4, "clients_over_time": True, **options}
     )
     once, twice = tmp_path / "once", tmp_path / "twice"
     with jax.enable_x64(False):
@@ -42,7 +41,7 @@ def test_clients_over_time(small, tmp_path, part, options):
     assert table.column_names == names
     rows = table.to_pydict()
     assert set(rows["part"]) == {part}
-    rounds = train.history.evaluated_rounds(config.rounds, config.eval_every)
+    rounds = train.history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
     found = early.course(config, history)
     ends = found.ends if found is not None else np.full(2, len(rounds))
     expected = [(seed, round, client) for seed in (0, 1) for round in rounds[: ends[seed]] for client in range(6)]
@@ -58,8 +57,8 @@ def test_clients_over_time(small, tmp_path, part, options):
 
 
 def test_a_run_that_grows_has_its_clients_too(small, tmp_path):
-    config = dataclasses.replace(small, methods=("fedavg",), rounds=3, checkpoint_every=4, clients_over_time=True)
-    grown = dataclasses.replace(config, rounds=6, seeds=3)
+    config = small.replace(methods=("fedavg",), rounds=3, checkpoint_every=4, clients_over_time=True)
+    grown = config.replace(rounds=6, seeds=3)
     with jax.enable_x64(False):
         train.train(config, tmp_path)
         history = train.train(grown, tmp_path)["fedavg"].history

@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import re
 import warnings
 
@@ -99,9 +98,7 @@ def test_the_latex_table_has_the_same_cells(finished):
 def test_a_run_with_nobody_in_it_has_a_report(small, tmp_path):
     """Nobody comes in any round, and nobody has examples to be tested on or to be validated with."""
     empty = {"gap": 1000, "split_by": "position", "test_share": 0.2, "validation_share": 0.2}
-    config = dataclasses.replace(
-        small, methods=("fedavg",), rounds=1, sampler="bernoulli", participation=0.0, **empty, seeds=1
-    )
+    config = small.replace(methods=("fedavg",), rounds=1, sampler="bernoulli", participation=0.0, **empty, seeds=1)
     with jax.enable_x64(False), warnings.catch_warnings():
         warnings.simplefilter("error")
         results = train.train(config, tmp_path / "run")
@@ -131,7 +128,7 @@ def test_a_run_with_nobody_in_it_has_a_report(small, tmp_path):
 )
 def test_a_report_of_anything(seeds, evaluations, changed, words, small, experiment, tmp_path, monkeypatch):
     """What is drawn and written from histories that are empty, constant or unknown: no error and no warning."""
-    config = dataclasses.replace(small, methods=("fedavg",), rounds=evaluations, eval_every=1, seeds=seeds)
+    config = small.replace(methods=("fedavg",), rounds=evaluations, eval_every=1, seeds=seeds)
     shapes = {
         **{name: (seeds, evaluations) for name in ("test/loss", "test/accuracy", "round/loss", "round/update_norm")},
         **{f"round/{name}": (seeds, evaluations) for name in ("uploaded", "downloaded", "participants")},
@@ -184,7 +181,7 @@ def test_worst_decile_leaves_out_empty_clients():
 
 
 def test_curves_show_means_and_bands(small, experiment, histories):
-    figure = report.curves(experiment, histories, evaluated_rounds(small.rounds, small.eval_every))
+    figure = report.curves(experiment, histories, evaluated_rounds(small.rounds, small.evaluation.eval_every))
     accuracy, loss = figure.axes
     lines = {line.get_label(): line for line in accuracy.lines}
     assert {"FedAvg", "SCAFFOLD"} <= set(lines)
@@ -201,7 +198,7 @@ def test_curves_show_means_and_bands(small, experiment, histories):
 
 def test_one_seed_has_no_band(small, experiment, histories):
     one = {name: {key: value[:1] for key, value in h.items()} for name, h in histories.items()}
-    alone = experiment._replace(config=dataclasses.replace(small, seeds=1))
+    alone = experiment._replace(config=small.replace(seeds=1))
     figure = report.curves(alone, one, evaluated_rounds(12, 2))
     assert not figure.axes[0].collections
 
@@ -210,4 +207,4 @@ def test_histogram_counts_every_client(small, experiment, histories):
     figure = report.client_histogram(experiment, histories)
     for axis, name in zip(figure.axes, histories, strict=True):
         assert axis.get_title().startswith(f"{methods.paper_name(name)}\nmean ")
-        assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(small.clients)
+        assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(small.federation.clients)

@@ -136,7 +136,7 @@ def test_the_models_of_a_run_are_tested(finished, small, tmp_path):
     gone = tmp_path / "gone"
     shutil.copytree(finished, gone)
     content = json.loads((gone / "config.json").read_text())
-    content["config"]["dataset"] = content["data"]["name"] = str(tmp_path / "nowhere.npz")
+    content["config"]["data"]["dataset"] = content["data"]["name"] = str(tmp_path / "nowhere.npz")
     (gone / "config.json").write_text(json.dumps(content))
     x, y = (run.federation.dataset.test[name] for name in ("x", "y"))
     np.savez(tmp_path / "mine.npz", x=x[y < 2], y=y[y < 2])

@@ -1,6 +1,5 @@
 """What goes wrong with disks and files: nothing that was saved is lost, and one sentence says what to do."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -357,7 +356,7 @@ def npz(path, order):
 
 def test_other_examples_and_other_keys_are_refused(small, tmp_path, monkeypatch):
     path = tmp_path / "mine.npz"
-    config = dataclasses.replace(small, dataset=str(path), partition="iid", clients=5)
+    config = small.replace(dataset=str(path), partition="iid", clients=5)
     npz(path, 1)
     train.claim(tmp_path / "run", config, setup.federate(config))
     train.claim(tmp_path / "run", config, setup.federate(config))
@@ -367,7 +366,7 @@ def test_other_examples_and_other_keys_are_refused(small, tmp_path, monkeypatch)
     ):
         train.claim(tmp_path / "run", config, setup.federate(config))
     npz(path, 1)
-    other = setup.federate(dataclasses.replace(config, partition_seed=1))
+    other = setup.federate(config.replace(partition_seed=1))
     with pytest.raises(ValueError, match="are dealt out to other clients"):
         train.claim(tmp_path / "run", config, other)
     now = identity.identity(setup.federate(config))

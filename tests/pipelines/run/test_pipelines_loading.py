@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import shutil
 
@@ -19,7 +18,7 @@ from pipelines.run import description, train
 rng = np.random.default_rng(0)
 X = rng.normal(size=(90, 4)).astype(np.float32)
 MINE = sources.from_arrays(X, (X[:, 0] > 0).astype(np.int32), name="mine")
-OWN = Config(
+OWN = Config.of(
     dataset="mine",
     clients=5,
     cohort_size=3,
@@ -89,14 +88,14 @@ def test_the_data_is_there_where_it_is_given_or_can_be_loaded(own, finished, sma
 def test_data_that_is_another_one_is_not_taken_for_that_of_the_run(own, tmp_path):
     shutil.copytree(own[0], tmp_path / "run")
     content = json.loads((tmp_path / "run" / "config.json").read_text())
-    content["config"]["dataset"] = "iris"  # the name of another data set that is there
+    content["config"]["data"]["dataset"] = "iris"  # the name of another data set that is there
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
     run = load_run(tmp_path / "run")
     assert run.federation is None
     assert "another one than that of the run" in run.missing
     assert "num_classes is 3 and was 2" in run.missing
     content.pop("data")  # a run of a version that did not write it down
-    content["config"]["dataset"] = "nowhere"
+    content["config"]["data"]["dataset"] = "nowhere"
     files.write_record(tmp_path / "run" / "config.json", content)
     with pytest.raises(ValueError, match="does not say what its data was like"):
         load_run(tmp_path / "run")
@@ -113,7 +112,7 @@ def test_mistakes(own, finished, tmp_path, small):
     ):
         with pytest.raises(ValueError, match=said):
             call()
-    train.claim(tmp_path / "new", dataclasses.replace(small, methods=("fedavg",)))
+    train.claim(tmp_path / "new", small.replace(methods=("fedavg",)))
     with pytest.raises(ValueError, match="no checkpoint of fedavg: run it first"):
         load_run(tmp_path / "new")
 
@@ -130,7 +129,7 @@ def test_a_model_is_built_from_the_description_as_from_the_data():
         (token, "transformer"),
         (MINE, "mlp"),
     ):
-        config = dataclasses.replace(OWN, model=model)
+        config = OWN.replace(model=model)
         known = json.loads(json.dumps(description.of_federation(federations.build(config, dataset))))
         again = description.without_data(known)
         assert description.of_federation(again) == known | {"sizes": {"train": 1, "test": 1}}

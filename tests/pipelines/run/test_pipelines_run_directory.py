@@ -54,16 +54,16 @@ COMMANDS = {
         "--eval-every 1",
     ),
     "continual": Command(
-        "continual --methods fedavg --scenario split --tasks 2 --rounds 2 --clients 2 --cohort-size 2 --hidden 4 "
-        "--batch-size 64 --save-every 1",
+        "continual --method fedavg --scenario split --tasks 2 --rounds 2 --clients 2 --cohort-size 2 --hidden 4 "
+        "--batch-size 64 --checkpoint-every 1",
         "config.json",
         ("accuracy.csv",),
         ("batch_size", 37, -1),
         "checkpoints/fedavg",
-        "--save-every 1",
+        "--checkpoint-every 1",
     ),
     "zeroth-order": Command(
-        "zeroth-order metric --clients 2 --rounds 2 --steps 1 --trials 3 --directions 2",
+        "zeroth-order metric --clients 2 --rounds 2 --steps 1 --seeds 3 --directions 2",
         "study.json",
         ("curves.csv", "summary.md"),
         ("capacity", 37, -1),
@@ -85,7 +85,7 @@ def small():
         fresh = setup.prepare
         prepare = functools.cache(lambda config, written: fresh(Config.from_json(config)))
         patch.setattr(
-            setup, "prepare", lambda config: prepare(config.to_json(), Path(config.dataset).stat().st_mtime_ns)
+            setup, "prepare", lambda config: prepare(config.to_json(), Path(config.data.dataset).stat().st_mtime_ns)
         )
         yield
 
@@ -223,14 +223,21 @@ def test_a_damaged_record_is_taken_from_its_copy_and_one_of_an_earlier_version_i
     assert files.is_kept(path)
 
 
+def _table(config, field):
+    """The section of a configuration that has a field."""
+    return config if field in config else next(each for each in config.values() if field in each)
+
+
 @every_command
 def test_an_edit_by_hand_is_taken_inside_the_configuration_where_it_could_be_one_and_nowhere_else(runs, name, tmp_path):
     out = runs.copy(name, tmp_path / "run")
     field, other, wrong = COMMANDS[name].field
     path, content = out / COMMANDS[name].marker, record(out, name)
-    before = content["config"][field]
+    before = _table(content["config"], field)[field]
     for value in (other, wrong):
-        path.write_text(json.dumps(content | {"config": content["config"] | {field: value}, "run": "0" * 16}))
+        edited = json.loads(json.dumps(content["config"]))
+        _table(edited, field)[field] = value
+        path.write_text(json.dumps(content | {"config": edited, "run": "0" * 16}))
         done = runs.call(name, out)
         if value == other:
             assert done.exit_code == 2

@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -61,7 +60,7 @@ def test_accuracy_under_attack_is_in_the_report(small, tmp_path):
     """With every evaluation, for every method; FAL is the one that trains for it. What else is measured stays."""
     with jax.enable_x64(False):
         settings = {"fal": {"rho": 0.5, "step_size": 0.25, "attack_steps": 3}}
-        config = dataclasses.replace(small, methods=("fedavg", "fal"), settings=settings, attack_radius=0.5)
+        config = small.replace(methods=("fedavg", "fal"), settings=settings, attack_radius=0.5)
         results = train.train(config, tmp_path / "run")
         experiment = setup.prepare(config)
         final = jax.tree.map(lambda leaf: leaf[0], train.final_params(tmp_path / "run", "fal"))
@@ -156,7 +155,7 @@ def test_the_second_signal_is_not_caught():
     assert len(said) == 1
 
 
-DIVERGING = Config(
+DIVERGING = Config.of(
     dataset="wine",
     clients=5,
     cohort_size=3,
@@ -175,7 +174,7 @@ DIVERGING = Config(
 def test_divergence_stops_with_the_cause_and_keeps_the_last_good_state(tmp_path):
     messages, states, rounds = [], [], []
     # Saved seldom, so that the last good state must be computed again, and saved always, so that it is there.
-    for name, config in (("seldom", DIVERGING), ("always", dataclasses.replace(DIVERGING, checkpoint_every=2))):
+    for name, config in (("seldom", DIVERGING), ("always", DIVERGING.replace(checkpoint_every=2))):
         out = tmp_path / name
         with pytest.raises(train.Diverged) as stopped:
             train.train(config, out)
@@ -230,7 +229,7 @@ def test_diagnosis(experiment, loss, norm, good_round, good_loss, said):
 
 
 def test_a_directory_of_another_configuration_is_refused_with_the_fields(finished, small):
-    other = dataclasses.replace(small, rounds=8, settings={"fedavg": {"server_lr": 0.5}})
+    other = small.replace(rounds=8, settings={"fedavg": {"server_lr": 0.5}})
     with pytest.raises(ValueError, match="another configuration") as refused:
         train.claim(finished, other)
     assert "  rounds: 8 here, 12 there" in str(refused.value)
@@ -260,7 +259,7 @@ def test_killed_while_claiming_leaves_a_directory_that_can_be_claimed(tmp_path, 
 
 
 def test_final_params_of_what_never_ran(tmp_path, small):
-    train.claim(tmp_path, dataclasses.replace(small, methods=("fedavg",)))
+    train.claim(tmp_path, small.replace(methods=("fedavg",)))
     with pytest.raises(ValueError, match="no checkpoint of fedavg"):
         train.final_params(tmp_path, "fedavg")
 
@@ -278,14 +277,14 @@ def test_no_data_is_captured_as_a_constant(experiment):
 def test_a_mesh_gives_the_same_numbers(finished, small, tmp_path):
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
-    config = dataclasses.replace(small, mesh=2, lanes=2, methods=("fedavg",), rounds=4)
+    config = small.replace(mesh=2, lanes=2, methods=("fedavg",), rounds=4)
     results = train.train(config, tmp_path / "run")
     ours = [float(row["loss"]) for row in rows(finished) if row["method"] == "fedavg" and int(row["round"]) <= 4]
     np.testing.assert_allclose(results["fedavg"].history["round/loss"].reshape(-1), ours, rtol=1e-4)
 
 
 def test_double_precision(small, tmp_path):
-    config = dataclasses.replace(small, x64=True, methods=("fedavg",), rounds=2, checkpoint_every=2)
+    config = small.replace(x64=True, methods=("fedavg",), rounds=2, checkpoint_every=2)
     results = train.train(config, tmp_path / "run")
     assert results["fedavg"].history["round/loss"].dtype == np.float64
     assert jax.tree.leaves(train.final_params(tmp_path / "run", "fedavg"))[0].dtype == jnp.float64

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,7 +19,17 @@ from pipelines.studies.continual import measures, scenario
 from pipelines.studies.continual_config import Continual
 
 REAL = Path(os.environ.get("FEDJAX_CORE_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
-TINY = Continual(tasks=2, rounds=4, clients=6, cohort_size=3, hidden=(8,), batch_size=64, methods=("fot",), energy=0.9)
+TINY = Continual(
+    tasks=2,
+    rounds=4,
+    clients=6,
+    cohort_size=3,
+    hidden=(8,),
+    batch_size=64,
+    methods=("fot",),
+    energy=0.9,
+    checkpoint_every=2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +43,7 @@ def whole(tmp_path_factory):
     """A finished run, and its results."""
     out = tmp_path_factory.mktemp("continual") / "run"
     with jax.enable_x64(False):
-        return out, continual.run(TINY, out, save_every=2)
+        return out, continual.run(TINY, out)
 
 
 def test_the_measures_of_a_matrix_done_by_hand():
@@ -121,20 +132,47 @@ def test_the_clients_of_the_joint_run_hold_all_they_hold_in_any_task():
 
 def test_a_run_and_what_it_leaves(whole):
     out, results = whole
-    scores = results["fot"]
+    (scores,) = results["fot"]
     assert scores.accuracy.shape == (2, 2)
     summary = json.loads((out / "summary.json").read_text())["fot"]
+    assert summary["average accuracy"] == pytest.approx(scores.accuracy[-1].mean())
+    summary = summary["seeds"]["0"]
     assert summary["accuracy"] == scores.accuracy.tolist()
     assert summary["average accuracy"] == pytest.approx(scores.accuracy[-1].mean())
     assert summary["directions"] == {path: list(used) for path, used in scores.directions.items()}
     assert {path: width for path, (_, width) in scores.directions.items()} == scenario(TINY).layers
     assert all(0 < rank < width for rank, width in scores.directions.values())
     lines = (out / "accuracy.csv").read_text().splitlines()
-    assert lines[0] == "method,after_task,task,accuracy"
-    assert lines[1] == f"fot,-1,0,{scores.untrained[0]}"
-    assert lines[-1] == f"fot,1,1,{scores.accuracy[1, 1]}"
+    assert lines[0] == "method,seed,after_task,task,accuracy"
+    assert lines[1] == f"fot,0,-1,0,{scores.untrained[0]}"
+    assert lines[-1] == f"fot,0,1,1,{scores.accuracy[1, 1]}"
     assert len(lines) == 1 + 3 * 2
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_seed_is_a_run_of_its_own_and_more_may_join(whole, tmp_path):
+    out, results = whole
+    shutil.copytree(out, tmp_path / "run")
+    both = continual.run(TINY.replace(seeds=2), tmp_path / "run")["fot"]
+    alone = continual.run(TINY.replace(first_seed=1), tmp_path / "alone")["fot"][0]
+    np.testing.assert_array_equal(both[0].accuracy, results["fot"][0].accuracy)
+    np.testing.assert_allclose(both[1].accuracy, alone.accuracy, atol=0.01)
+    np.testing.assert_array_equal(both[1].untrained, alone.untrained)
+    assert (both[0].accuracy != both[1].accuracy).any()
+    rows = (tmp_path / "run" / "accuracy.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["0"] * 6 + ["1"] * 6
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["fot"]
+    means = [each.accuracy[-1].mean() for each in both]
+    assert summary["average accuracy"] == pytest.approx(np.mean(means))
+    with pytest.raises(ValueError, match="seeds: 1 here, 2 there"):
+        continual.run(TINY, tmp_path / "run")
+
+
+def test_a_run_of_before_there_were_several_seeds_is_read():
+    old = {**TINY.flat(), "seed": 3}
+    for name in ("seeds", "first_seed", "checkpoint_every"):
+        del old[name]
+    assert continual_config.of_values(old) == TINY.replace(first_seed=3, checkpoint_every=50)
 
 
 def test_a_run_that_was_stopped_twice_goes_on_to_the_same_numbers(whole, tmp_path, monkeypatch):
@@ -148,21 +186,21 @@ def test_a_run_that_was_stopped_twice_goes_on_to_the_same_numbers(whole, tmp_pat
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(continual.checkpoint, "save", stopping)
-        return continual.run(TINY, tmp_path / "run", save_every=2)["fot"]
+        return continual.run(TINY, tmp_path / "run")["fot"][0]
 
     for stop in (2, 6):
         with pytest.raises(KeyboardInterrupt):
             run(stop)
     again = run(None)
-    np.testing.assert_array_equal(again.accuracy, whole[1]["fot"].accuracy)
-    np.testing.assert_array_equal(again.untrained, whole[1]["fot"].untrained)
+    np.testing.assert_array_equal(again.accuracy, whole[1]["fot"][0].accuracy)
+    np.testing.assert_array_equal(again.untrained, whole[1]["fot"][0].untrained)
 
 
 def test_one_device_gives_the_numbers_of_all(whole, tmp_path):
     """The shared run is one over a mesh of all devices."""
     out, _ = whole
     assert len(jax.devices()) > 1
-    continual.run(TINY, tmp_path / "one", plan=Plan())
+    continual.run(TINY.replace(checkpoint_every=50), tmp_path / "one", plan=Plan())
     tasks = scenario(TINY)
     expected = jax.eval_shape(continual.build(TINY, "fot", tasks).init, tasks.model.init(jax.random.key(0)))
     one, all_ = (
@@ -186,12 +224,12 @@ def test_one_run_at_a_time_in_a_directory(whole):
 def test_another_configuration_is_refused_and_other_methods_may_join(whole, monkeypatch):
     out, _ = whole
     with pytest.raises(ValueError, match=r"energy: 0\.5 here, 0\.9 there"):
-        continual.run(Continual(**{**vars(TINY), "energy": 0.5}), out)
+        continual.run(TINY.replace(energy=0.5), out)
     ran = []
     nothing = continual.Scores(np.ones((2, 2)), np.zeros(2), 0.0)
-    monkeypatch.setattr(continual, "_run_method", lambda config, name, *rest: ran.append(name) or nothing)
-    monkeypatch.setattr(continual, "write", lambda out, results: None)
-    continual.run(Continual(**{**vars(TINY), "methods": ("fot", "ewc")}), out)
+    monkeypatch.setattr(continual, "_run_method", lambda trainer, *rest: ran.append(trainer.name) or nothing)
+    monkeypatch.setattr(continual, "write", lambda *args: None)
+    continual.run(TINY.replace(methods=("fot", "ewc")), out)
     assert ran == [*TINY.methods, "ewc"], "what is there stays, and stays in the report"
     assert json.loads((out / "config.json").read_text())["config"]["methods"] == ran
     with pytest.raises(ValueError, match=r"no config\.json"):
@@ -227,21 +265,36 @@ def test_mistakes_are_named(make, message):
 
 def test_the_command_line_has_every_choice(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(continual, "run", lambda config, out, **rest: seen.append((config, out, rest["save_every"])))
+    monkeypatch.setattr(continual, "run", lambda config, out, **rest: seen.append((config, out)))
 
     def call(*words):
         return CliRunner().invoke(commands.main, ["continual", *words])
 
     assert call().exit_code == 0
     assert seen.pop()[0] == Continual()
-    words = ["--scenario", "split", "--methods", "fot,ewc", "--hidden", "30", "--dropout", "0.5", "--lam", "2"]
-    result = call(*words, "--out", str(tmp_path), "--save-every", "7")
+    words = [
+        "--scenario",
+        "split",
+        "--method",
+        "fot",
+        "--method",
+        "ewc",
+        "--hidden",
+        "30",
+        "--dropout",
+        "0.5",
+        "--lam",
+        "2",
+    ]
+    result = call(*words, "--out", str(tmp_path), "--checkpoint-every", "7", "--lr", "0.5", "--quiet")
     assert result.exit_code == 0, result.output
-    expected = Continual(scenario="split", methods=("fot", "ewc"), hidden=(30,), dropout=(0.5,), lam=2.0)
-    assert seen.pop() == (expected, tmp_path, 7)
+    expected = Continual(scenario="split", methods=("fot", "ewc"), hidden=(30,), dropout=(0.5,), lam=2.0, client_lr=0.5)
+    expected = expected.replace(checkpoint_every=7)
+    assert seen.pop() == (expected, tmp_path)
     for wrong, words in (
-        (["--hidden", "a,b"], "--hidden a,b is no list of numbers"),
-        (["--methods", "fott"], "did you mean 'fot'"),
+        (["--hidden", "1,,2"], "'1,,2' is no list of sizes"),
+        (["--hidden", "a,b"], "'a,b' is no list of sizes"),
+        (["--method", "fott"], "did you mean 'fot'"),
     ):
         result = call(*wrong)
         assert result.exit_code == 2

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_sco
 
 from pipelines.cli import commands
 from pipelines.studies import zeroth_order
+from pipelines.studies.zeroth_order_config import STUDIES, Synthetic, of_values
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_an_attack_starts_from_an_image_that_all_have_right_and_moves_pixels_by_
 @pytest.mark.parametrize("name", ["FedZO", "FZooS"])
 def test_steps_end_at_the_faces_of_the_box(name):
     """Outside, a function is flat: nothing would lead back."""
-    study = zeroth_order.Study("synthetic", steps=3, lr=0.4, directions=2, features=20, neighbors=20, capacity=70)
+    study = Synthetic(steps=3, client_lr=0.4, directions=2, features=20, neighbors=20, capacity=70)
     task = zeroth_order.synthetic(0, dim=6, clients=2)
     algorithm = zeroth_order.build(name, study, task)
     state, cohort = algorithm.init(jnp.full(6, 0.99)), task.population.cohort(np.arange(2))
@@ -100,7 +102,7 @@ def test_steps_end_at_the_faces_of_the_box(name):
     assert np.abs(algorithm.params(state) - 0.99).max() > 0.3
 
 
-SMALL = ("--dim", 6, "--clients", 2, "--rounds", 3, "--steps", 2, "--trials", 2, "--features", 20, "--capacity", 70)
+SMALL = ("--dim", 6, "--clients", 2, "--rounds", 3, "--steps", 2, "--seeds", 2, "--features", 20, "--capacity", 70)
 SMALL += ("--neighbors", 20, "--directions", 2)
 
 
@@ -153,7 +155,7 @@ def test_mistakes_are_named(words, said, tmp_path):
 def test_methods_with_gradients_are_there_where_the_function_has_them():
     """With one step a round, FedAvg takes the mean of the clients' first steps of Adam."""
     task = zeroth_order.synthetic(0, dim=6, clients=2)
-    study = zeroth_order.Study("synthetic", rounds=2, steps=1)
+    study = Synthetic(rounds=2, steps=1)
     result = jax.jit(zeroth_order.curve("FedAvg with gradients", study, task))(
         task.population, task.start, jax.random.key(0)
     )
@@ -163,7 +165,7 @@ def test_methods_with_gradients_are_there_where_the_function_has_them():
         np.testing.assert_allclose(values_at(task, x).mean(), expected, rtol=1e-4)
         gradients = jax.jacobian(task.loss_fn)(jnp.asarray(x, jnp.float32), task.population.examples, None)
         # Adam's first step goes by its rate along the sign of each client's gradient; the server takes the mean.
-        x = x - study.lr * np.sign(gradients).mean(axis=0)
+        x = x - study.client_lr * np.sign(gradients).mean(axis=0)
 
 
 @pytest.mark.parametrize(("task", "known"), [("synthetic", True), ("metric", False)])
@@ -171,8 +173,31 @@ def test_methods_with_gradients_are_compared_only_where_there_are_gradients(task
     names, curves = [], {"value": np.ones((1, 2)), "queries": np.ones((1, 2))}
     monkeypatch.setattr(zeroth_order, "_trials", lambda name, *rest: names.append(name) or curves)
     options = {"synthetic": {"dim": 6}, "metric": {"dataset": "wine", "hidden": 4, "pretraining": 1, "clients": 3}}
-    zeroth_order.compare(zeroth_order.Study(task, tuple(options[task].items()), trials=1), tmp_path)
+    zeroth_order.compare(STUDIES[task](**options[task], seeds=1), tmp_path)
     assert names == [*zeroth_order.METHODS, *(zeroth_order.REFERENCES if known else ())]
+
+
+def test_methods_are_chosen_and_others_may_join_them(tmp_path):
+    words = ("synthetic", *SMALL, "--out", tmp_path / "study")
+    first = call(*words, "--method", "fedzo,fedavg", "--quiet")
+    assert (first.exit_code, first.output) == (0, "")
+    methods = {row["method"] for row in csv.DictReader((tmp_path / "study" / "curves.csv").open())}
+    assert methods == {"FedZO", "FedAvg with gradients"}
+    assert "FZooS" not in (tmp_path / "study" / "summary.md").read_text()
+    more = call(*words, "--method", "fedprox_zo", "--seeds", 3)
+    assert more.exit_code == 0, more.output
+    counted = Counter(row["method"] for row in csv.DictReader((tmp_path / "study" / "curves.csv").open()))
+    assert counted == dict.fromkeys(["FedZO", "FedProx-ZO", "FedAvg with gradients"], 3 * 4)
+    wrong = call("metric", "--method", "scaffold", "--out", tmp_path / "other")
+    assert wrong.exit_code == 2
+    assert "need gradients, and metric has none" in wrong.output
+
+
+def test_a_study_of_before_there_were_seeds_and_methods_is_read():
+    content = {
+        **{"task": "synthetic", "options": {"dim": 4, "function": "levy"}, "rounds": 2, "trials": 3, "lr": 0.5},
+    }
+    assert of_values(content) == Synthetic(dim=4, function="levy", rounds=2, seeds=3, client_lr=0.5)
 
 
 def test_a_new_process_solves_with_one_thread(tmp_path):
@@ -180,12 +205,13 @@ def test_a_new_process_solves_with_one_thread(tmp_path):
     program = """
 import jax.numpy as jnp, pathlib, sys, threadpoolctl
 from pipelines.studies import zeroth_order
+from pipelines.studies.zeroth_order_config import Synthetic
 def told(*args):
     jnp.linalg.cholesky(jnp.eye(3)).block_until_ready()
     print(*(library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"))
     sys.exit()
 zeroth_order._trials = told
-zeroth_order.compare(zeroth_order.Study("synthetic", trials=1), pathlib.Path(sys.argv[1]))
+zeroth_order.compare(Synthetic(seeds=1), pathlib.Path(sys.argv[1]))
 """
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     command = [sys.executable, "-c", program, str(tmp_path / "study")]
