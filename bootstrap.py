@@ -95,7 +95,8 @@ def install(venv: Path, for_tests: bool, pinned: bool) -> None:
     except (OSError, ValueError):
         state = {}
     whole = python.exists() and all(state.get(name) == wanted[name] for name in ("complete", "python", "venv"))
-    extras = sorted({*state.get("extras", []), *(["test"] if for_tests else [])})
+    # The tests build the documentation too.
+    extras = sorted({*state.get("extras", []), *(["docs", "test"] if for_tests else [])})
     if whole and extras == state["extras"] and all(state.get(name) == wanted[name] for name in wanted):
         return
     # An interrupted installation leaves half a package, so its environment is made anew; one of the user's never is.

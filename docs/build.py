@@ -1,8 +1,9 @@
 """Builds the documentation into `site/`; any warning, a broken link among them, is an error.
 
-    python docs/build.py [--write] [--out DIR]
+    python docs/build.py [--write] [--notebooks] [--out DIR]
 
 `--write` first brings the cards on the pages of methods, and the tables of choices, up to date with the code.
+`--notebooks` first runs the notebooks.
 """
 
 import argparse
@@ -22,6 +23,9 @@ def main() -> int:
         "--write", action="store_true", help="bring cards and tables up to date first"
     )
     parser.add_argument(
+        "--notebooks", action="store_true", help="run the notebooks before building"
+    )
+    parser.add_argument(
         "--out",
         default=str(DOCS.parent / "site"),
         help="where the site goes (default: site/)",
@@ -35,6 +39,11 @@ def main() -> int:
             path.write_text(cards.renewed(path.read_text()))
         page = DOCS / "configuration.md"
         page.write_text(choices.renewed(page.read_text()))
+    if options.notebooks:
+        import percent
+
+        for script in percent.scripts():
+            percent.write(script)
     try:
         from sphinx.cmd.build import build_main
     except ImportError:

@@ -6,11 +6,12 @@ Between `<!-- card: fedavg -->` and `<!-- end of card -->` a page repeats the up
 
 import inspect
 import re
-import textwrap
+from itertools import pairwise
 
 import algorithms
 
 WIDTH = 88
+LABEL = re.compile(r" *([A-Za-z][^:;]*: {2,})?")
 SECTION = re.compile(r"(Args|Returns|Raises|Yields|Attributes):$")
 CARD = re.compile(r"<!-- card: (\w+) -->\n.*?<!-- end of card -->", flags=re.S)
 
@@ -23,11 +24,11 @@ def is_aligned(paragraph: str) -> bool:
 def wrapped(paragraph: str) -> str:
     """An aligned paragraph with long lines broken after a statement if that will do.
 
-    They go on below where their content began.
+    They go on below where their content began. A statement that goes on in the next line is joined before.
     """
-    lines = []
-    for line in paragraph.split("\n"):
-        label = re.match(r" *([A-Z][^:]*: +)?", line)
+    lines: list[str] = []
+    for line in _joined(paragraph.split("\n")):
+        label = LABEL.match(line)
         indent = " " * (len(label.group()) if label and len(label.group()) < 40 else 4)
         statements = re.split(r"(?<=;)  (?=\S)", line)
         rows = [statements[0]]
@@ -37,10 +38,36 @@ def wrapped(paragraph: str) -> str:
             else:
                 rows.append(indent + statement)
         for row in rows:
-            lines += textwrap.wrap(
-                row, WIDTH, subsequent_indent=indent, break_long_words=False
-            ) or [row]
+            lines += _broken(row, indent)
     return "\n".join(lines)
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """The lines, with those that go on with an unfinished statement put behind it."""
+    out = [lines[0]]
+    for before, line in pairwise(lines):
+        # The source breaks a statement only where it has come to the end of the line.
+        broken = len(before) > 100 and not before.endswith((";", ".", ":", ","))
+        label = LABEL.match(line.lstrip())
+        if broken and label and not label.group():
+            out[-1] += " " + line.strip()
+        else:
+            out.append(line)
+    return out
+
+
+def _broken(row: str, indent: str) -> list[str]:
+    """A row in pieces of at most `WIDTH`, broken outside of brackets where that is possible."""
+    depth, places = 0, []
+    for at, letter in enumerate(row):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == " " and len(indent) < at <= WIDTH and row[at + 1 :].strip():
+            places.append((depth, at))
+    if len(row) <= WIDTH or not places:
+        return [row]
+    usable = [(deep, at) for deep, at in places if at > WIDTH // 2] or places
+    _, at = min(usable, key=lambda place: (place[0], -place[1]))
+    return [row[:at].rstrip(), *_broken(indent + row[at:].strip(), indent)]
 
 
 def rule(name: str) -> str:

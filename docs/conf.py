@@ -1,5 +1,6 @@
 """Configuration of sphinx, and how the docstrings, which are plain text, become pages."""
 
+import json
 import os
 import re
 import sys
@@ -11,14 +12,17 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parent),
 ]
 
-import fedjax_core  # noqa: E402
+from myst_parser.parsers.sphinx_ import MystParser  # noqa: E402
 
 import cards  # noqa: E402
+import fedjax_core  # noqa: E402
+import percent  # noqa: E402
 
 project = "fedjax-core"
 author = "The fedjax-core authors"
 release = version = fedjax_core.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
+source_suffix = {".md": "markdown", ".ipynb": "notebook"}
 html_theme = "furo"
 html_title = f"fedjax-core {release}"
 html_static_path = ["_static"]
@@ -90,7 +94,19 @@ def _skip(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+class Notebook(MystParser):
+    """Notebooks as pages, with the outputs that are stored in them; nothing is run."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring, document):
+        """Parses the text of a notebook."""
+        name = Path(document["source"]).name
+        super().parse(percent.as_markdown(json.loads(inputstring), name), document)
+
+
 def setup(app):
-    """Connects the two functions above."""
+    """Connects what is above."""
+    app.add_source_parser(Notebook)
     app.connect("autodoc-process-docstring", _process)
     app.connect("autodoc-skip-member", _skip)

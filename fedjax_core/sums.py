@@ -5,6 +5,7 @@ in float16. And a running sum of a million equal numbers, one after the other, i
 sums here are taken in float32 at least, in blocks, and running sums carry what rounding has taken off them.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from fedjax_core.types import Array, PyTree
 FEW = 64
 """So many summands may be added one after the other: they cost at most six of the 24 bits of a float32."""
 _BLOCK = 128
+_STEEP = 120
+"""Powers of two to scale by, up and down, that are normal numbers of every dtype to sum in."""
 
 
 def accumulator(dtype: Any) -> Any:
@@ -66,10 +69,26 @@ def weighted(weights: Array, rows: PyTree) -> PyTree:
 
 
 def norm(tree: PyTree, *, squared: bool = False) -> Array:
-    """Euclidean norm of a pytree (or its square), float32 at least."""
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(widen(tree))]
-    square = sum(squares[1:], squares[0]) if squares else jnp.zeros(())
-    return square if squared else jnp.sqrt(square)
+    """Euclidean norm of a pytree (or its square), float32 at least.
+
+    The norm is right wherever it can be held itself: entries are squared after division by a power of two near the
+    largest, which rounds nothing. The square can only be held where it is no larger than the dtype goes: in float32 for
+    norms up to 1.8e19.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(widen(tree)) if leaf.size]
+    if not leaves:
+        return jnp.zeros(())
+    if squared:
+        return _sum([jnp.sum(jnp.square(leaf)) for leaf in leaves])
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)) for leaf in leaves])
+    _, exponent = jnp.frexp(jax.lax.stop_gradient(largest))
+    exponent = jnp.clip(jnp.where(jnp.isfinite(largest), exponent, 0), -_STEEP, _STEEP)
+    down, up = (jnp.ldexp(jnp.ones((), largest.dtype), e) for e in (-exponent, exponent))
+    return up * jnp.sqrt(_sum([jnp.sum(jnp.square(down.astype(leaf.dtype) * leaf)) for leaf in leaves]))
+
+
+def _sum(summands: list[Array]) -> Array:
+    return functools.reduce(jnp.add, summands)
 
 
 class Running(NamedTuple):

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from benchmarks.peers import jax_models, report, workloads
 from benchmarks.peers.workloads import WORKLOADS
 from fedjax_core import local_work
+from pipelines.common import figures
 from tests.flops import count_flops
 
 every_workload = pytest.mark.parametrize("name", WORKLOADS)
@@ -114,3 +115,8 @@ def test_disagreement_is_of_the_worst_array():
     assert report.disagreement(cells, "pfl") is None
     rounding = {"ours": {"check_moved": {"a": 1.0, "b": 1e-10}}, "torch": {"check_moved": {"a": 1.0, "b": 2e-10}}}
     assert report.disagreement(rounding, "torch") < 1e-3
+
+
+def test_the_plot_has_a_title_and_a_mark_for_everything():
+    assert set(report.TITLES) == set(WORKLOADS)
+    assert len(set(report.MARKERS)) == len(report.LABELS) - 1 <= len(figures.COLORS)

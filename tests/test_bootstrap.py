@@ -52,13 +52,13 @@ def test_one_installer_is_run_once(machine, tmp_path, uv, installs):
     for _ in range(2):
         machine.install(tmp_path / "v", True, False)
     assert tools(machine) == ["venv", installs]
-    assert machine.ran[-1][-1] == f"{ROOT}[test]"
+    assert machine.ran[-1][-1] == f"{ROOT}[docs,test]"
     assert not any("--constraint" in command for command in machine.ran)
     machine.install(tmp_path / "v", False, False)  # what runs the tests runs the main job too
     assert len(machine.ran) == 2
     machine.install(tmp_path / "v", False, True)
     assert machine.ran[-1][-2:] == ["--constraint", str(ROOT / "constraints.txt")]
-    assert machine.ran[-1][-3] == f"{ROOT}[test]"
+    assert machine.ran[-1][-3] == f"{ROOT}[docs,test]"
 
 
 def test_pip_goes_on_where_uv_fails(machine, tmp_path):
@@ -143,7 +143,7 @@ def test_every_dependency_is_pinned_once_for_every_python():
     found = pins()
     assert [name for name, *_ in found] == sorted(name for name, *_ in found)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("cuda", "tpu", "docs")]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("cuda", "tpu")]
     direct = [Requirement(line) for lines in [project["dependencies"], *extras] for line in lines]
     assert len(direct) > 20
     for requirement in direct:

@@ -72,10 +72,10 @@ def test_links_between_pages_lead_to_files():
     assert broken == []
 
 
+@pytest.mark.quick
 def test_the_site_is_built_without_a_warning(tmp_path):
     missing = [name for name in ("sphinx", "furo", "myst_parser") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"the site needs {', '.join(missing)}: pip install '.[docs]'")
+    assert not missing, "install what the site is built with: pip install --editable '.[docs]'"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(DOCS / "build.py"), "--out", str(tmp_path / "site")],
@@ -84,5 +84,9 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    core = (tmp_path / "site" / "reference" / "core.html").read_text()
-    assert "local_descent" in core
+    site = tmp_path / "site"
+    assert "local_descent" in (site / "reference" / "core.html").read_text()
+    notebook = (site / "notebooks" / "first_federation.html").read_text()
+    assert "test accuracy" in notebook
+    assert "data:image/png;base64," in notebook
+    assert list((site / "_downloads").rglob("first_federation.ipynb"))

@@ -1,8 +1,13 @@
 """The table, the goals and the plot of a run of the peers."""
 
+from pathlib import Path
+
 import numpy as np
 
 from benchmarks import _measure
+from pipelines.common import figures
+
+PICTURES = Path(__file__).resolve().parent.parent.parent / "docs" / "peers"
 
 LABELS = {
     "torch": "PyTorch loop",
@@ -13,6 +18,16 @@ LABELS = {
     "ours": "fedjax-core",
     "ours_one": "fedjax-core, one device",
 }
+TITLES = {
+    "logistic": "logistic regression",
+    "mlp": "MLP",
+    "cnn": "CNN",
+    "lstm": "LSTM",
+    "resnet": "ResNet-18-GN",
+    "transformer": "transformer",
+    "pfl-cifar10": "pfl's CIFAR-10",
+}
+MARKERS = "os^Dvx"
 OURS = ("ours", "ours_one")
 FRAMEWORKS = ("pfl", "flower", "fedjax")
 OTHERS = ("torch", *FRAMEWORKS, "naive")
@@ -136,48 +151,47 @@ def markdown(result: dict) -> str:
     return "\n".join([*lines, *goals(result)])
 
 
-def plot(result: dict, path) -> None:
-    """Seconds of a local step of each peer, a row for each workload."""
-    import matplotlib
+def plot(result: dict, path: Path) -> None:
+    """How many times as long as ours a round takes with each peer: a row for each workload, on one logarithmic axis."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from pipelines.common import figures
-
-    names = list(result["workloads"])
-    figure, axes = plt.subplots(1, len(names), figsize=(2.3 * len(names) + 1.5, 2.9), sharey=True, squeeze=False)
-    peers = list(LABELS)[::-1]
-    for ax, name in zip(axes[0], names, strict=True):
-        cells = result["workloads"][name]["cells"]
-        for place, peer in enumerate(peers):
-            cell = cells.get(peer, {})
-            if "seconds" not in cell:
-                ax.text(
-                    0.03, place, "no figure", va="center", fontsize=7, color="0.5", transform=ax.get_yaxis_transform()
-                )
-                continue
-            low, middle, high = np.percentile(np.divide(cell["seconds"], cell["steps"]) * 1e3, [25, 50, 75])
-            ax.barh(place, middle, color="tab:blue" if peer in OURS else "0.75")
-            ax.plot([low, high], [place, place], color="0.2", linewidth=1.2)
-            ax.text(middle, place, f" {middle:.3g}", va="center", fontsize=7)
-        ax.set_xlim(0, ax.get_xlim()[1] * 1.3)  # room for the numbers
-        ax.xaxis.set_major_locator(plt.MaxNLocator(3))
-        ax.set_ylim(-0.6, len(peers) - 0.4)
-        ax.set_title(name, fontsize=9)
-        ax.tick_params(labelsize=7)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yticks(range(len(peers)), [LABELS[peer] for peer in peers])
-    figure.supxlabel("milliseconds a local step", fontsize=8)
-    figure.tight_layout()
+    rows = {name: entry["cells"] for name, entry in result["workloads"].items() if "seconds" in entry["cells"]["ours"]}
+    peers = [peer for peer in LABELS if peer != "ours"]
+    with figures.style():
+        figure = Figure(figsize=(6, 1.2 + 0.72 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        for row, cells in enumerate(rows.values()):
+            if row % 2:
+                axis.axhspan(row - 0.5, row + 0.5, color="0.96", linewidth=0)
+            for place, peer in enumerate(peers):
+                theirs = cells.get(peer, {}).get("seconds", [])
+                ratios = np.array([a / b for a, b in zip(theirs, cells["ours"]["seconds"], strict=False)])
+                if not len(ratios):
+                    continue
+                at = row + 0.8 * ((place + 0.5) / len(peers) - 0.5)
+                low, middle, high = np.percentile(ratios, [25, 50, 75])
+                axis.plot([low, high], [at, at], color=figures.COLORS[place], linewidth=1.2)
+                axis.plot(middle, at, MARKERS[place], color=figures.COLORS[place], markersize=6, label=LABELS[peer])
+        axis.axvline(1, color="0.2", linewidth=1)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        each = [f"{TITLES.get(name, name)}\n{seconds(cells['ours']['median_s'])}" for name, cells in rows.items()]
+        axis.set_yticks(range(len(rows)), each)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel("seconds of a round, fedjax-core = 1")
+        figures.legend_below(figure, axis, columns=3)
     figures.write(path, figure)
-    plt.close(figure)
 
 
 def write(result: dict, name: str) -> None:
-    """Prints the table, and saves it and the plot beside the results."""
+    """Prints the table, saves it beside the results, and draws the plot for the documentation."""
     text = markdown(result)
     print(f"\n{text}")
     (_measure.RESULTS / f"{name}.md").write_text(text)
-    plot(result, _measure.RESULTS / f"{name}.png")
-    print("\nsaved " + ", ".join(str(_measure.RESULTS / f"{name}.{kind}") for kind in ("json", "md", "png")))
+    plot(result, PICTURES / f"{name}.png")
+    print(f"\nsaved {_measure.RESULTS / name}.json, {_measure.RESULTS / name}.md and {PICTURES / name}.png")

@@ -212,3 +212,35 @@ def test_weights_that_give_no_mean(weights, words):
 def test_means_over_participants_do_not_overflow(value, dtype):
     cohort = Population.from_sizes({"x": np.zeros((800, 1), np.float32)}, [1] * 800).cohort(np.arange(800))
     assert mean_over_participants(jnp.full(800, value, dtype), cohort) == value
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1.0, 1e19, 1e25, 1e37])
+def test_a_norm_is_right_where_its_square_is_not(scale):
+    values = np.array([[3.0, -4.0], [0.0, 12.0]]) * scale
+    tree = {"a": jnp.float32(values[0]), "b": jnp.float32(values[1]), "none": jnp.zeros((0, 2))}
+    kept = np.concatenate([tree["a"], tree["b"]]).astype(np.float64)
+    expected = np.linalg.norm(kept)
+    for norm in (sums.norm, jax.jit(sums.norm)):
+        np.testing.assert_allclose(float(norm(tree)), expected, rtol=1e-6)
+
+
+def test_norms_of_nothing_of_infinity_and_of_nan():
+    assert sums.norm({}) == sums.norm([jnp.zeros((0, 3))]) == sums.norm(jnp.zeros(3)) == 0
+    for value in (np.inf, -np.inf):
+        assert sums.norm(jnp.array([1.0, value])) == np.inf
+    assert np.isnan(sums.norm(jnp.array([1.0, np.nan])))
+    assert sums.norm(jnp.asarray([300.0, 400.0], jnp.float16)) == 500
+    tree = [jnp.array([0.1, 0.7]), jnp.array([[0.3]])]
+    assert sums.norm(tree) == jnp.sqrt(sums.norm(tree, squared=True))  # to the last bit, for division is by powers of 2
+    gradient = jax.grad(lambda x: sums.norm(x))(jnp.array([3.0, 4.0]))
+    np.testing.assert_allclose(gradient, [0.6, 0.8], rtol=1e-15)
+
+
+def test_the_update_norm_of_a_large_step_is_a_number():
+    fedavg = algorithms.fedavg(
+        lambda params, batch, key: params["w"] * batch["x"], optax.sgd(1.0), batch_size=1, num_epochs=1
+    )
+    population = equal_clients(2, 1e25)
+    round_fn = jax.jit(fedavg.round)
+    _, metrics = round_fn(fedavg.init({"w": jnp.float32(0)}), population.cohort([0, 1]), jax.random.key(0))
+    np.testing.assert_allclose(float(metrics.update_norm), 1e25, rtol=1e-6)
