@@ -37,6 +37,7 @@ from pipelines.run import train
 
 MODELS = {"logistic_regression": 0.78, "mlp": 0.80}
 """Model to the test accuracy for which rounds are counted."""
+TITLES = {"logistic_regression": "logistic regression", "mlp": "perceptron"}
 ALPHAS = (0.1, 0.5)
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the clients
@@ -231,7 +232,7 @@ def edge(r: dict[str, Any], rate: str) -> str:
 
 
 def draw(result: dict[str, Any], pages_folder: Path) -> None:
-    """A picture for the page of each method: it and FedAvg, in the settings with the stronger heterogeneity."""
+    """A picture for each page of a method that shows one: it and FedAvg, where clients differ most."""
     from matplotlib.figure import Figure
 
     folder = pages_folder / "figures"
@@ -241,13 +242,14 @@ def draw(result: dict[str, Any], pages_folder: Path) -> None:
     names = dict.fromkeys(method for s in shown.values() for method in s["methods"])
     x = evaluated_rounds(result["rounds"], EVAL_EVERY)
     for page in dict.fromkeys(pages.get(name, name) for name in names):
-        if not (pages_folder / f"{page}.md").exists():
+        text = pages_folder / f"{page}.md"
+        if not text.exists() or f"figures/{page}.png" not in text.read_text():
             continue
         several = PAGES.get(page, [page])
         with figures.style():
             figure = Figure(figsize=(6.4, 2.5), layout="constrained")
             axes = figure.subplots(1, len(shown), squeeze=False)[0]
-            for axis, (title, setting) in zip(axes, shown.items(), strict=True):
+            for axis, setting in zip(axes, shown.values(), strict=True):
                 lines = ["fedavg", *(m for m in several if m != "fedavg")]
                 for i, method in enumerate(lines):
                     r = setting["methods"].get(method, {"error": "was not run"})
@@ -258,10 +260,11 @@ def draw(result: dict[str, Any], pages_folder: Path) -> None:
                     axis.plot(x, curves.mean(0), color=color, label=methods.paper_name(method), linewidth=1.5)
                     axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
                 best = max(np.max(r["accuracy"]) for r in setting["methods"].values() if "error" not in r)
+                title = f"{TITLES[setting['model']]}, alpha {setting['alpha']:g}"
                 axis.set(title=title, xlabel="round", xlim=(0, x[-1]), ylim=(100 * best - 35, 100 * best + 1))
                 axis.title.set_fontsize(9)
             axes[0].set_ylabel("test accuracy, %")
-            figures.legend_below(figure, *axes)
+            figures.legend_below(figure, *axes, columns=3)
             figures.write(folder / f"{page}.png", figure)
 
 
