@@ -28,6 +28,8 @@ from algorithms.sharpness.fedgamma import fedgamma
 from algorithms.sharpness.fedsam import fedasam, fedsam, mofedsam
 from algorithms.sharpness.fedsmoo import fedsmoo
 from algorithms.zeroth_order.fedzo import fedprox_zo, fedzo, scaffold_zo
+from algorithms.zeroth_order.fzoos import FZooSQueries as FZooSQueries
+from algorithms.zeroth_order.fzoos import FZooSSurrogate as FZooSSurrogate
 from algorithms.zeroth_order.fzoos import fzoos
 
 __all__ = [

@@ -379,9 +379,12 @@ def claims():
     asynchronous = samplers.deliveries(np.tile([1, 2, 4, 8, 16], 4), 4000, buffer=1)
     one_by_one = {"num_steps": 1, "lr": 0.02, "rounds": 4000, "sampler": samplers.schedule(asynchronous.cohorts)}
     short = {"rounds": 10, "cohort": 20, "heterogeneity": 1.0, "num_steps": 5}
-    surrogates = {"radius": 0.1, "feature_lengthscale": 3.0, "capacity": 300, "neighbors": 30, "num_features": 200}
-    surrogates |= {"survey": 10, "survey_candidates": 40, "active": 2, "active_candidates": 20, "feature_neighbors": 60}
-    surrogates |= {"noise": 1e-5}
+    queries = algorithms.FZooSQueries(
+        capacity=300, active=2, active_candidates=20, survey=10, survey_candidates=40, radius=0.1
+    )
+    surrogate = algorithms.FZooSSurrogate(
+        neighbors=30, noise=1e-5, num_features=200, feature_neighbors=60, feature_lengthscale=3.0
+    )
     flat = "finds flatter minima than FedAvg"
     rise = "rise of the loss at distance 0.5"
     return {
@@ -573,7 +576,7 @@ def claims():
             "gets closer than FedZO in 10 rounds of 5 steps, from 260 queries a client instead of 550",
             DISTANCE,
             True,
-            distance("fzoos", lr=0.1, **surrogates, **short),
+            distance("fzoos", lr=0.1, queries=queries, surrogate=surrogate, **short),
             distance("fedzo", lr=1.0, num_directions=10, **short),
         ),
         "fedsam": lambda: Claim(flat, rise, True, sharpness("fedsam", (("rho", 0.2),)), sharpness("fedavg")),

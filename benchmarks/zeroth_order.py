@@ -2,7 +2,7 @@
 
     python benchmarks/zeroth_order.py [--repeats 3] [--many 100]
 
-Quadratic functions in 300 dimensions, 5 clients, 10 local steps, the defaults of `algorithms.fzoos` but for fewer
+Quadratic functions in 300 dimensions, 5 clients, 10 local steps, the paper's options but for fewer
 features, and the second round of a run (the first one has no survey). The plain program does what a round does: its
 lengthscales come from SciPy's bounded search over the same range, its solves from SciPy's Cholesky factors. Contenders
 take turns, with one thread for BLAS and LAPACK (both use SciPy's), which serves both better at 150 unknowns, and with
@@ -52,7 +52,18 @@ def coefficients(num_clients):
 def compiled(num_clients):
     """(round, its state after the first round, the cohort)."""
     algorithm = algorithms.fzoos(
-        loss_fn, optax.adam(LR), num_clients=num_clients, num_features=FEATURES, batch_size=1, num_steps=STEPS
+        loss_fn,
+        optax.adam(LR),
+        num_clients=num_clients,
+        queries=algorithms.FZooSQueries(capacity=1000),
+        surrogate=algorithms.FZooSSurrogate(
+            neighbors=NEIGHBORS,
+            num_features=FEATURES,
+            feature_neighbors=FEATURE_NEIGHBORS,
+            feature_lengthscale=1.0,
+        ),
+        batch_size=1,
+        num_steps=STEPS,
     )
     cohort = Population.from_sizes(coefficients(num_clients), [1] * num_clients).cohort(np.arange(num_clients))
     start = jnp.asarray(np.random.default_rng(1).uniform(size=D), jnp.float32)

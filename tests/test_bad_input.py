@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import algorithms
+from algorithms.parts.options import grouped
 from algorithms.robustness.fal import pgd
 from fedjax_core import (
     ClientProgram,
@@ -59,7 +60,7 @@ def end_of_task(algorithm):
 
 
 def fzoos(**settings):
-    return algorithms.fzoos(softmax_loss, SGD, num_clients=3, **settings)
+    return algorithms.fzoos(softmax_loss, SGD, num_clients=3, **grouped(algorithms.fzoos, settings))
 
 
 def fedstale(**settings):
@@ -229,6 +230,8 @@ TABLE = [
         lambda: algorithms.scaffold_zo(softmax_loss, SGD, num_clients=3, option="III"),
         ["option", "'III'", "'II'"],
     ),
+    ("no option tuple", lambda: fzoos(queries=20), ["queries must be FZooSQueries(...)", "got 20", "capacity"]),
+    ("options of the other", lambda: fzoos(surrogate=algorithms.FZooSQueries()), ["surrogate must be FZooSSurrogate"]),
     ("unknown kernel", lambda: fzoos(kernel="linear"), ["kernel", "'linear'", "'matern'"]),
     ("history without room", lambda: fzoos(capacity=50), ["capacity=50", "50 points", "raise"]),
     ("too few candidates", lambda: fzoos(active_candidates=4), ["active_candidates=4", "active=5", "at least as many"]),

@@ -24,6 +24,64 @@ from algorithms.zeroth_order.surrogate import (
 )
 
 
+class FZooSQueries(NamedTuple):
+    """Where FZooS evaluates its function, and how many evaluations it remembers.
+
+    The default capacity fits a model with thousands of parameters; the paper's is 1,000, for some hundred
+    variables.
+
+    Attributes:
+      capacity: queries that a client remembers, N capacity P numbers in all; the newest replaces the oldest.
+      initial: random queries at a client's first time.
+      active: queries around y before each local step.
+      active_candidates: points that they are chosen from, uniform within `radius` of y in every coordinate.
+      survey: queries around x.
+      survey_candidates: points that they are chosen from.
+      radius: half-width of the boxes, in the units of the parameters; of the survey's, the least half-width.
+    """
+
+    capacity: int = 100
+    initial: int = 10
+    active: int = 5
+    active_candidates: int = 100
+    survey: int = 50
+    survey_candidates: int = 200
+    radius: fc.Scalar = 0.01
+
+
+class FZooSSurrogate(NamedTuple):
+    """The surrogates of FZooS: a client's Gaussian process, and the random features that all clients share.
+
+    The defaults fit a model with thousands of parameters and steps of a tenth. The paper's are larger, for some hundred
+    variables and steps of a hundredth.
+
+    Attributes:
+      neighbors: nearest queries that the Gaussian process is conditioned on, at most; the paper has 150.
+      kernel: "matern" (5/2) or "rbf".
+      noise: variance of a query, in units of the squared range of the neighbors' values. Raise it when f_i is noisy,
+        as it is with batches smaller than a client's examples.
+      shortest: least lengthscale that is considered, in root mean square distances of the neighbors.
+      longest: largest one. In between the marginal likelihood chooses, anew in every step.
+      num_features: M; the paper has 10,000.
+      feature_neighbors: nearest queries that nu_i is fitted to; the paper has 500.
+      feature_lengthscale: of the kernel that the features stand for, in the units of the parameters. It must be longer
+        than the distance that a client covers in a round, or the corrections are noise. The paper has 1.
+      feature_seed: seed of the features.
+      ridge: variance of a query in that fit.
+    """
+
+    neighbors: int = 50
+    kernel: str = "matern"
+    noise: fc.Scalar = 1e-6
+    shortest: fc.Scalar = 0.1
+    longest: fc.Scalar = 100.0
+    num_features: int = 1000
+    feature_neighbors: int = 50
+    feature_lengthscale: fc.Scalar = 10.0
+    feature_seed: int = 0
+    ridge: fc.Scalar = 1e-5
+
+
 class Memory(NamedTuple):
     """What a client remembers: its queries, and the local model float[d] of its last round."""
 
@@ -67,23 +125,8 @@ def fzoos(
     client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    capacity: int = 1000,
-    neighbors: int = 150,
-    kernel: str = "matern",
-    noise: fc.Scalar = 1e-6,
-    shortest: fc.Scalar = 0.1,
-    longest: fc.Scalar = 100.0,
-    initial: int = 10,
-    active: int = 5,
-    active_candidates: int = 100,
-    survey: int = 50,
-    survey_candidates: int = 200,
-    radius: fc.Scalar = 0.01,
-    num_features: int = 10000,
-    feature_neighbors: int = 500,
-    feature_lengthscale: fc.Scalar = 1.0,
-    feature_seed: int = 0,
-    ridge: fc.Scalar = 1e-5,
+    queries: FZooSQueries = FZooSQueries(),  # noqa: B008 (immutable)
+    surrogate: FZooSSurrogate = FZooSSurrogate(),  # noqa: B008 (immutable)
     correction_decay: fc.Scalar = 1.0,
     safeguard: bool = False,
     diagnose: bool = False,
@@ -114,25 +157,8 @@ def fzoos(
       client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
         the client's id, giving one.
       num_clients: size of the population, N.
-      capacity: queries that a client remembers, N capacity P numbers in all; the newest replaces the oldest.
-      neighbors: nearest queries that the Gaussian process is given (all if there are fewer).
-      kernel: "matern" (5/2) or "rbf".
-      noise: variance of a query, in units of the squared range of the neighbors' values. Raise it when f_i is noisy,
-        as it is with batches smaller than a client's examples.
-      shortest: least lengthscale that is considered, in root mean square distances of the neighbors.
-      longest: largest one. In between the marginal likelihood chooses, anew in every step.
-      initial: random queries at a client's first time.
-      active: queries around y before each local step.
-      active_candidates: points that they are chosen from, uniform within `radius` of y in every coordinate.
-      survey: queries around x.
-      survey_candidates: points that they are chosen from.
-      radius: half-width of the boxes, in the units of the parameters; of the survey's, the least half-width.
-      num_features: M.
-      feature_neighbors: nearest queries that nu_i is fitted to.
-      feature_lengthscale: of the kernel that the features stand for, in the units of the parameters. It must be longer
-        than the way that a client goes in a round, or the corrections are noise.
-      feature_seed: seed of the features.
-      ridge: variance of a query in that fit.
+      queries: where the function is evaluated, and how many evaluations a client remembers; see `FZooSQueries`.
+      surrogate: how its gradient is estimated from them; see `FZooSSurrogate`.
       correction_decay: a. With 1 the correction fades within a round, and clients that differ very much drift apart as
         without one; with 0 it stays, which asks for features that hold on all of the way (a longer lengthscale).
       safeguard: keep the old x unless F = sum_S w_i f_i is smaller at the new one, which costs one query each.
@@ -154,29 +180,15 @@ def fzoos(
     2023, algorithm 2.
     """
     fc.checks.positive_int("num_clients", num_clients, "the size of the population")
-    counts = {"neighbors": neighbors, "initial": initial, "active": active, "survey": survey}
-    counts |= {"num_features": num_features, "feature_neighbors": feature_neighbors}
-    for name, value in counts.items():
-        fc.checks.positive_int(name, value, "surrogates are made of queries and features")
-    for name, kept, candidates in (("active", active, active_candidates), ("survey", survey, survey_candidates)):
-        fc.checks.positive_int(f"{name}_candidates", candidates, f"choose the {kept} queries from at least as many")
-        if candidates < kept:
-            raise ValueError(
-                f"{name}_candidates={candidates} is less than {name}={kept}: choose from at least as many points"
+    for name, given, kind in (("queries", queries, FZooSQueries), ("surrogate", surrogate, FZooSSurrogate)):
+        if not isinstance(given, kind):
+            raise TypeError(
+                f"{name} must be {kind.__name__}(...), got {given!r:.200}: its fields are {', '.join(kind._fields)}"
             )
-    fc.checks.positive_int("capacity", capacity, "room for the queries of a survey")
-    if capacity <= max(initial, survey, active):
-        raise ValueError(
-            f"capacity={capacity} has no room for a survey of x and {max(initial, survey, active)} points: raise it to "
-            "the queries of several rounds"
-        )
-    fc.checks.one_of("kernel", kernel, tuple(KERNELS))
-    for name, positive in (("shortest", shortest), ("radius", radius), ("feature_lengthscale", feature_lengthscale)):
-        fc.checks.scalar(name, positive, low=0, low_open=True)
-    least_longest: Any = shortest if fc.checks.is_concrete(shortest) else 0
-    fc.checks.scalar("longest", longest, low=least_longest, low_open=True)
-    for name, variance in (("noise", noise), ("ridge", ridge)):
-        fc.checks.scalar(name, variance, low=0)
+    check_queries(queries)
+    check_surrogate(surrogate)
+    capacity, initial, active, active_candidates, survey, survey_candidates, radius = queries
+    kernel, noise, ridge = surrogate.kernel, surrogate.noise, surrogate.ridge
     fc.checks.scalar("correction_decay", correction_decay, low=0)
     fc.checks.scalar("server_lr", server_lr, low=0)
     clients = fc.local_training(**local)
@@ -184,14 +196,16 @@ def fzoos(
     gradient = fc.value_and_grad(loss_fn)
 
     def closest(history: History, x: fc.Array) -> Neighbors:
-        return nearest(history, x, count=min(neighbors, capacity))
+        return nearest(history, x, count=min(surrogate.neighbors, capacity))
 
     def most_uncertain(
         key: fc.Key, history: History, x: fc.Array, half_width: fc.Scalar, candidates: int, count: int
     ) -> Any:
         """Points float[count, d] around x at which the gradient is least known, and the lengthscale that says so."""
         near = closest(history, x)
-        lengthscale = fit_lengthscale(near, kernel=kernel, noise=noise, shortest=shortest, longest=longest)
+        lengthscale = fit_lengthscale(
+            near, kernel=kernel, noise=noise, shortest=surrogate.shortest, longest=surrogate.longest
+        )
         z = uniform_box(key, jnp.zeros_like(x), half_width, candidates)
         variance = gradient_variance(condition(near, lengthscale, kernel=kernel, noise=noise), z, kernel=kernel)
         return x + z[jax.lax.top_k(variance, count)[1]], lengthscale
@@ -204,7 +218,7 @@ def fzoos(
     def update(state: FZooSState, cohort: fc.Cohort, key: fc.Key):
         optimizer = fc.optimizer_at(client_optimizer, state.round)
         x, unravel = flatten(state.params)
-        features = random_features(feature_seed, num_features, feature_lengthscale, x)
+        features = random_features(surrogate.feature_seed, surrogate.num_features, surrogate.feature_lengthscale, x)
         survey_key, local_key, safeguard_key = jax.random.split(key, 3)
 
         def ask(history: History, points: fc.Array, batch: fc.Batch) -> tuple[History, fc.Array]:
@@ -214,7 +228,7 @@ def fzoos(
 
         # At x: a program of one step, and its carry (history, nu_i, f_i(x)).
         def survey_init(x: fc.Array, memory: Memory, key: fc.Key) -> Any:
-            return memory, jnp.zeros(num_features, x.dtype), jnp.zeros((), x.dtype)
+            return memory, jnp.zeros(surrogate.num_features, x.dtype), jnp.zeros((), x.dtype)
 
         def survey_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
             (history, last), _, _ = carry
@@ -224,7 +238,7 @@ def fzoos(
             half_width = jnp.maximum(jnp.mean(jnp.abs(x - last)) / 2, jnp.asarray(radius, x.dtype))
             points, _ = most_uncertain(box_key, history, x, half_width, survey_candidates, survey)
             history, _ = ask(history, points, batch)
-            near = nearest(history, x, count=min(feature_neighbors, capacity))
+            near = nearest(history, x, count=min(surrogate.feature_neighbors, capacity))
             return (Memory(history, last), fit_weights(features, near, x, ridge=ridge), value[0]), value[0]
 
         def first_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
@@ -258,13 +272,13 @@ def fzoos(
             points, lengthscale = most_uncertain(box_key, history, y, radius, active_candidates, active)
             history, _ = ask(history, points, batch)
             process = condition(closest(history, y), lengthscale, kernel=kernel, noise=noise)
-            surrogate = gradient_mean(process, kernel=kernel)
+            of_queries = gradient_mean(process, kernel=kernel)
             # S is linear in nu, so one pass over the features gives S(y; nu) - S(y; nu_i).
             weight = (batch.step + 1).astype(y.dtype) ** -jnp.asarray(correction_decay, y.dtype)
-            g = surrogate + weight * features_gradient(features, difference, y)
+            g = of_queries + weight * features_gradient(features, difference, y)
             if diagnose:
                 true, _ = flatten(gradient(params, batch)[1])
-                accuracy = jax.tree.map(jnp.add, accuracy, compare(surrogate, true))
+                accuracy = jax.tree.map(jnp.add, accuracy, compare(of_queries, true))
             params, opt_state = fc.optimizer_step(optimizer, params, opt_state, unravel(g))
             history, values = ask(history, flatten(params)[0][None], batch)
             return (params, opt_state, history, difference, values[0], accuracy), value
@@ -307,14 +321,14 @@ def fzoos(
         downloaded = results.downloaded - num_new * nu.size
         uploaded = results.uploaded + surveyed.uploaded - num_new * nu.size
         # Counted in floats: many clients with many steps ask more than int32 can count.
-        asked = fc.sums.total(new), fc.sums.total(cohort.mask & ~new), fc.sums.total(results.steps)
-        queries = asked[0] * (1 + initial) + asked[1] * (1 + survey) + asked[2] * (active + 1)
+        asked = fc.sums.total(new) * (1 + initial) + fc.sums.total(cohort.mask & ~new) * (1 + survey)
+        asked += fc.sums.total(results.steps) * (active + 1)
         if safeguard:
             last = fc.ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
             check = once.run(last, x_new, (), cohort, safeguard_key)
             x_new = jnp.where(check.aggregate < at_x, x_new, x)
             downloaded, uploaded = downloaded + check.downloaded, uploaded + check.uploaded
-            queries += fc.sums.total(check.steps)
+            asked += fc.sums.total(check.steps)
 
         def measured(mean: fc.Array) -> fc.Array:
             return jnp.where(cohort.num_participants > 0, mean, jnp.nan)
@@ -324,10 +338,43 @@ def fzoos(
             steps = jnp.maximum(results.steps, 1).astype(x.dtype)
             accuracy = jax.tree.map(lambda total: measured(jnp.sum(share * total / steps)), accuracy)
         state = FZooSState(params, fc.scatter(state.memories, cohort, memories))
-        extra = FZooSMetrics(queries, measured(at_x), accuracy if diagnose else ())
+        extra = FZooSMetrics(asked, measured(at_x), accuracy if diagnose else ())
         return state, results._replace(downloaded=downloaded, uploaded=uploaded), extra
 
     return fc.federated(init, update)
+
+
+def check_queries(queries: FZooSQueries) -> None:
+    """Raises ValueError for counts that do not fit together."""
+    capacity, initial, active, active_candidates, survey, survey_candidates, radius = queries
+    for name, value in {"initial": initial, "active": active, "survey": survey}.items():
+        fc.checks.positive_int(name, value, "surrogates are made of queries and features")
+    for name, kept, candidates in (("active", active, active_candidates), ("survey", survey, survey_candidates)):
+        fc.checks.positive_int(f"{name}_candidates", candidates, f"choose the {kept} queries from at least as many")
+        if candidates < kept:
+            raise ValueError(
+                f"{name}_candidates={candidates} is less than {name}={kept}: choose from at least as many points"
+            )
+    fc.checks.positive_int("capacity", capacity, "room for the queries of a survey")
+    if capacity <= max(initial, survey, active):
+        raise ValueError(
+            f"capacity={capacity} has no room for a survey of x and {max(initial, survey, active)} points: raise it to "
+            "the queries of several rounds"
+        )
+    fc.checks.scalar("radius", radius, low=0, low_open=True)
+
+
+def check_surrogate(surrogate: FZooSSurrogate) -> None:
+    """Raises ValueError for an option outside of its range."""
+    for name in ("neighbors", "num_features", "feature_neighbors"):
+        fc.checks.positive_int(name, getattr(surrogate, name), "surrogates are made of queries and features")
+    fc.checks.one_of("kernel", surrogate.kernel, tuple(KERNELS))
+    for name in ("shortest", "feature_lengthscale"):
+        fc.checks.scalar(name, getattr(surrogate, name), low=0, low_open=True)
+    least_longest: Any = surrogate.shortest if fc.checks.is_concrete(surrogate.shortest) else 0
+    fc.checks.scalar("longest", surrogate.longest, low=least_longest, low_open=True)
+    for name in ("noise", "ridge"):
+        fc.checks.scalar(name, getattr(surrogate, name), low=0)
 
 
 def compare(surrogate: fc.Array, true: fc.Array) -> Accuracy:

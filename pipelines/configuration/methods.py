@@ -12,27 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import algorithms
+from algorithms.parts.options import grouped, option_tuples
 from fedjax_core import Algorithm, ClientOptimizer, LocalOptions, LossFn
 from pipelines.common import cards, own
 from pipelines.common.names import pick
 
 Value = bool | int | float | str
-
-RECOMMENDED: Mapping[str, Mapping[str, Value]] = {
-    "fedadagrad": {"server_lr": 0.03},
-    "fedadam": {"server_lr": 0.03},
-    "fedyogi": {"server_lr": 0.03},
-    # The factory's are for some hundred variables, few clients and steps of a hundredth: the state would be ten times
-    # as large, and steps of 0.2 leave the features' lengthscale at once.
-    "fzoos": {
-        "capacity": 100,
-        "neighbors": 50,
-        "num_features": 1000,
-        "feature_neighbors": 50,
-        "feature_lengthscale": 10.0,
-    },
-}
-"""Hyper-parameters a run uses unless told otherwise, where the factory's default is no good start for digits."""
 
 _WITHOUT_GRADIENTS = ("fzoos", "fedzo", "fedprox_zo", "scaffold_zo")
 _MOST_UNKNOWNS = 1000
@@ -97,8 +82,11 @@ def describe(name: str) -> Method:
     paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]
     paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
     keyword_only = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    defaults = [(p.name, p.default) for p in keyword_only]
+    for options in option_tuples(factory).values():  # each by its own name
+        defaults += options._asdict().items()
     hyperparameters: dict[str, Value | None] = {
-        p.name: p.default for p in keyword_only if isinstance(p.default, bool | int | float | str)
+        name: default for name, default in defaults if isinstance(default, bool | int | float | str)
     }
     needs_num_clients = any(p.name == "num_clients" for p in keyword_only)
     return Method(name, paragraphs[0], paper, card, hyperparameters, needs_num_clients, factory)
@@ -161,10 +149,9 @@ def read(name: str, value: Value, default: Value | None) -> Value:
 
 
 def settings_of(name: str, settings: Mapping[str, Value]) -> dict[str, Value]:
-    """All hyper-parameters a run of the method uses: defaults, then `RECOMMENDED`, then `settings` (checked)."""
+    """All hyper-parameters a run of the method uses: the factory's defaults, then `settings` (checked)."""
     defaults = {key: value for key, value in describe(name).hyperparameters.items() if value is not None}
-    chosen = {**defaults, **RECOMMENDED.get(name, {})}
-    return chosen | {key: parse(name, key, value) for key, value in settings.items()}
+    return defaults | {key: parse(name, key, value) for key, value in settings.items()}
 
 
 def build(
@@ -184,7 +171,7 @@ def build(
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, or a function of the round that gives one.
       num_clients: size of the population, for the methods that keep state for every client.
-      settings: hyper-parameters by name; the others are `RECOMMENDED` or the factory's own.
+      settings: hyper-parameters by name; the others are the factory's defaults.
       local: the options every method takes (`fedjax_core.LocalOptions`); entries that are None are left out.
       model_functions: functions of the model besides its loss, by the name of the argument (`features`, `inputs`,
         `logits`), and the widths of its layers (`layers`), for the methods that have it.
@@ -202,14 +189,14 @@ def build(
         options["num_clients"] = num_clients
     options |= {key: function for key, function in model_functions.items() if takes(name, key)}
     # What was not asked for is not passed on, so that the factory's defaults stay the factory's.
-    asked = {**RECOMMENDED.get(name, {}), **{key: parse(name, key, value) for key, value in settings.items()}}
+    asked = {key: parse(name, key, value) for key, value in settings.items()}
     for key, default in method.hyperparameters.items():
         if default is None and key not in asked and key not in options:
             raise ValueError(
                 f"{name} needs {key}, which has no default: give it with --set {own.short(name)}.{key}=..."
             )
     with own.telling("method", name):
-        built = method.factory(loss_fn, client_optimizer, **{**asked, **options})
+        built = method.factory(loss_fn, client_optimizer, **grouped(method.factory, {**asked, **options}))
     for part in ("init", "round", "params") if own.is_own(name) else ():
         if not callable(getattr(built, part, None)):
             raise ValueError(

@@ -441,7 +441,7 @@ def _run_with_plan(
             save()
             known_losses = _losses(experiment, algorithm, state)
             known = history.until(history.append(good, new), ends)
-            cause = diagnose(experiment, name, known, round, known_losses)
+            cause = diagnose(experiment, name, known, known_losses)
             raise Diverged(f"{cause}\nThe state after round {round}, the last good one, is saved in {folder}.")
         if on_clients is not None:
             params = jax.vmap(algorithm.params)(split_tables(early.split(state)[0])[0])
@@ -618,71 +618,40 @@ def _losses(experiment: Experiment, algorithm: Algorithm, state: Any) -> np.ndar
     return np.average(_on_part(experiment, params, "train")["loss"][:, held], axis=1, weights=sizes[held])
 
 
-def diagnose(experiment: Experiment, name: str, measured: History, good_round: int, good_losses: np.ndarray) -> str:
+def diagnose(experiment: Experiment, name: str, measured: History, good_losses: np.ndarray) -> str:
     """Says in which round a method left the finite numbers, and the most likely cause.
 
     Args:
       experiment: the experiment.
       name: the method.
       measured: the history, the bad chunk included.
-      good_round: rounds done in the last state that is finite.
-      good_losses: [S], mean training loss of that state's models.
+      good_losses: [S], mean training loss of the last models that are finite.
     """
-    found = history.first_bad_round(measured)
-    if found is None:
-        # The model overflowed in the very last round, after its loss was measured.
-        seed, at = 0, measured["round/loss"].shape[1] - 1
-    else:
-        seed, at = found
+    last = measured["round/loss"].shape[1] - 1
+    # Without a bad round the model overflowed in the last one, after its loss was measured.
+    seed, at = history.first_bad_round(measured) or (0, last)
     loss, norm = measured["round/loss"][seed, at], measured["round/update_norm"][seed, at]
-    norms = measured["round/update_norm"][seed, :at]
-    if not np.isfinite(loss):
-        what = f"the training loss is {loss}"
-    else:
-        what = f"the training loss is {loss:.3g} but the model's update has norm {norm}"
-    kind = (
-        "Infinity means that values outgrew the float range."
-        if np.isinf(loss) or np.isinf(norm)
-        else "NaN means an undefined operation, such as infinity minus infinity, 0/0 or the log of a negative number."
-    )
-    settings = experiment.config.client_settings(name)
-    client_lr = settings["client_lr"]
-    lower = min(client_lr / 10, 0.1)
-    usual = float(np.median(norms)) if len(norms) else 0.0
-    grown = float(norms[-1]) / usual if usual > 0 else 1.0
+    before = f", {measured['round/update_norm'][seed, at - 1]:.3g} in the round before" if at else ""
+    client_lr = experiment.config.client_settings(name)["client_lr"]
     if not np.isfinite(good_losses[seed]):
         cause = (
-            f"the model after round {good_round} is finite but its loss on the training examples is "
-            f"{good_losses[seed]}, so the loss function or the model fails on some example: look for log(0), 0/0 and "
-            "labels out of range"
+            f"the last finite model has the loss {good_losses[seed]} on the training examples, so the loss function or "
+            "the model fails on some example: look for log(0), 0/0 and labels out of range"
         )
     elif np.isfinite(loss) and not np.isfinite(norm):
-        server = {k: v for k, v in _numbers(experiment, name).items() if k.startswith("server")}
-        listing = ", ".join(f"{k}={v:g}" for k, v in server.items()) or "its hyper-parameters"
+        used = methods.settings_of(name, experiment.config.method_settings(name))
+        server = [f"{k}={v:g}" for k, v in used.items() if k.startswith("server") and isinstance(v, float)]
+        listing = ", ".join(server) or "its hyper-parameters"
         cause = f"local training stayed finite and the server's step did not, so that step is too long: lower {listing}"
-    elif at - good_round <= 1 and at <= 1:
-        cause = (
-            f"it happened at once, from a model whose loss was {good_losses[seed]:.3g}, so the clients' steps are too "
-            f"long: lower client_lr={client_lr:g}, for example to {lower:g}"
-        )
-    elif grown > 3:
-        cause = (
-            f"the update norm had grown to {norms[-1]:.3g}, {grown:.0f} times its median, so training was diverging: "
-            f"lower client_lr={client_lr:g} (for example to {lower:g}) or the server's step"
-        )
     else:
         cause = (
-            f"nothing grew before (update norm {norms[-1]:.3g}, median {usual:.3g}), so a rare batch or client "
-            f"overflowed: lower client_lr={client_lr:g}, clip the gradients, or try --x64 to see if it is the range"
+            f"the clients' steps are too long: lower client_lr={client_lr:g}, for example to "
+            f"{min(client_lr / 10, 0.1):g}, or clip the gradients"
         )
     return (
-        f"{name} stopped in round {at + 1} (seed {experiment.seeds[seed]}): {what}. {kind}\nMost likely cause: {cause}."
+        f"{name} stopped in round {at + 1} (seed {experiment.seeds[seed]}): the training loss is {loss:.3g}, the norm "
+        f"of the model's update {norm:.3g}{before}.\nMost likely cause: {cause}."
     )
-
-
-def _numbers(experiment: Experiment, name: str) -> dict[str, float]:
-    used = methods.settings_of(name, experiment.config.method_settings(name))
-    return {k: v for k, v in used.items() if isinstance(v, float)}
 
 
 def _interruption(batch: _Batch, out: Path, round: int, number: int) -> Interrupted:

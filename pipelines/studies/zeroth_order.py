@@ -201,9 +201,15 @@ def build(name: str, study: Study, task: Task) -> Algorithm:
     if factory in ("fzoos", "scaffold_zo", "scaffold"):
         settings["num_clients"] = num_clients
     if factory == "fzoos":
-        settings |= {"capacity": study.capacity, "neighbors": study.neighbors, "num_features": study.features}
-        settings |= {"feature_lengthscale": study.lengthscale, "correction_decay": study.correction_decay}
-        settings |= {"radius": study.radius, "noise": study.noise, "diagnose": task.differentiable}
+        settings["queries"] = algorithms.FZooSQueries(capacity=study.capacity, radius=study.radius)
+        settings["surrogate"] = algorithms.FZooSSurrogate(
+            neighbors=study.neighbors,
+            noise=study.noise,
+            num_features=study.features,
+            feature_neighbors=500,  # the paper's, as the defaults of `Study`
+            feature_lengthscale=study.lengthscale,
+        )
+        settings |= {"correction_decay": study.correction_decay, "diagnose": task.differentiable}
     elif name in METHODS:
         settings |= {"num_directions": study.directions, "mu": study.mu}
     plan = Plan(lanes=1) if jax.default_backend() == "cpu" else Plan(lanes=num_clients)

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import algorithms
+from algorithms.parts.options import grouped, option_tuples
 from fedjax_core import testing
 from tests.problems import (
     assert_trees_equal,
@@ -73,14 +74,17 @@ def make(name, *, lr=0.1, optimizer=None, **settings):
         settings.pop("order", None)
     else:
         settings.setdefault("num_epochs", 1)  # up to four local steps; the plain loop is slow
-    return factory(softmax_loss, optimizer or optax.sgd(lr), batch_size=4, **settings)
+    return factory(softmax_loss, optimizer or optax.sgd(lr), batch_size=4, **grouped(factory, settings))
 
 
 def hyperparameters(name):
     """Names and values of a method's float hyper-parameters, here."""
-    parameters = inspect.signature(getattr(algorithms, name)).parameters.values()
+    factory = getattr(algorithms, name)
+    values = {p.name: p.default for p in inspect.signature(factory).parameters.values()}
+    for options in option_tuples(factory).values():
+        values |= options._asdict()
     own = SETTINGS.get(name, {})
-    return {p.name: own.get(p.name, p.default) for p in parameters if isinstance(p.default, float)}
+    return {key: own.get(key, value) for key, value in values.items() if isinstance(value, float)}
 
 
 @cache

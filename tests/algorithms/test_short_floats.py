@@ -40,7 +40,12 @@ MAKERS = {
     "fedzo": lambda **s: algorithms.fedzo(loss, optax.sgd(0.1), **s),
     "scaffold_zo": lambda **s: algorithms.scaffold_zo(loss, optax.sgd(0.1), num_clients=N, mu=0.5, **s),
     "fzoos": lambda **s: algorithms.fzoos(
-        loss, optax.sgd(0.1), num_clients=N, capacity=8, neighbors=4, initial=2, active=1, survey=2, num_features=3, **s
+        loss,
+        optax.sgd(0.1),
+        num_clients=N,
+        queries=algorithms.FZooSQueries(capacity=8, initial=2, active=1, survey=2),
+        surrogate=algorithms.FZooSSurrogate(neighbors=4, num_features=3),
+        **s,
     ),
     "fot": lambda **s: algorithms.fot(
         loss, optax.sgd(0.1), inputs=lambda p, b: {"w": b["x"][:, None]}, layers={"w": 1}, **s

@@ -9,6 +9,7 @@ from scipy.linalg import solve
 from scipy.optimize import minimize_scalar
 
 import algorithms
+from algorithms.parts.options import grouped
 from algorithms.zeroth_order.estimators import host_loss
 from fedjax_core import Plan, Population, reference
 
@@ -42,7 +43,7 @@ def population(centers=CENTERS):
 
 def make(loss=loss_fn, lr=0.05, num_clients=3, **settings):
     settings = SIZES | {"batch_size": 1, "num_steps": 2, "plan": Plan(lanes=1)} | settings
-    return algorithms.fzoos(loss, optax.sgd(lr), num_clients=num_clients, **settings)
+    return algorithms.fzoos(loss, optax.sgd(lr), num_clients=num_clients, **grouped(algorithms.fzoos, settings))
 
 
 def rounds(cohorts, clients_=None, start=START, **settings):

@@ -94,15 +94,26 @@ def test_settings_reach_the_factory():
     assert float(jnp.abs(whole).max()) > 0
 
 
-def test_recommendations_are_used_unless_overruled():
-    assert methods.settings_of("fedadam", {})["server_lr"] == methods.RECOMMENDED["fedadam"]["server_lr"]
+def test_the_factories_defaults_are_used_unless_overruled():
+    assert methods.settings_of("fzoos", {})["capacity"] == algorithms.FZooSQueries().capacity
+    assert methods.settings_of("fzoos", {"capacity": "60"})["capacity"] == 60
+    assert methods.settings_of("fedadam", {})["server_lr"] == 0.03
     assert methods.settings_of("fedadam", {"server_lr": "0.5"})["server_lr"] == 0.5
-    for name, settings in methods.RECOMMENDED.items():
-        assert set(settings) <= set(methods.describe(name).hyperparameters)
+
+
+def test_options_in_tuples_are_set_by_their_own_names():
+    known = methods.describe("fzoos").hyperparameters
+    assert known["survey"] == 50
+    assert known["kernel"] == "matern"
+    assert known["safeguard"] is False
+    with pytest.raises(ValueError, match=r"did you mean 'survey'\?"):
+        methods.parse("fzoos", "surveys", 3)
+    with pytest.raises(ValueError, match="capacity=60 has no room for a survey of x and 70 points"):
+        build("fzoos", {"capacity": "60", "survey": "70"})
 
 
 def test_fzoos_fits_the_default_model():
-    """Its own defaults would remember ten times as much, 14 GB for the default run, and end in NaN."""
+    """The paper's options would remember ten times as much, 14 GB for the default run, and end in NaN."""
     config = Config.of(methods=("fzoos",))
     with jax.enable_x64(False):
         experiment = setup.prepare(config)
