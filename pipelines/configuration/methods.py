@@ -48,7 +48,7 @@ class Method(NamedTuple):
       name: its name in `algorithms`.
       title: first line of its docstring.
       paper: last paragraph of its docstring, without "Paper:".
-      card: the whole docstring.
+      card: the whole docstring, and those of its option tuples.
       hyperparameters: name to default; None for one of a user's own method that has none, and so has to be set.
       needs_num_clients: whether the factory takes the size of the population.
       factory: the factory.
@@ -83,8 +83,9 @@ def describe(name: str) -> Method:
     paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
     keyword_only = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
     defaults = [(p.name, p.default) for p in keyword_only]
-    for options in option_tuples(factory).values():  # each by its own name
+    for argument, options in option_tuples(factory).items():  # each by its own name
         defaults += options._asdict().items()
+        card += f"\n\nOptions `{argument}`: {cards.text(type(options))}"
     hyperparameters: dict[str, Value | None] = {
         name: default for name, default in defaults if isinstance(default, bool | int | float | str)
     }

@@ -106,6 +106,7 @@ def test_options_in_tuples_are_set_by_their_own_names():
     assert known["survey"] == 50
     assert known["kernel"] == "matern"
     assert known["safeguard"] is False
+    assert "survey_candidates: points that" in methods.describe("fzoos").card
     with pytest.raises(ValueError, match=r"did you mean 'survey'\?"):
         methods.parse("fzoos", "surveys", 3)
     with pytest.raises(ValueError, match="capacity=60 has no room for a survey of x and 70 points"):
