@@ -543,7 +543,7 @@ def claims():
             robust_accuracy("fedavg"),
         ),
         "fedld": lambda: Claim(
-            "its penalty makes local models lose less on everybody's examples than FedAvg's (lam = 0)",
+            "its penalty makes local models lose less on all clients' examples than FedAvg's (lam = 0)",
             "loss of local models on the test examples",
             True,
             shift_loss(0.1),

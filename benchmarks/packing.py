@@ -41,7 +41,7 @@ def population_of(sizes: np.ndarray) -> Population:
 def packed(program, plan):
     @jax.jit
     def round_fn(params, cohort, key):
-        results = for_each_client(program, params, (), cohort, key, work=WORK, plan=plan)
+        results = for_each_client(program, params, cohort, key, work=WORK, plan=plan)
         return results.aggregate, results.executed_steps
 
     return round_fn

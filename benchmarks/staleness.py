@@ -3,8 +3,8 @@
     python benchmarks/staleness.py [--seeds 12]
 
 The finding of the FedStale paper at small scale: the best beta falls when the clients' participation differs more, and
-rises when their data differ more. Handwritten digits, dealt at random to 8 clients. Data differ by swapped labels, as
-in the authors' experiments: for a share of the examples, even clients swap the labels 0 and 1, odd clients 8 and 9.
+rises when their data differ more. Handwritten digits, divided at random among 8 clients. Data differ by swapped labels,
+as in the authors' experiments: for a share of the examples, even clients swap the labels 0 and 1, odd clients 8 and 9.
 Four clients take part often and four rarely, with the same mean, a half. A regularized logistic regression is trained
 for 200 rounds of 3 steps; the measure is the global objective, all clients' examples with their labels, averaged over
 the last 100 rounds. All betas, settings and seeds run in one compile.

@@ -26,8 +26,8 @@ train, test = ({k: v[part] for k, v in examples.items()} for part in (order[300:
 # Two shards of the sorted labels per client, so that most clients see only two or three digits. Clients may have
 # different numbers of examples: the population stores them back to back, without padding.
 shards = np.array_split(np.argsort(train["y"], kind="stable"), 2 * NUM_CLIENTS)
-deal = np.random.default_rng(1).permutation(2 * NUM_CLIENTS).reshape(NUM_CLIENTS, 2)
-rows = [np.concatenate([shards[a], shards[b]]) for a, b in deal]
+order = np.random.default_rng(1).permutation(2 * NUM_CLIENTS).reshape(NUM_CLIENTS, 2)
+rows = [np.concatenate([shards[a], shards[b]]) for a, b in order]
 population = Population.from_clients([{k: v[r] for k, v in train.items()} for r in rows])
 
 

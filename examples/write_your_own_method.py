@@ -44,7 +44,7 @@ def clipped_fedavg(loss_fn, client_optimizer, *, max_norm, **local):
     program = fc.local_descent(client_optimizer, fc.value_and_grad(loss_fn), upload=upload)
 
     def update(state, cohort, key):
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         clipped = jnp.sum(results.outputs) / jnp.maximum(cohort.num_participants, 1)
         params = optax.tree.add(state.params, results.aggregate)
         return state._replace(params=params), results, ClippedMetrics(clipped)
@@ -72,7 +72,7 @@ def run(method):
     return method.params(state), metrics
 
 
-# A bound that nobody reaches must leave plain FedAvg, and any bound must bound the server's step: an average of
+# A bound that no client reaches must leave plain FedAvg, and any bound must bound the server's step: an average of
 # vectors is no longer than the longest of them.
 same, _ = run(clipped_fedavg(loss_fn, optax.sgd(0.1), max_norm=1e6, batch_size=20))
 plain, metrics = run(algorithms.fedavg(loss_fn, optax.sgd(0.1), batch_size=20))

@@ -52,7 +52,6 @@ from fedjax_core.evaluation import (
     is_weighted,
     metric_values,
 )
-from fedjax_core.execution import num_bytes
 from fedjax_core.gradients import (
     ClientOptimizer,
     Descent,
@@ -66,6 +65,7 @@ from fedjax_core.gradients import (
     scale,
     value_and_grad,
 )
+from fedjax_core.lanes import num_bytes
 from fedjax_core.lengths import Measured, first_length, measured, per_length
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
@@ -76,6 +76,7 @@ from fedjax_core.staging import HostPopulation, Interrupted, continue_staged, in
 from fedjax_core.tuning import Trial, needed_memory, out_of_memory, try_plans
 from fedjax_core.types import (
     Array,
+    ArrayLike,
     Counter,
     Examples,
     Key,
@@ -84,17 +85,19 @@ from fedjax_core.types import (
     Params,
     PyTree,
     Scalar,
+    Weights,
 )
 
 try:
     __version__ = version("fedjax-core")
-except PackageNotFoundError:  # a source tree on the path that nobody has installed
+except PackageNotFoundError:  # a source tree on the path that is not installed
     __version__ = "0+source"
 
 __all__ = [
     "Aggregator",
     "Algorithm",
     "Array",
+    "ArrayLike",
     "Batch",
     "ClientOptimizer",
     "ClientProgram",
@@ -125,6 +128,7 @@ __all__ = [
     "Trial",
     "ValidSampler",
     "Weighted",
+    "Weights",
     "__version__",
     "add_scaled",
     "batch_loss",

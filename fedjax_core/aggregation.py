@@ -6,7 +6,7 @@ finish (over lanes, devices and hosts alike), and the total is finished on the s
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 
 from fedjax_core import checks, sums
 from fedjax_core.population import Cohort
-from fedjax_core.types import Array, PyTree
+from fedjax_core.types import Array, PyTree, Weights
 
 
 class Aggregator(NamedTuple):
@@ -22,7 +22,7 @@ class Aggregator(NamedTuple):
 
     Attributes:
       lift: `lift(upload, weight) -> summand`, any pytree; linear in nothing, applied once per participant.
-      finish: `finish(total) -> result`, where total is the sum of the summands (zeros if nobody took part), in their
+      finish: `finish(total) -> result`, where total is the sum of the summands (zeros if no client took part), in their
         dtypes. However many there are, the sum is as good as its dtype: it is taken in float32 at least.
     """
 
@@ -36,18 +36,18 @@ class _Widened:
     """Uploads times their weight, in the dtypes to sum in, and the dtypes that the result is to have."""
 
     values: list[Array]
-    weight: Any
-    treedef: Any = field(metadata={"static": True})
-    dtypes: tuple[Any, ...] = field(metadata={"static": True})
+    weight: PyTree
+    treedef: jax.tree_util.PyTreeDef = field(metadata={"static": True})
+    dtypes: tuple[np.dtype, ...] = field(metadata={"static": True})
 
     @classmethod
-    def lift(cls, upload: PyTree, weight: Array, counted: Any) -> "_Widened":
+    def lift(cls, upload: PyTree, weight: Array, counted: PyTree) -> "_Widened":
         leaves, treedef = jax.tree.flatten(upload)
         dtypes = tuple(sums.mean_dtype(jnp.result_type(leaf)) for leaf in leaves)
         wide = [sums.widen(leaf) for leaf in leaves]
         return cls([weight.astype(leaf.dtype) * leaf for leaf in wide], counted, treedef, dtypes)
 
-    def narrowed(self, divisor: Any = None) -> PyTree:
+    def narrowed(self, divisor: Array | None = None) -> PyTree:
         values = self.values if divisor is None else [leaf / divisor.astype(leaf.dtype) for leaf in self.values]
         return jax.tree.unflatten(
             self.treedef, [leaf.astype(dtype) for leaf, dtype in zip(values, self.dtypes, strict=True)]
@@ -60,7 +60,7 @@ def weighted_sum() -> Aggregator:
 
 
 def weighted_mean() -> Aggregator:
-    """Sum of weight times upload, divided by the sum of the weights; zeros if nobody took part.
+    """Sum of weight times upload, divided by the sum of the weights; zeros if no client took part.
 
     In the dtypes of the upload; the mean of integers is a float.
     """
@@ -92,8 +92,8 @@ def mapped(function: Callable[[PyTree], PyTree], aggregator: Aggregator) -> Aggr
     return Aggregator(lambda upload, weight: aggregator.lift(function(upload), weight), aggregator.finish)
 
 
-def client_weights(weights: Any, cohort: Cohort) -> Array:
-    """float[C], relative weight N p_i of each slot's client in the population; 0 where nobody takes part.
+def client_weights(weights: Weights, cohort: Cohort) -> Array:
+    """float[C], relative weight N p_i of each slot's client in the population; 0 where no client takes part.
 
     The p_i sum to 1 over the population of N clients, so the weights average 1: a weighted mean over the cohort
     divides by their sum, a population-weighted sum over the cohort by N.
@@ -118,19 +118,19 @@ def client_weights(weights: Any, cohort: Cohort) -> Array:
     cohort.check_per_client("weights", weights)
     if checks.is_concrete(weights):
         on_host = np.asarray(weights, np.float64)
-        weights = on_host / on_host.max()  # before they become float32, in which they may be nothing or infinite
+        weights = on_host / on_host.max()  # before they become float32, in which they may be 0 or infinite
     values = jnp.asarray(weights, dtype)
-    # In proportion to the largest, so that the sum can neither overflow nor vanish. Divided by in two steps: the
-    # inverse of a number near the largest that there is, with which compilers multiply instead, is taken for 0.
+    # In proportion to the largest, so that the sum can neither overflow nor vanish. Divided in two steps:
+    # compilers multiply by the reciprocal instead, which is flushed to 0 for numbers near the largest float.
     values = values * jnp.where(jnp.max(values) > 2.0**64, 2.0**-64, 1).astype(dtype)
     largest = jnp.max(values)
     values = values / jnp.where(largest > 0, largest, 1)
-    values = jnp.where(values < 0, jnp.nan, values)  # of tracers, which nobody else looks at
+    values = jnp.where(values < 0, jnp.nan, values)  # of tracers, which no check sees
     mean = sums.total(values) / values.shape[0]
     return jnp.where(mask, values[jnp.maximum(cohort.ids, 0)] / jnp.where(mean > 0, mean, 1), 0)
 
 
-def check_weights(weights: Any) -> None:
+def check_weights(weights: Weights) -> None:
     """Raises ValueError for weights of clients that are neither a known word nor float[num_clients] of at least 0."""
     if isinstance(weights, str):
         checks.one_of("weights", weights, ("uniform", "examples"))

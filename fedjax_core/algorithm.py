@@ -1,7 +1,7 @@
 """A federated method as pure functions, and the checks that every one of them gets."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from fedjax_core import checks, keys
 from fedjax_core.clients import check_tables, join_tables, round_metrics, split_tables
 from fedjax_core.population import Cohort
-from fedjax_core.types import Array, Counter, Key, Metrics, Params, PyTree
+from fedjax_core.types import Array, ArrayLike, Counter, Key, Metrics, Params, PyTree
 
 MOST_ROUNDS = 2**31 - 1
 """What the counter of a state can hold."""
@@ -59,7 +59,7 @@ class Algorithm(_Functions):
         return super().__new__(cls, checked_init(init), checked_round(round), params, _checked_ids(client_params))
 
     @classmethod
-    def _make(cls, functions: Any) -> "Algorithm":  # type: ignore[override]
+    def _make(cls, functions: Iterable[Callable[..., Any]]) -> "Algorithm":  # type: ignore[override]
         """Also behind `_replace`: a function that is put in another's place gets the checks too."""
         return cls(*functions)
 
@@ -100,10 +100,10 @@ def federated(
       skip_empty: whether a round without participants leaves the state as it is.
     """
 
-    def begin(params: Params) -> Any:
+    def begin(params: Params):
         return init(params)._replace(round=jnp.int32(0))
 
-    def round(state: Any, cohort: Cohort, key: Key) -> tuple[Any, Metrics]:
+    def round(state: PyTree, cohort: Cohort, key: Key) -> tuple[PyTree, Metrics]:
         new, results, *extra = update(state, cohort, key)
         if skip_empty:
             new = _unless_empty(cohort, new, state)
@@ -113,7 +113,7 @@ def federated(
     return global_algorithm(begin, round, params)
 
 
-def _unless_empty(cohort: Cohort, new: Any, old: Any) -> Any:
+def _unless_empty(cohort: Cohort, new: PyTree, old: PyTree) -> PyTree:
     """`new` if a client takes part, else `old`; per-client tables are always `new`: only participants write there."""
     not_empty = cohort.num_participants > 0
     new, rows = split_tables(new)
@@ -132,7 +132,7 @@ def checked_init(init: Callable[..., Any]) -> Callable[..., Any]:
         return init
 
     @functools.wraps(init)
-    def checked(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def checked(params: Params, *args: Any, **kwargs: Any):
         params = checks.params(params)
         return separate(init(params, *args, **kwargs), params)
 
@@ -144,7 +144,7 @@ def separate(tree: PyTree, *others: PyTree) -> PyTree:
     """The pytree with a copy in the place of every array that occurs in it before, or in the others."""
     seen = {id(leaf) for leaf in jax.tree.leaves(others)}
 
-    def own(leaf: Any) -> Any:
+    def own(leaf):
         if id(leaf) in seen and isinstance(leaf, jax.Array):
             return jnp.copy(leaf)
         seen.add(id(leaf))
@@ -164,7 +164,7 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
         return round
 
     @functools.wraps(round)
-    def checked(state: Any, cohort: Cohort, key: Key, *args: Any, **kwargs: Any) -> Any:
+    def checked(state: PyTree, cohort: Cohort, key: Key, *args: Any, **kwargs: Any):
         check_state(state, "pass algorithm.init(params)")
         if not isinstance(cohort, Cohort):
             got = checks.misplaced(cohort) or type(cohort).__name__
@@ -180,7 +180,7 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def check_state(state: Any, begin: str) -> None:
+def check_state(state: PyTree, begin: str) -> None:
     """Raises TypeError unless `state` has the counter of rounds; `begin` says how to come by a state."""
     if not hasattr(state, "round"):
         raise TypeError(
@@ -188,7 +188,7 @@ def check_state(state: Any, begin: str) -> None:
         )
 
 
-def check_rounds(done: Any, more: int) -> None:
+def check_rounds(done: ArrayLike, more: int) -> None:
     """Raises OverflowError-like ValueError if a state's counter of rounds, where it can be seen, cannot go on."""
     if not checks.is_concrete(done) or (isinstance(done, jax.Array) and not done.is_fully_addressable):
         return
@@ -202,7 +202,7 @@ def check_rounds(done: Any, more: int) -> None:
         )
 
 
-def check_algorithm(algorithm: Any) -> None:
+def check_algorithm(algorithm: object) -> None:
     """Raises TypeError unless `algorithm` has the functions of an `Algorithm`."""
     missing = [name for name in _Functions._fields[:3] if not callable(getattr(algorithm, name, None))]
     if not missing:
@@ -230,7 +230,7 @@ def _checked_ids(client_params: Callable[..., Any]) -> Callable[..., Any]:
         return client_params
 
     @functools.wraps(client_params)
-    def checked(state: Any, ids: Any) -> Any:
+    def checked(state: PyTree, ids: ArrayLike):
         ids = checks.client_numbers(ids)
         if checks.is_concrete(ids) and np.size(ids):
             sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(split_tables(state)[1]) if jnp.ndim(leaf)]

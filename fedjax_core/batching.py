@@ -1,14 +1,15 @@
 """How much a client trains and which examples each of its steps sees."""
 
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys, shuffle
+from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
-from fedjax_core.types import Array, Examples, Key
+from fedjax_core.types import Array, Examples, Key, Weights
 
 Order = Literal["shuffled", "replacement", "sequential"]
 
@@ -65,9 +66,8 @@ class LocalWork(NamedTuple):
           ValueError: if epochs or steps are an array of other clients, or, where sizes and epochs can be seen, there
             are more steps than int32 can count.
         """
-        value: Any
         for name, value in (("num_epochs", self.num_epochs), ("num_steps", self.num_steps)):
-            if np.ndim(value) == 1:
+            if value is not None and np.ndim(value) == 1:
                 cohort.check_per_client(name, value)
         total = checks.leading_axis(cohort.examples)
         if self.batch_size > max(total, 2**24):
@@ -105,8 +105,8 @@ class LocalOptions(TypedDict, total=False):
     num_epochs: int | Array
     num_steps: int | Array | None
     order: Order
-    weights: Any
-    plan: Any
+    weights: Weights
+    plan: Plan | None
 
 
 def local_work(
@@ -137,7 +137,7 @@ def local_work(
     return LocalWork(batch_size, num_epochs, num_steps, order)
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: object) -> None:
     if value is None or not checks.is_concrete(value):
         return
     array = np.asarray(value)
@@ -153,7 +153,7 @@ def _check_count(name: str, value: Any) -> None:
         )
 
 
-def _per_client(value: Any, ids: Array) -> Array:
+def _per_client(value: object, ids: Array) -> Array:
     value = jnp.asarray(value, jnp.int32)
     return value[jnp.maximum(ids, 0)] if value.ndim == 1 else value
 

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in. Each error names the argument, the value and the fix.
+"""Checks of a user's arguments. Each error names the argument, the value and the fix.
 
 A check that needs a value is made only where the value is concrete: under `jit` or `vmap` a hyper-parameter or
 an id may be a tracer, and then only its shape and type can be checked.
@@ -13,17 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+from fedjax_core.types import ArrayLike, Examples, Params, PyTree
 
 LARGEST_INT = 2**31 - 1
 """Counts, sizes and client numbers are int32 on the device."""
 
 
-def is_concrete(value: Any) -> bool:
+def is_concrete(value: object) -> bool:
     """Whether the value can be looked at now (it is not a tracer)."""
     return not isinstance(value, jax.core.Tracer)
 
 
-def positive_int(name: str, value: Any, fix: str) -> int:
+def positive_int(name: str, value: object, fix: str) -> int:
     """Returns `value` as an int from 1 to 2^31 - 1, or raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.200}: {fix}")
@@ -34,7 +37,7 @@ def positive_int(name: str, value: Any, fix: str) -> int:
 
 def scalar(
     name: str,
-    value: Any,
+    value: object,
     *,
     low: float = -math.inf,
     high: float = math.inf,
@@ -65,14 +68,14 @@ def scalar(
     return value
 
 
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     """Returns `value` if it is one of the choices, or raises ValueError."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}: pick one of them")
     return value
 
 
-def leading_axis(examples: Any, name: str = "examples") -> int:
+def leading_axis(examples: Examples, name: str = "examples") -> int:
     """The common length of the leading axes of a pytree's leaves, or ValueError if they differ."""
     leaves = jax.tree_util.tree_flatten_with_path(examples)[0]
     if not leaves:
@@ -92,7 +95,7 @@ def leading_axis(examples: Any, name: str = "examples") -> int:
     return next(iter(sizes.values()))
 
 
-def numbers(examples: Any, name: str = "examples") -> None:
+def numbers(examples: Examples, name: str = "examples") -> None:
     """Raises TypeError for a leaf that JAX cannot hold as numbers (objects, strings, dates), naming it."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(examples)[0]:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
@@ -103,7 +106,7 @@ def numbers(examples: Any, name: str = "examples") -> None:
             )
 
 
-def is_number(dtype: Any) -> bool:
+def is_number(dtype: DTypeLike) -> bool:
     """Whether JAX computes with a dtype: booleans, integers, floats (bfloat16 and the like too) and complex numbers."""
     if dtype in (np.dtype(bool), *_EXTENDED):
         return True
@@ -117,7 +120,7 @@ _EXTENDED = tuple(
 )
 
 
-def finite(examples: Any, name: str = "examples", fix: str = "clean or drop those examples") -> None:
+def finite(examples: Examples, name: str = "examples", fix: str = "clean or drop those examples") -> None:
     """Raises ValueError if a float or complex leaf holds NaN or infinity, saying where the first one is."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(examples)[0]:
         if not is_concrete(leaf):
@@ -136,7 +139,7 @@ def finite(examples: Any, name: str = "examples", fix: str = "clean or drop thos
             )
 
 
-def narrowed(dtype: Any) -> np.dtype | None:
+def narrowed(dtype: DTypeLike) -> np.dtype | None:
     """The dtype that a 64-bit one becomes on the device, or None if it stays what it is (as with x64 enabled)."""
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return None
@@ -144,7 +147,7 @@ def narrowed(dtype: Any) -> np.dtype | None:
     return None if there == dtype else np.dtype(there)
 
 
-def fits(tree: Any, name: str = "examples") -> None:
+def fits(tree: PyTree, name: str = "examples") -> None:
     """Raises ValueError if a number changes on its way to the device, where 64-bit leaves become 32-bit ones.
 
     One pass over the leaves of 64 bits. Integers must fit; floats must not become infinite (fewer digits are fine).
@@ -179,7 +182,7 @@ def fits(tree: Any, name: str = "examples") -> None:
             )
 
 
-def client_numbers(ids: Any, name: str = "ids") -> Any:
+def client_numbers(ids: ArrayLike, name: str = "ids") -> np.ndarray | jax.Array:
     """`ids` as an array int[C], a numpy or a JAX one, or ValueError.
 
     Raises:
@@ -207,13 +210,11 @@ def client_numbers(ids: Any, name: str = "ids") -> Any:
             f"empty slot{mask}"
         )
     if shape[0] == 0:
-        raise ValueError(
-            f"{name} is empty: a cohort has at least one slot, pass [-1] for a round in which nobody takes part"
-        )
+        raise ValueError(f"{name} is empty: a cohort has at least one slot, pass [-1] for a round without participants")
     return ids
 
 
-def params(params: Any, name: str = "params") -> Any:
+def params(params: Params, name: str = "params") -> Params:
     """The parameters of a model as JAX arrays, or an error that names the leaf that is none.
 
     Parameters are a pytree of floating-point arrays (Python floats count): every one of them is trained and averaged.
@@ -266,7 +267,7 @@ def params(params: Any, name: str = "params") -> Any:
     return arrays
 
 
-def all_finite(tree: Any) -> bool:
+def all_finite(tree: PyTree) -> bool:
     """Whether no float that can be looked at is NaN or infinite: one number a leaf comes from the device."""
     with jax.ensure_compile_time_eval():  # also where a function that is compiled has closed over the arrays
         looked = [
@@ -277,7 +278,7 @@ def all_finite(tree: Any) -> bool:
         return all(map(bool, jax.device_get(looked)))
 
 
-def _instead_of(dtype: Any) -> str:
+def _instead_of(dtype: DTypeLike) -> str:
     if jnp.issubdtype(dtype, np.complexfloating):
         return ", and gradient descent is for real numbers: keep real and imaginary part as two parameters"
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -288,7 +289,7 @@ def _instead_of(dtype: Any) -> str:
     )
 
 
-def _described(leaf: Any) -> str:
+def _described(leaf: object) -> str:
     if isinstance(leaf, str | bytes):
         return f"the text {leaf!r:.40}"
     kind = getattr(leaf, "__qualname__", None) if callable(leaf) else None
@@ -310,10 +311,10 @@ _STATE_FIX = (
 )
 
 
-def _no_model_state(name: str, params: Any) -> None:
+def _no_model_state(name: str, params: Params) -> None:
     """Raises TypeError if the variables of a model hold more than its parameters."""
 
-    def state_type(node: Any) -> str | None:
+    def state_type(node: PyTree) -> str | None:
         kinds = ((kind.__module__.split(".")[0], kind.__name__) for kind in type(node).__mro__)
         return next((_STATE_TYPES[kind] for kind in kinds if kind in _STATE_TYPES), None)
 
@@ -334,13 +335,15 @@ def _no_model_state(name: str, params: Any) -> None:
             raise TypeError(f"{name}{jax.tree_util.keystr(path)} is {kind}, {_STATE_FIX}")
 
 
-def function(name: str, value: Any, example: str) -> None:
+def function(name: str, value: object, example: str) -> None:
     """Raises TypeError unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {_described(value)}: pass {example}")
 
 
-def takes(name: str, value: Any, arguments: tuple[str, ...], *, example: str, mask: bool = False) -> None:
+def takes(
+    name: str, value: Callable[..., Any], arguments: tuple[str, ...], *, example: str, mask: bool = False
+) -> None:
     """Raises TypeError unless `value` is a function that can be called with these arguments, by position.
 
     Args:
@@ -354,7 +357,7 @@ def takes(name: str, value: Any, arguments: tuple[str, ...], *, example: str, ma
     try:
         # As Python would call it: what a decorator has wrapped may take other arguments.
         signature = inspect.signature(value, follow_wrapped=False)
-    except (TypeError, ValueError):  # it does not tell
+    except (TypeError, ValueError):  # it has no signature
         return
     try:
         signature.bind(*arguments, **({"mask": None} if mask else {}))
@@ -364,7 +367,7 @@ def takes(name: str, value: Any, arguments: tuple[str, ...], *, example: str, ma
         ) from None
 
 
-def misplaced(value: Any) -> str | None:
+def misplaced(value: object) -> str | None:
     """What a value is that stands in the place of another argument: one of the library's own objects, or a key."""
     if type(value).__module__.split(".")[0] in ("fedjax_core", "algorithms") and not inspect.isfunction(value):
         is_state = hasattr(value, "round") and hasattr(value, "_fields") and not callable(value.round)
@@ -383,14 +386,14 @@ def options(names: Iterable[str], known: Collection[str]) -> None:
             raise TypeError(f"there is no option {name}: {hint} Local training takes {', '.join(known)}")
 
 
-def optimizer(name: str, value: Any) -> Any:
+def optimizer(name: str, value: object) -> Any:
     """Returns `value` if it is an optax optimizer, or raises TypeError."""
     if not is_optimizer(value):
         raise TypeError(f"{name} must be an optax optimizer, got {_described(value)}: pass for example optax.sgd(0.1)")
     return value
 
 
-def is_optimizer(value: Any) -> bool:
+def is_optimizer(value: object) -> bool:
     """Whether a value has the functions of an optax optimizer (a class that makes one has not)."""
     made = not inspect.isclass(value)
     return made and callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
@@ -409,7 +412,7 @@ def not_called(optimizer: Callable[..., Any]) -> bool:
     )
 
 
-def labels(values: Any, num_classes: int, name: str = "labels") -> None:
+def labels(values: ArrayLike, num_classes: int, name: str = "labels") -> None:
     """Raises ValueError unless `values` are integers in [0, num_classes)."""
     array = np.asarray(values)
     if not np.issubdtype(array.dtype, np.integer):
@@ -425,7 +428,7 @@ def labels(values: Any, num_classes: int, name: str = "labels") -> None:
         )
 
 
-def same_structure(name: str, value: Any, expected: Any, expected_name: str) -> None:
+def same_structure(name: str, value: PyTree, expected: PyTree, expected_name: str) -> None:
     """Raises ValueError unless two pytrees have the same structure, shapes and dtypes, naming the first difference."""
     value_leaves = dict(jax.tree_util.tree_flatten_with_path(value)[0])
     expected_leaves = dict(jax.tree_util.tree_flatten_with_path(expected)[0])

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_core import checks, execution, keys, sums
+from fedjax_core import checks, execution, keys, lanes, sums
 from fedjax_core.aggregation import Aggregator, Stacked, check_weights, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
-from fedjax_core.types import Array, Key, Metrics, Params, PyTree
+from fedjax_core.types import Array, Key, Metrics, Params, PyTree, Weights
 
 
 class ClientProgram(NamedTuple):
@@ -66,12 +66,12 @@ class ClientResults(NamedTuple):
 def for_each_client(
     program: ClientProgram,
     shared: PyTree,
-    client_inputs: PyTree,
     cohort: Cohort,
     key: Key,
+    client_inputs: PyTree = (),
     *,
     work: LocalWork,
-    weights: Any = "uniform",
+    weights: Weights = "uniform",
     aggregator: Aggregator | Stacked | None = None,
     plan: Plan | None = None,
 ) -> ClientResults:
@@ -84,9 +84,9 @@ def for_each_client(
     Args:
       program: what each client does.
       shared: what is sent to every participant, any pytree; its scalars are counted as downloaded.
-      client_inputs: per-client input, leaves [C, ...] (for example gathered client state), or () for none.
       cohort: the clients.
       key: the round's key.
+      client_inputs: per-client input, leaves [C, ...], for example gathered client state; none by default.
       work: local steps and batches.
       weights: "uniform", "examples" or float[num_clients].
       aggregator: what to do with the uploads; the weighted mean unless given.
@@ -102,7 +102,7 @@ def for_each_client(
     replacement = _REPLACEMENT.get()
     if replacement is not None:
         return replacement(
-            program, shared, client_inputs, cohort, key, work=work, weights=weights, aggregator=aggregator, plan=plan
+            program, shared, cohort, key, client_inputs, work=work, weights=weights, aggregator=aggregator, plan=plan
         )
     key = keys.one(key)
     work.check(cohort)
@@ -120,7 +120,7 @@ def for_each_client(
                 f"client_inputs has a leaf of shape {jnp.shape(leaf)}, but the cohort has "
                 f"{cohort.ids.shape[0]} slots: gather the rows of cohort.ids first"
             )
-    slots = execution.Slots(
+    slots = lanes.Slots(
         jnp.zeros_like(cohort.ids), cohort.starts, cohort.sizes, steps, weight, client_keys, client_inputs
     )
 
@@ -139,7 +139,7 @@ def for_each_client(
         with as_client(client, asked, cohort.population_size):
             return execution.strip_weak_type(program.init(shared, client_input, key))
 
-    def step(client: Array, shared: PyTree, carry: PyTree, batch: Batch) -> Any:
+    def step(client: Array, shared: PyTree, carry: PyTree, batch: Batch):
         with as_client(client, asked, cohort.population_size):
             return program.step(shared, carry, batch)
 
@@ -162,9 +162,7 @@ def for_each_client(
     init_fn, step_fn, final_fn = _with_client(init_fn, step_fn, final_fn, carried=bool(asked))
 
     leaves, treedef = jax.tree.flatten((shared, init_fn.consts, step_fn.consts, final_fn.consts))
-    run = execution.Run(
-        work, plan, init_fn.call, step_fn.call, final_fn.call, treedef, carry, summand, output, stepped[1]
-    )
+    run = lanes.Run(work, plan, init_fn.call, step_fn.call, final_fn.call, treedef, carry, summand, output, stepped[1])
     total, outputs, loss, executed = execution.run_slots(run, (False,) * len(leaves), 1, slots, leaves, cohort.examples)
     if isinstance(aggregator, Stacked):
         uploads, outputs = outputs
@@ -232,7 +230,9 @@ def current_population_size() -> int | None:
     return None if current is None else current[2]
 
 
-def _with_client(init: Any, step: Any, final: Any, *, carried: bool) -> tuple[Any, Any, Any]:
+def _with_client(
+    init: execution.ClosedFunction, step: execution.ClosedFunction, final: execution.ClosedFunction, *, carried: bool
+) -> tuple[execution.ClosedFunction, execution.ClosedFunction, execution.ClosedFunction]:
     """A program's traced functions without their first argument, the client's id: it is carried along, or 0."""
 
     def split(value: PyTree) -> tuple[Array, PyTree]:
@@ -241,16 +241,16 @@ def _with_client(init: Any, step: Any, final: Any, *, carried: bool) -> tuple[An
     def join(client: Array, value: PyTree) -> PyTree:
         return (client, value) if carried else value
 
-    def call_init(consts: Any, shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
+    def call_init(consts: list[Array], shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
         client, own = split(client_input)
         return join(client, init.call(consts, client, shared, own, key))
 
-    def call_step(consts: Any, shared: PyTree, carry: PyTree, batch: Batch) -> Any:
+    def call_step(consts: list[Array], shared: PyTree, carry: PyTree, batch: Batch):
         client, own = split(carry)
         own, loss = step.call(consts, client, shared, own, batch)
         return join(client, own), loss
 
-    def call_final(consts: Any, shared: PyTree, carry: PyTree, weight: Array) -> Any:
+    def call_final(consts: list[Array], shared: PyTree, carry: PyTree, weight: Array):
         client, own = split(carry)
         return final.call(consts, client, shared, own, weight)
 
@@ -267,7 +267,7 @@ class LocalTraining(NamedTuple):
     """
 
     work: LocalWork
-    weights: Any
+    weights: Weights
     plan: Plan | None
 
     def full_pass(self) -> "LocalTraining":
@@ -282,9 +282,9 @@ class LocalTraining(NamedTuple):
         self,
         program: ClientProgram,
         shared: PyTree,
-        client_inputs: PyTree,
         cohort: Cohort,
         key: Key,
+        client_inputs: PyTree = (),
         *,
         aggregator: Aggregator | Stacked | None = None,
     ) -> ClientResults:
@@ -292,9 +292,9 @@ class LocalTraining(NamedTuple):
         return for_each_client(
             program,
             shared,
-            client_inputs,
             cohort,
             key,
+            client_inputs=client_inputs,
             work=self.work,
             weights=self.weights,
             aggregator=aggregator,
@@ -307,7 +307,7 @@ def kept_by_client(program: ClientProgram) -> ClientProgram:
     return program._replace(final=lambda shared, carry: ((), program.final(shared, carry)[0]))
 
 
-def local_training(*, weights: Any = "uniform", plan: Plan | None = None, **work: Any) -> LocalTraining:
+def local_training(*, weights: Weights = "uniform", plan: Plan | None = None, **work: Any) -> LocalTraining:
     """Checks the options of `LocalOptions`, which every method takes, and keeps them together."""
     checks.options(work, [*LocalWork._fields, "weights", "plan"])
     check_weights(weights)
@@ -339,7 +339,7 @@ class ClientTable(NamedTuple):
 def client_table(num_clients: int, row: PyTree) -> ClientTable:
     """The same first row for every client; num_clients is at least 1 (0 where a method keeps no rows)."""
 
-    def repeat(leaf: Any) -> Array:
+    def repeat(leaf: Array) -> Array:
         return jnp.broadcast_to(jnp.asarray(leaf, jnp.result_type(leaf)), (num_clients, *jnp.shape(leaf)))
 
     return ClientTable(jax.tree.map(repeat, row))
@@ -358,7 +358,7 @@ def join_tables(state: PyTree, rows: list[PyTree]) -> PyTree:
 
 
 def _map_tables(function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
-    def replace(node: Any) -> Any:
+    def replace(node: PyTree):
         return ClientTable(function(node.rows)) if isinstance(node, ClientTable) else node
 
     return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, ClientTable))
@@ -406,9 +406,9 @@ def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
     return ClientTable(jax.tree.map(write, table.rows, rows))
 
 
-def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: Any = ()) -> Metrics:
+def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: PyTree = ()) -> Metrics:
     """The metrics every method reports, from a pass over the clients and the global model before and after."""
-    # Participants who all weigh nothing count alike; the loss of a round with nobody is not known.
+    # Participants who all weigh nothing count alike; a round without participants has no loss.
     weights = jnp.where(jnp.any(results.weights > 0), results.weights, cohort.mask.astype(results.weights.dtype))
     weight = sums.total(weights)
     loss = sums.weighted(weights, results.loss)
@@ -429,7 +429,7 @@ def mean_over_participants(values: Array, cohort: Cohort) -> Array:
     return (total / jnp.maximum(cohort.num_participants, 1)).astype(jnp.result_type(float))
 
 
-def _check_step(carry: PyTree, stepped: Any) -> None:
+def _check_step(carry: PyTree, stepped: object) -> None:
     if not isinstance(stepped, tuple) or len(stepped) != 2:
         raise TypeError("step must return (carry, loss): return the training loss of the batch beside the carry")
     new, loss = stepped
@@ -437,8 +437,8 @@ def _check_step(carry: PyTree, stepped: Any) -> None:
         raise ValueError(
             f"the loss of a step must be a scalar, got shape {jnp.shape(loss)}: take the mean over the batch"
         )
-    before: Any = jax.tree.structure(carry)
-    after: Any = jax.tree.structure(new)
+    before: object = jax.tree.structure(carry)
+    after: object = jax.tree.structure(new)
     if before != after:
         raise TypeError(
             f"step changed the structure of the carry from {before} to {after}: return a carry built like the one "

@@ -1,4 +1,4 @@
-"""Devices of a processor wait for each other as long as it takes.
+"""Timeouts of collective operations between the devices of a processor, raised so that no slow step ends a run.
 
 The devices of a mesh meet in collectives at the end of a round, and one that has little to do waits there for the one
 that has most. XLA's backend for the processor takes a wait of a minute for a deadlock and ends the process (of half an
@@ -35,7 +35,7 @@ def raise_timeouts() -> bool:
       False if it is too late, because JAX has been used; the backend is as it is then.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
-    # Who has chosen one of two that count together has chosen both.
+    # The flags count in pairs: where one of a pair is set, the other is left alone.
     missing = [name for names in (WITHIN, BETWEEN) if not any(name in flags for name in names) for name in names]
     platforms = getattr(jax.config, "jax_platforms")  # noqa: B009 (not in its type stub)
     if not missing or (flags and not flags.startswith("-")) or (platforms and "cpu" not in platforms.split(",")):

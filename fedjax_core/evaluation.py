@@ -1,17 +1,18 @@
 """Evaluation of one model on all examples, and one row per client."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 
 from fedjax_core import checks, masks, sums
-from fedjax_core.batching import local_work
+from fedjax_core.batching import Batch, local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client
 from fedjax_core.population import Population, check_population
-from fedjax_core.types import Array, Examples, Params, PyTree
+from fedjax_core.types import Array, Examples, Key, Params, PyTree
 
 MetricFn = Callable[..., PyTree]
 """`metric_fn(params, batch) -> pytree of float[B]`, one value per example, or a `Weighted` of them.
@@ -173,10 +174,10 @@ def evaluate_personal(
                 "evaluate_clients for one model"
             )
 
-    def row(leaf: Any) -> Any:
+    def row(leaf):
         return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
 
-    def one_model(leaf: Any) -> Any:
+    def one_model(leaf):
         return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf))
 
     # What a metric returns for one example: the shapes, and dtypes, of the totals.
@@ -188,21 +189,21 @@ def evaluate_personal(
 
     if checks.leading_axis(population.examples) == 0:
 
-        def nothing(leaf: Any) -> Array:
+        def nothing(leaf) -> Array:
             part = jax.eval_shape(_summand, leaf)
             total, weight = (jnp.zeros((cohort.ids.shape[0], *each.shape[1:]), each.dtype) for each in part)
             return _ratio(total, weight, leaf)
 
         return jax.tree.map(nothing, shapes, is_leaf=is_weighted)
 
-    def init(shared: Any, params: Params, key: Any) -> Any:
-        def start(leaf: Any) -> Any:
+    def init(shared: PyTree, params: Params, key: Key):
+        def start(leaf):
             part = jax.eval_shape(_summand, leaf)
             return _Totals(*(sums.start(each.shape[1:], each.dtype) for each in part))
 
         return params, jax.tree.map(start, shapes, is_leaf=is_weighted)
 
-    def step(shared: Any, carry: Any, batch: Any) -> Any:
+    def step(shared: PyTree, carry: PyTree, batch: Batch):
         params, totals = carry
         values = metric_values(metric_fn, params, batch.examples, batch.mask)
 
@@ -212,7 +213,7 @@ def evaluate_personal(
 
         return (params, jax.tree.map(more, totals, values, is_leaf=is_weighted)), jnp.float32(0)
 
-    def final(shared: Any, carry: Any) -> Any:
+    def final(shared: PyTree, carry: PyTree):
         _, totals = carry
         means = jax.tree.map(
             lambda total, leaf: _ratio(sums.value(total.value), sums.value(total.weight), leaf),
@@ -224,7 +225,13 @@ def evaluate_personal(
 
     work = local_work(batch_size=batch_size, order="sequential")
     results = for_each_client(
-        ClientProgram(init, step, final), (), client_params, cohort, jax.random.key(0), work=work, plan=plan
+        ClientProgram(init, step, final),
+        (),
+        cohort,
+        jax.random.key(0),
+        client_inputs=client_params,
+        work=work,
+        plan=plan,
     )
 
     def of_participants(leaf: Array) -> Array:
@@ -240,12 +247,12 @@ class _Totals(NamedTuple):
     weight: sums.Running
 
 
-def is_weighted(node: Any) -> bool:
+def is_weighted(node: PyTree) -> bool:
     """Whether a node of what a metric returned is a `Weighted`."""
     return getattr(type(node), "_fields", None) == Weighted._fields
 
 
-def _check_arguments(metric_fn: Any, params: Any, name: str = "params") -> None:
+def _check_arguments(metric_fn: object, params: Params, name: str = "params") -> None:
     """Raises TypeError for a metric that is no function, and for another of the library's objects as a model."""
     checks.function("metric_fn", metric_fn, "a function (params, batch) -> float[B]")
     other = checks.misplaced(params)
@@ -276,7 +283,7 @@ def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask:
             "metric_fn returned nothing to average: return a value per example, for example {'accuracy': float[B]}"
         )
 
-    def check(path: Any, leaf: Any, weight: bool = False) -> Array:
+    def check(path: KeyPath, leaf: PyTree, weight: bool = False) -> Array:
         name = f"metric{jax.tree_util.keystr(path)}{' (its weight)' if weight else ''}"
         is_array = isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         is_number = is_array and (
@@ -292,7 +299,7 @@ def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask:
             )
         return jnp.asarray(leaf)
 
-    def checked(path: Any, leaf: Any) -> Any:
+    def checked(path: KeyPath, leaf: PyTree):
         if is_weighted(leaf):
             return Weighted(check(path, leaf.value), check(path, leaf.weight, True))
         return check(path, leaf)
@@ -314,7 +321,7 @@ def _check_weights(values: PyTree) -> None:
             )
 
 
-def _summand(leaf: Any, mask: Array | None = None) -> Weighted:
+def _summand(leaf: PyTree, mask: Array | None = None) -> Weighted:
     """(weight times value, weight) of every example, in the dtypes to sum in; zeros where the mask is False."""
     pair = leaf if is_weighted(leaf) else Weighted(leaf, jnp.ones(leaf.shape[0], sums.accumulator(leaf.dtype)))
     value, weight = sums.widen(pair.value), sums.widen(pair.weight)
@@ -326,7 +333,7 @@ def _summand(leaf: Any, mask: Array | None = None) -> Weighted:
     return Weighted(jnp.where(across != 0, across * value, 0), weight)
 
 
-def _ratio(total: Array, weight: Array, leaf: Any) -> Array:
+def _ratio(total: Array, weight: Array, leaf: PyTree) -> Array:
     """Total over weight, NaN where the weight is 0, in the dtype of the mean of `leaf`."""
     weight = weight.reshape(*weight.shape, *[1] * (total.ndim - weight.ndim)).astype(total.dtype)
     mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)

@@ -15,7 +15,7 @@ from fedjax_core import checks, masks, sums
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client, current_population_size
 from fedjax_core.lengths import stand_in
-from fedjax_core.types import Array, Counter, Key, LossFn, Params, Scalar
+from fedjax_core.types import Array, Counter, Key, LossFn, Params, PyTree, Scalar
 
 ClientOptimizer: TypeAlias = (
     optax.GradientTransformation
@@ -46,7 +46,7 @@ def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
     return (total / jnp.maximum(jnp.sum(batch.mask), 1).astype(total.dtype)).astype(values.dtype)
 
 
-def _instead_of_losses(values: Any, size: int) -> str:
+def _instead_of_losses(values: object, size: int) -> str:
     """What a loss function has returned, and the fix."""
     if not isinstance(values, jax.Array):
         fix = "return the array of the losses alone, without other outputs beside it"
@@ -113,7 +113,7 @@ def optimizer_at(optimizer: ClientOptimizer, round: Counter) -> optax.GradientTr
     return chosen
 
 
-def _made(optimizer: Any, *args: Any) -> Any:
+def _made(optimizer: Callable[..., optax.GradientTransformation], *args: Counter) -> optax.GradientTransformation:
     """`optimizer(*args)`, which may compute with its arguments but not look at them."""
     try:
         return optimizer(*args)
@@ -132,7 +132,7 @@ _LOOKS = (
 _reached: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
 
 
-def _check_reach(by_client: Any, num_clients: int) -> None:
+def _check_reach(by_client: Callable[..., optax.GradientTransformation], num_clients: int) -> None:
     """Raises ValueError if the optimizer of the last client reads beyond the end of an array.
 
     JAX would give the last entry instead. What cannot be tried out passes.
@@ -144,7 +144,7 @@ def _check_reach(by_client: Any, num_clients: int) -> None:
     except TypeError:  # no hash or no weak reference
         pass
 
-    def step(client: Array) -> Any:
+    def step(client: Array):
         optimizer, zero = by_client(jnp.int32(0), client), jnp.zeros(())
         return optimizer.update(jnp.ones(()), optimizer.init(zero), zero)[0]
 
@@ -164,13 +164,13 @@ def _check_reach(by_client: Any, num_clients: int) -> None:
         )
 
 
-def _takes_client(optimizer: Any) -> bool:
+def _takes_client(optimizer: Callable[..., optax.GradientTransformation]) -> bool:
     """Whether it is a function that needs two arguments, the round and the client's id."""
     if not callable(optimizer):
         return False
     try:
         parameters = inspect.signature(optimizer).parameters.values()
-    except (TypeError, ValueError):  # it does not tell
+    except (TypeError, ValueError):  # it has no signature
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
@@ -189,13 +189,13 @@ class Descent(NamedTuple):
     """
 
     params: Params
-    opt_state: Any
-    own: Any
-    mean: Any = ()
-    steps: Any = ()
+    opt_state: PyTree
+    own: PyTree
+    mean: PyTree = ()
+    steps: PyTree = ()
 
 
-def first_part(shared: Any, own: Any) -> Params:
+def first_part(shared: PyTree, own: PyTree) -> Params:
     """The first part of what the server has sent: where a client starts that is sent the model and more."""
     return shared[0]
 
@@ -221,12 +221,12 @@ def local_descent(
       with_mean: whether the mean of the third values over the local steps is wanted.
     """
 
-    def init(shared: Any, own: Any, key: Key) -> Descent:
+    def init(shared: PyTree, own: PyTree, key: Key) -> Descent:
         y = start(shared, own)
         running = (sums.start_tree(y), jnp.int32(0)) if with_mean else ()
         return Descent(y, optimizer.init(y), own, *running)
 
-    def step(shared: Any, now: Descent, batch: Batch) -> tuple[Descent, Array]:
+    def step(shared: PyTree, now: Descent, batch: Batch) -> tuple[Descent, Array]:
         loss, d, *observed = direction(now.params, batch, shared, now.own)
         y, opt_state = optimizer_step(optimizer, now.params, now.opt_state, d)
         now = now._replace(params=y, opt_state=opt_state)
@@ -234,7 +234,7 @@ def local_descent(
             now = now._replace(mean=sums.add_tree(now.mean, observed[0]), steps=now.steps + 1)
         return now, loss
 
-    def final(shared: Any, done: Descent) -> tuple[Any, Any]:
+    def final(shared: PyTree, done: Descent) -> tuple[PyTree, PyTree]:
         begun = start(shared, done.own)
         if with_mean:
             done = done._replace(mean=sums.mean_tree(done.mean, done.steps, begun))
@@ -244,7 +244,7 @@ def local_descent(
 
 
 def optimizer_step(
-    optimizer: optax.GradientTransformation, params: Params, opt_state: Any, direction: Params
+    optimizer: optax.GradientTransformation, params: Params, opt_state: PyTree, direction: Params
 ) -> tuple[Params, Any]:
     """One optimizer step against `direction` (a gradient, corrected or not): returns (params, opt_state)."""
     updates, opt_state = optimizer.update(direction, opt_state, params)
@@ -273,17 +273,17 @@ def full_gradient_program(loss_fn: LossFn) -> ClientProgram:
     """
     gradient = value_and_grad(loss_fn)
 
-    def init(shared: Params, client_input: Any, key: Key) -> Any:
+    def init(shared: Params, client_input: PyTree, key: Key):
         return sums.start_tree(shared), jnp.int32(0)
 
-    def step(shared: Params, carry: Any, batch: Batch) -> Any:
+    def step(shared: Params, carry: PyTree, batch: Batch):
         total, count = carry
         loss, grads = gradient(shared, batch)
         size = jnp.sum(batch.mask, dtype=jnp.int32)
         scaled = jax.tree.map(lambda g: size.astype(g.dtype) * g, sums.widen(grads))
         return (sums.add_tree(total, scaled), count + size), loss
 
-    def final(shared: Params, carry: Any) -> Any:
+    def final(shared: Params, carry: PyTree):
         total, count = carry
         return sums.mean_tree(total, count, shared), ()
 

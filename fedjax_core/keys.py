@@ -1,4 +1,4 @@
-"""Random keys: which a user may hand in, and keys derived from keys.
+"""Random keys: which a user may pass, and keys derived from keys.
 
 `derive` is `jax.random.fold_in`, bit for bit, in a form that is quick for a few keys. On a processor
 `jax.random` hashes in a loop of five iterations, each of a few calls. A round derives keys a handful of times, and for
@@ -7,7 +7,6 @@ a model of ten parameters those loops took more than half of it. Written out, a 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from fedjax_core.types import Array, Key
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def typed(key: Any, name: str = "key") -> Key:
+def typed(key: Key, name: str = "key") -> Key:
     """Keys of any shape as keys of the kind threefry2x32, which is the only kind that this library draws from.
 
     Under `vmap`, keys of the kinds "rbg" and "unsafe_rbg" draw from the first key of the batch: a client's numbers
@@ -54,7 +53,7 @@ def typed(key: Any, name: str = "key") -> Key:
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
-def one(key: Any, name: str = "key") -> Key:
+def one(key: Key, name: str = "key") -> Key:
     """`typed(key)`, checked to be a single key.
 
     Raises:

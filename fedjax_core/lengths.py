@@ -1,6 +1,6 @@
 """The length of local work: what methods divide a displacement by to have it in the units of a gradient."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.extend.core
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from fedjax_core import checks
-from fedjax_core.types import Array, Params, Scalar
+from fedjax_core.types import Array, ArrayLike, Params, PyTree, Scalar
 
 _UNIT = 2.0**-10
 """The constant gradient that z is given: short of any sensible clipping, and a power of two, so that it costs no
@@ -26,11 +26,11 @@ class Measured(NamedTuple):
       probe, damped_probe: states of the optimizer on the scalars that the lengths are read from.
     """
 
-    inner: Any
+    inner: PyTree
     length: Array
-    damped_length: Any
-    probe: Any
-    damped_probe: Any
+    damped_length: PyTree
+    probe: PyTree
+    damped_probe: PyTree
 
 
 def measured(optimizer: optax.GradientTransformation, mu: Scalar | None = None) -> optax.GradientTransformation:
@@ -56,7 +56,7 @@ def measured(optimizer: optax.GradientTransformation, mu: Scalar | None = None) 
         damped = ((), ()) if mu is None else (zero, optimizer.init(zero))
         return Measured(optimizer.init(params), zero, damped[0], optimizer.init(zero), damped[1])
 
-    def longer(length: Array, probe: Any, gradient: Scalar) -> tuple[Array, Any]:
+    def longer(length: Array, probe: PyTree, gradient: Scalar) -> tuple[Array, PyTree]:
         # The optimizer sees a parameter of 0, which weight decay leaves alone.
         update, probe = optimizer.update(jnp.asarray(_UNIT * gradient, length.dtype), probe, jnp.zeros_like(length))
         return length - (update / _UNIT).astype(length.dtype), probe
@@ -141,7 +141,7 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
                 )
 
 
-def stand_in(const: Any) -> Any:
+def stand_in(const: ArrayLike) -> ArrayLike:
     """The value, or some value of that shape in the place of a tracer."""
     if not isinstance(const, jax.core.Tracer):
         return const

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import linalg
 
-from fedjax_core.types import Array
+from fedjax_core.types import Array, PyTree
 
 
 def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,13 +21,13 @@ def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
     call = jax.custom_batching.custom_vmap(function)
 
     @call.def_vmap
-    def many(axis_size: int, in_batched: Any, *args: Array) -> tuple[Any, Any]:
+    def many(axis_size: int, in_batched: list[bool], *args: Array) -> tuple[PyTree, PyTree]:
         args = tuple(
             array if batched else jnp.broadcast_to(array, (axis_size, *array.shape))
             for array, batched in zip(args, in_batched, strict=True)
         )
 
-        def loop(*args: Array) -> Any:
+        def loop(*args: Array):
             return jax.lax.map(lambda each: call(*each), args)
 
         result = jax.lax.platform_dependent(*args, cpu=loop, default=jax.vmap(function))

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from fedjax_core import checks
-from fedjax_core.types import Array
+from fedjax_core.types import Array, Examples, Params, PyTree
 
 
 def takes_mask(function: Callable[..., Any]) -> bool:
@@ -38,8 +39,13 @@ def takes_mask(function: Callable[..., Any]) -> bool:
 
 
 def call(
-    function: Callable[..., Any], params: Any, examples: Any, *rest: Any, mask: Array | None = None, name: str = ""
-) -> Any:
+    function: Callable[..., Any],
+    params: Params,
+    examples: Examples,
+    *rest: Any,
+    mask: Array | None = None,
+    name: str = "",
+) -> PyTree:
     """`function(params, examples, *rest)`, with the mask if the function takes one.
 
     Args:
@@ -69,10 +75,10 @@ def call(
         raise
 
 
-def _shapes(tree: Any) -> str:
+def _shapes(tree: PyTree) -> str:
     """The leaves of a pytree, as many as fit on a line."""
 
-    def one(path: Any, leaf: Any) -> str:
+    def one(path: KeyPath, leaf: PyTree) -> str:
         kind = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
         return f"{jax.tree_util.keystr(path)} {kind}".strip()
 
@@ -83,5 +89,5 @@ def _shapes(tree: Any) -> str:
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(function, follow_wrapped=False).parameters)
-    except (TypeError, ValueError):  # functions without a signature, as some written in C
+    except (TypeError, ValueError):  # functions without a signature, such as some written in C
         return {}

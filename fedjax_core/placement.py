@@ -5,15 +5,13 @@ the devices that train one client share its model. One code path serves all: on 
 `device_put`, and with several (`jax.distributed`) each gives its devices their part of what all of them hold.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
 from fedjax_core.clients import ClientTable
-from fedjax_core.types import PyTree
+from fedjax_core.types import Array, PyTree
 
 CLIENTS, MODEL = "clients", "model"
 
@@ -71,7 +69,7 @@ def shardings(state: PyTree, mesh: Mesh, *, batch_axes: int = 0) -> PyTree:
     """
     clients, model = mesh.shape.get(CLIENTS, 1), mesh.shape.get(MODEL, 1)
 
-    def split(leaf: Any, is_row: bool) -> NamedSharding:
+    def split(leaf: Array, is_row: bool) -> NamedSharding:
         spec: list[str | None] = [None] * len(leaf.shape)
         own = range(batch_axes + is_row, len(spec))  # axes of one model, or of one client's row
 
@@ -90,7 +88,7 @@ def shardings(state: PyTree, mesh: Mesh, *, batch_axes: int = 0) -> PyTree:
                 spec[axis] = MODEL
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def of_node(node: Any) -> Any:
+    def of_node(node: PyTree):
         if isinstance(node, ClientTable):
             return ClientTable(jax.tree.map(lambda leaf: split(leaf, True), node.rows))
         return split(node, False)
@@ -112,7 +110,7 @@ def place(tree: PyTree, sharding: PyTree) -> PyTree:
     return jax.tree.map(_place_part, tree, sharding)
 
 
-def _place_part(leaf: Any, sharding: NamedSharding) -> Any:
+def _place_part(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # on the mesh already
     if jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):

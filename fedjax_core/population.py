@@ -4,14 +4,14 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks
-from fedjax_core.types import Array, Examples
+from fedjax_core.types import Array, ArrayLike, Examples
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ class Cohort:
         """int32[], number of slots that take part."""
         return jnp.sum(self.mask, dtype=jnp.int32)
 
-    def per_client(self, name: str, values: Any) -> Array:
+    def per_client(self, name: str, values: ArrayLike) -> Array:
         """The clients' entries of an array [num_clients, ...], leaves [C, ...]; any entry in an empty slot.
 
         Raises:
@@ -65,7 +65,7 @@ class Cohort:
         self.check_per_client(name, values)
         return jnp.asarray(values)[jnp.maximum(self.ids, 0)]
 
-    def check_per_client(self, name: str, values: Any) -> None:
+    def check_per_client(self, name: str, values: ArrayLike) -> None:
         """Raises ValueError unless `values`, an array of at least one axis, has one entry for each client."""
         length = np.shape(values)[0]
         if self.population_size is not None and length != self.population_size:
@@ -96,7 +96,7 @@ class Population:
     offsets: Array
 
     @classmethod
-    def from_flat(cls, examples: Examples, offsets: Any, *, check_finite: bool = True) -> "Population":
+    def from_flat(cls, examples: Examples, offsets: ArrayLike, *, check_finite: bool = True) -> "Population":
         """Builds a population from flat examples and client boundaries.
 
         Args:
@@ -122,7 +122,7 @@ class Population:
         return cls(jax.tree.map(jnp.asarray, examples), jnp.asarray(bounds, jnp.int32))
 
     @classmethod
-    def from_sizes(cls, examples: Examples, sizes: Any, *, check_finite: bool = True) -> "Population":
+    def from_sizes(cls, examples: Examples, sizes: ArrayLike, *, check_finite: bool = True) -> "Population":
         """Like `from_flat`, from the number of examples of each client instead of the boundaries."""
         return cls.from_flat(examples, offsets_of(sizes), check_finite=check_finite)
 
@@ -171,7 +171,7 @@ class Population:
         start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
         return jax.tree.map(lambda leaf: leaf[start:stop], self.examples)
 
-    def cohort(self, ids: Any) -> Cohort:
+    def cohort(self, ids: ArrayLike) -> Cohort:
         """The cohort of clients `ids`, int[C] with C of at least 1; -1 marks an empty slot.
 
         Inside `jit` this gathers 2 C integers. The values of ids cannot be checked there: an id outside the population
@@ -183,7 +183,7 @@ class Population:
         """
         return self.checked_cohort(ids, distinct=False)
 
-    def checked_cohort(self, ids: Any, *, distinct: bool) -> Cohort:
+    def checked_cohort(self, ids: ArrayLike, *, distinct: bool) -> Cohort:
         """`cohort`; `distinct` says of traced ids that they are valid, which saves looking for repetitions."""
         ids = checks.client_numbers(ids)
         if checks.is_concrete(ids):
@@ -219,7 +219,7 @@ def repeated(ids: Array) -> Array:
     return jnp.zeros(ids.shape, bool).at[order[1:]].set(inner[1:] == inner[:-1])
 
 
-def check_offsets(offsets: Any, total: int) -> np.ndarray:
+def check_offsets(offsets: ArrayLike, total: int) -> np.ndarray:
     """Returns client boundaries as an array after checking them.
 
     Raises:
@@ -246,7 +246,7 @@ def check_offsets(offsets: Any, total: int) -> np.ndarray:
     return bounds
 
 
-def offsets_of(sizes: Any) -> np.ndarray:
+def offsets_of(sizes: ArrayLike) -> np.ndarray:
     """Client boundaries int64[num_clients + 1] of clients of these sizes.
 
     Raises:
@@ -265,7 +265,7 @@ def offsets_of(sizes: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def check_population(population: Any, on_host: str) -> None:
+def check_population(population: object, on_host: str) -> None:
     """Raises TypeError unless `population` is a `Population`; `on_host` says what to do with a `HostPopulation`."""
     if isinstance(population, Population):
         return
@@ -279,7 +279,7 @@ def check_population(population: Any, on_host: str) -> None:
     raise TypeError(f"population must be a Population, got {got}: {fix}")
 
 
-def check_client(index: Any, num_clients: int) -> None:
+def check_client(index: SupportsIndex, num_clients: int) -> None:
     """Raises ValueError unless `index` is an integer from 0 to num_clients - 1."""
     try:
         number = operator.index(index)

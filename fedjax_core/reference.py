@@ -20,7 +20,7 @@ from fedjax_core.batching import Batch, LocalWork
 from fedjax_core.clients import ClientProgram, ClientResults, num_scalars
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
-from fedjax_core.types import Array, Key, PyTree
+from fedjax_core.types import Array, Key, PyTree, Weights
 
 
 @contextmanager
@@ -33,12 +33,12 @@ def plain_loop() -> Iterator[None]:
 def for_each_client(
     program: ClientProgram,
     shared: PyTree,
-    client_inputs: PyTree,
     cohort: Cohort,
     key: Key,
+    client_inputs: PyTree = (),
     *,
     work: LocalWork,
-    weights: Any = "uniform",
+    weights: Weights = "uniform",
     aggregator: Aggregator | Stacked | None = None,
     plan: Plan | None = None,
 ) -> ClientResults:
@@ -79,7 +79,7 @@ def for_each_client(
             upload, output = program.final(shared, carry)
         uploads[slot], outputs[slot] = upload, output
         losses[slot] = loss_sum / count
-    if not uploads:  # nobody took part: zeros, shaped like the results of a client that has taken no step
+    if not uploads:  # no client took part: zeros, shaped like the results of a client that has taken no step
         first = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         upload, output = program.final(shared, program.init(shared, first, key))
 
@@ -112,13 +112,13 @@ def _permute(seed: Array, size: Array, most: int) -> Array:
     return shuffle.permute(seed, jnp.minimum(jnp.arange(most), size - 1), size)
 
 
-def client_weights(weights: Any, ids: np.ndarray, sizes: np.ndarray, total: int, num_clients: int) -> np.ndarray:
+def client_weights(weights: Weights, ids: np.ndarray, sizes: np.ndarray, total: int, num_clients: int) -> np.ndarray:
     """float[C], the weights of the clients, 0 for those that do not take part."""
     present = (ids >= 0) & (sizes > 0)
     if isinstance(weights, str):
         raw = np.ones(len(ids)) if weights == "uniform" else sizes * num_clients / total
     else:
-        raw = np.asarray(weights)[np.maximum(ids, 0)] / np.mean(weights)
+        raw = np.asarray(weights)[np.maximum(ids, 0)] / np.mean(np.asarray(weights))
     return np.where(present, raw, 0.0)
 
 

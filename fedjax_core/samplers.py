@@ -12,14 +12,14 @@ for it, and nothing is drawn twice.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys, shuffle
-from fedjax_core.types import Array, Key
+from fedjax_core.types import Array, ArrayLike, Key
 
 Sampler = Callable[[Key, Array], Array]
 
@@ -72,7 +72,7 @@ def valid(sampler: Sampler, num_clients: int) -> ValidSampler:
     return ValidSampler(sampler, checks.positive_int("num_clients", num_clients, "a population has a client"))
 
 
-def check_callable(sampler: Any) -> None:
+def check_callable(sampler: object) -> None:
     """Raises TypeError unless a sampler is a function that can be called with (key, round)."""
     if inspect.isfunction(sampler) and sampler.__module__ == __name__ and "<locals>" not in sampler.__qualname__:
         raise TypeError(
@@ -89,7 +89,7 @@ def check_callable(sampler: Any) -> None:
         checks.takes("sampler", sampler, ("key", "round"), example="a function (key, round) -> ids, int32[C]")
 
 
-def check_length(sampler: Any, start: Any, num_rounds: int) -> None:
+def check_length(sampler: Sampler, start: ArrayLike, num_rounds: int) -> None:
     """Raises ValueError if a recorded schedule ends before a run of `num_rounds` rounds from round `start` does."""
     promise = inspect.unwrap(sampler) if callable(sampler) else sampler
     if not isinstance(promise, ValidSampler) or promise.num_rounds is None:
@@ -99,11 +99,11 @@ def check_length(sampler: Any, start: Any, num_rounds: int) -> None:
     if last > promise.num_rounds:
         raise ValueError(
             f"the schedule has cohorts for {promise.num_rounds} rounds, but the run goes on to round {last - 1}: give "
-            "one for every round (rows of -1 where nobody comes), or schedule(cohorts, repeat=True) to begin it again"
+            "one for every round (rows of -1 without participants), or schedule(cohorts, repeat=True) to begin it again"
         )
 
 
-def check_sampler(sampler: Any, num_clients: int, key: Key) -> bool:
+def check_sampler(sampler: Sampler, num_clients: int, key: Key) -> bool:
     """Checks a sampler for a population, while tracing; returns whether it promises to draw valid ids.
 
     Raises:
@@ -156,7 +156,7 @@ def full(num_clients: int) -> ValidSampler:
     return ValidSampler(lambda key, round: jnp.arange(num_clients, dtype=jnp.int32), num_clients)
 
 
-def weighted(weights: Any, cohort_size: int) -> ValidSampler:
+def weighted(weights: ArrayLike, cohort_size: int) -> ValidSampler:
     """`cohort_size` different clients, drawn one by one with probability proportional to weights [num_clients]."""
     weights = _concrete("weights", weights)
     _check_sizes(weights.shape[0], cohort_size)
@@ -178,7 +178,7 @@ def weighted(weights: Any, cohort_size: int) -> ValidSampler:
     return ValidSampler(sample, weights.shape[0])
 
 
-def bernoulli(probabilities: Any, num_clients: int | None = None) -> ValidSampler:
+def bernoulli(probabilities: ArrayLike, num_clients: int | None = None) -> ValidSampler:
     """Every client on its own: client i takes part with its probability, independently of all else.
 
     Args:
@@ -213,7 +213,7 @@ def cyclic(num_clients: int, cohort_size: int) -> ValidSampler:
     return ValidSampler(sample, num_clients)
 
 
-def periodic(probabilities: Any, period: int, num_clients: int | None = None) -> ValidSampler:
+def periodic(probabilities: ArrayLike, period: int, num_clients: int | None = None) -> ValidSampler:
     """Client i takes part in the first round(p_i period) rounds of each period, from a random phase of its own.
 
     The cyclic pattern of Wang and Ji (FedAU, 2024). Arguments as for `bernoulli`; num_clients slots.
@@ -231,7 +231,7 @@ def periodic(probabilities: Any, period: int, num_clients: int | None = None) ->
     return ValidSampler(sample, len(rates))
 
 
-def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> ValidSampler:
+def markov(turn_on: ArrayLike, turn_off: ArrayLike, num_clients: int | None = None) -> ValidSampler:
     """Each client is a two-state Markov chain, on (takes part) or off, started from its stationary distribution.
 
     Args:
@@ -276,11 +276,11 @@ def markov(turn_on: Any, turn_off: Any, num_clients: int | None = None) -> Valid
     return ValidSampler(sample, len(on))
 
 
-def schedule(cohorts: Any, num_clients: int | None = None, *, repeat: bool = False) -> ValidSampler:
+def schedule(cohorts: ArrayLike, num_clients: int | None = None, *, repeat: bool = False) -> ValidSampler:
     """A recorded schedule: row t of `cohorts` in round t.
 
     A run of more rounds than there are rows is refused, unless the schedule repeats; under `jax.jit` only as far as the
-    round that it begins with is known, and nobody takes part in what lies beyond.
+    round that it begins with is known, and later rounds have no participants.
 
     Args:
       cohorts: int[rounds, C], client numbers, -1 for an empty slot.
@@ -337,11 +337,13 @@ class Deliveries(NamedTuple):
     shares: np.ndarray
 
 
-def deliveries(times: Any, num_rounds: int, *, buffer: int | None = None, interval: int | None = None) -> Deliveries:
+def deliveries(
+    times: ArrayLike, num_rounds: int, *, buffer: int | None = None, interval: int | None = None
+) -> Deliveries:
     """Clients that each take a time of their own and start again when their work has been taken in.
 
     The server acts when `buffer` clients have finished (1: asynchronous, one at a time; all of them: synchronous), and
-    those who are early wait; or every `interval` ticks, with whoever has finished, perhaps nobody. Of clients that
+    those who are early wait; or every `interval` ticks, with whoever has finished, perhaps no client. Of clients that
     finish together the lowest number is first.
 
     Args:
@@ -390,7 +392,7 @@ def _present(mask: Array) -> Array:
     return jnp.where(mask, jnp.arange(mask.shape[0], dtype=jnp.int32), -1)
 
 
-def _concrete(name: str, values: Any) -> np.ndarray:
+def _concrete(name: str, values: ArrayLike) -> np.ndarray:
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError):
@@ -403,7 +405,7 @@ def _concrete(name: str, values: Any) -> np.ndarray:
     return array
 
 
-def _rates(name: str, values: Any, num_clients: int | None) -> np.ndarray:
+def _rates(name: str, values: ArrayLike, num_clients: int | None) -> np.ndarray:
     if np.ndim(values) == 0:
         if num_clients is None:
             raise ValueError(f"{name}={values!r} is one number, so num_clients must say for how many clients")

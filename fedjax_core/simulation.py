@@ -13,7 +13,7 @@ from fedjax_core import checks, keys
 from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
 from fedjax_core.population import Population, check_ids, check_population, repeated
 from fedjax_core.samplers import Sampler, check_callable, check_length, check_sampler
-from fedjax_core.types import Array, Key, Metrics, Params
+from fedjax_core.types import Array, Key, Metrics, Params, PyTree
 
 
 def continue_rounds(
@@ -27,7 +27,7 @@ def continue_rounds(
 
     Sizes are compared while tracing: a sampler or a method that is made for another number of clients than the
     population has is refused. What a sampler of your own draws is looked at before the first round of a call, for all
-    its rounds: an invalid cohort raises ValueError. Under `jax.jit` nobody is trained then, what is returned is NaN,
+    its rounds: an invalid cohort raises ValueError. Under `jax.jit` no client is trained then, what is returned is NaN,
     and a call back to Python raises the error, which JAX passes on as a JaxRuntimeError; in a process of several
     devices, where others would wait for one that fails, it is a RuntimeWarning. `samplers.valid` spares all this.
 
@@ -40,13 +40,13 @@ def continue_rounds(
     check_callable(sampler)
     checks.positive_int("num_rounds", num_rounds, "run at least one round")
 
-    def run(state: Any, population: Population, key: Key) -> tuple[Any, Metrics]:
+    def run(state: PyTree, population: Population, key: Key) -> tuple[PyTree, Metrics]:
         check_population(population, "use simulate_staged or continue_staged for it")
         check_state(state, "use simulate to begin from parameters")
         check_rounds(state.round, num_rounds)
         sample_key, train_key = keys.split(keys.one(key))
         draw = sampler
-        bad: Any = None
+        bad: PyTree = None
         promised = check_sampler(sampler, population.num_clients, sample_key)
         check_length(sampler, state.round, num_rounds)
         if not promised:
@@ -59,7 +59,7 @@ def continue_rounds(
         # The next cohort's ids are carried from round to round. XLA copies the expression of a value
         # into everything that reads it, and it would draw the cohort some ten times over: that took more than half of
         # a round of ten clients with ten parameters.
-        def body(carry: Any, _: None) -> tuple[Any, Metrics]:
+        def body(carry: PyTree, _: None) -> tuple[PyTree, Metrics]:
             state, ids = carry
             cohort = population.checked_cohort(ids, distinct=True)
             state, metrics = algorithm.round(state, cohort, keys.derive(train_key, state.round))
@@ -68,7 +68,7 @@ def continue_rounds(
         (state, _), metrics = jax.lax.scan(body, (state, draw(sample_key, state.round)), length=num_rounds)
         if bad is not None and not checks.is_concrete(bad[0]):
             state, metrics = jax.tree.map(partial(_nan_if, bad[0] >= 0), (state, metrics))
-            # At the end, when rounds of nobody are over, and with what comes of them.
+            # At the end, when rounds without participants are over, and with what comes of them.
             bad = jax.lax.optimization_barrier((*bad, state.round))[:2]
             jax.debug.callback(partial(_report, population.num_clients), *bad)
         return state, metrics
@@ -99,7 +99,7 @@ def _first_bad_cohort(
 ) -> tuple[Array, Array]:
     """Draws the cohorts of the next rounds; returns the first invalid one: (its round int32[] or -1, its ids [C])."""
 
-    def look(worst: Any, t: Array) -> tuple[Any, None]:
+    def look(worst: PyTree, t: Array) -> tuple[PyTree, None]:
         ids = jnp.asarray(sampler(key, t))
         wrong = (ids < -1) | (ids >= num_clients) | (repeated(ids) & (ids >= 0))
         found = jnp.any(wrong) & (worst[0] < 0)
@@ -111,7 +111,7 @@ def _first_bad_cohort(
     return worst
 
 
-def _complain(num_clients: int, round: Any, ids: Any) -> None:
+def _complain(num_clients: int, round: Array, ids: Array) -> None:
     """Raises ValueError if there is an invalid cohort."""
     if int(round) < 0:
         return
@@ -121,14 +121,14 @@ def _complain(num_clients: int, round: Any, ids: Any) -> None:
         raise ValueError(f"in round {int(round)} the sampler's {error}") from None
 
 
-def _report(num_clients: int, round: Any, ids: Any) -> None:
+def _report(num_clients: int, round: Array, ids: Array) -> None:
     """`_complain` from inside a compiled program: an error with one device, a warning with several."""
     try:
         _complain(num_clients, round, ids)
     except ValueError as error:
         if jax.device_count() == 1:
             raise
-        warnings.warn(f"{error}; nobody was trained, and the results are NaN", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{error}; no client was trained, and the results are NaN", RuntimeWarning, stacklevel=2)
 
 
 def _nan_if(bad: Array, leaf: Array) -> Array:

@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
 from fedjax_core import checks
 from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
@@ -39,7 +40,7 @@ from fedjax_core.keys import derive, split, typed
 from fedjax_core.plans import auto_mesh
 from fedjax_core.population import Cohort, Population, check_client, check_ids, check_offsets, offsets_of
 from fedjax_core.samplers import Sampler, check_callable, check_length, check_sampler
-from fedjax_core.types import Array, Examples, Key, Metrics, Params
+from fedjax_core.types import Array, ArrayLike, Examples, Key, Metrics, Params, PyTree
 
 _ALIGNMENT = 64  # the processor's backend takes memory aligned like this as it is, without a copy
 _SAMPLED_AT_ONCE = 1 << 24  # client numbers that one call of the sampler over many rounds may produce
@@ -53,7 +54,7 @@ class HostPopulation:
       examples: pytree of numpy arrays (memory maps too), leaves [total, ...].
       offsets: int64[N + 1].
       rows: int64[offsets[-1]], or None. Client i owns examples rows[offsets[i]:offsets[i + 1]]; without `rows`,
-        examples offsets[i] to offsets[i + 1]. With it a data set need not be written anew to be dealt out.
+        examples offsets[i] to offsets[i + 1]. With it a data set need not be written anew to be divided among clients.
     """
 
     examples: Examples
@@ -62,7 +63,7 @@ class HostPopulation:
 
     @classmethod
     def from_flat(
-        cls, examples: Examples, offsets: Any, rows: Any = None, *, check_finite: bool = False
+        cls, examples: Examples, offsets: ArrayLike, rows: ArrayLike | None = None, *, check_finite: bool = False
     ) -> "HostPopulation":
         """Builds a population from flat examples and client boundaries.
 
@@ -104,7 +105,7 @@ class HostPopulation:
 
     @classmethod
     def from_sizes(
-        cls, examples: Examples, sizes: Any, rows: Any = None, *, check_finite: bool = False
+        cls, examples: Examples, sizes: ArrayLike, rows: ArrayLike | None = None, *, check_finite: bool = False
     ) -> "HostPopulation":
         """Like `from_flat`, from the number of examples of each client instead of the boundaries."""
         return cls.from_flat(examples, offsets_of(sizes), rows, check_finite=check_finite)
@@ -128,7 +129,7 @@ class HostPopulation:
         """int64[...], number of examples of clients `ids`, int[...]."""
         return self.offsets[ids + 1] - self.offsets[ids]
 
-    def rows_of(self, ids: Any) -> np.ndarray:
+    def rows_of(self, ids: ArrayLike) -> np.ndarray:
         """int64[n], the rows of `examples` of clients `ids`, int[k], one client after the other."""
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_clients):
@@ -176,7 +177,7 @@ def simulate_staged(
     """
     run_rounds = continue_staged(algorithm, sampler, num_rounds, mesh=mesh)
 
-    def run(params: Params, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
+    def run(params: Params, population: HostPopulation, key: Key) -> tuple[PyTree, Metrics]:
         key = _one_or_row(key)
         params = checks.params(params)
         if not key.ndim:
@@ -231,7 +232,7 @@ def continue_staged(
         batched: jax.jit(_round(algorithm, batched), donate_argnums=0, static_argnums=7) for batched in (False, True)
     }
 
-    def run(state: Any, population: HostPopulation, key: Key) -> tuple[Any, Metrics]:
+    def run(state: PyTree, population: HostPopulation, key: Key) -> tuple[PyTree, Metrics]:
         if not isinstance(population, HostPopulation):
             fix = "use simulate or continue_rounds for a population on the device"
             if not isinstance(population, Population):
@@ -307,7 +308,7 @@ def continue_staged(
                     raise KeyboardInterrupt
             except BaseException as error:
                 # What has been sent to the device is finished, so that the tables are those of a round; rows that are
-                # in them already are written once more. Where that fails, nobody goes on with the tables.
+                # in them already are written once more. Where that fails, the tables are not used again.
                 try:
                     _finish_all(so_far, tables)
                 except Exception:
@@ -333,7 +334,7 @@ class Interrupted(KeyboardInterrupt):
       metrics: of the rounds of this call, leaves [rounds of this call, ...] ([S, rounds, ...] with several keys).
     """
 
-    def __init__(self, round: int, state: Any, metrics: Metrics) -> None:
+    def __init__(self, round: int, state: PyTree, metrics: Metrics) -> None:
         super().__init__(f"interrupted after round {round}: go on from the `state` of this exception")
         self.round, self.state, self.metrics = round, state, metrics
 
@@ -348,17 +349,17 @@ class _Progress(NamedTuple):
     """
 
     round: int
-    device: Any
-    running: tuple[Any, ...]
+    device: PyTree
+    running: tuple[tuple["_Staged", PyTree, Metrics], ...]
 
 
-def _finish_all(so_far: _Progress, tables: Any) -> None:
+def _finish_all(so_far: _Progress, tables: PyTree) -> None:
     for running in so_far.running:
         _finish(running, tables)
     jax.block_until_ready(so_far.device)
 
 
-def _state(device: Any, tables: Any) -> Any:
+def _state(device: PyTree, tables: PyTree) -> PyTree:
     return device if tables is None else join_tables(device, tables)
 
 
@@ -379,7 +380,7 @@ def _later() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: object) -> None:
         pressed.append(number)
         if len(pressed) > 1:
             raise KeyboardInterrupt
@@ -398,7 +399,7 @@ _ROUND_OF_TABLE: dict[int, tuple[weakref.ref[np.ndarray], int | None]] = {}
 
 
 @contextmanager
-def _kept_in_step(tables: Any, first: int) -> Iterator[Callable[[int], None]]:
+def _kept_in_step(tables: PyTree, first: int) -> Iterator[Callable[[int], None]]:
     """Refuses tables that are not at round `first`; yields a function that says at which they are now.
 
     Raises:
@@ -425,7 +426,7 @@ def _kept_in_step(tables: Any, first: int) -> Iterator[Callable[[int], None]]:
     yield reached
 
 
-def _forget(name: int, gone: Any) -> None:
+def _forget(name: int, gone: object) -> None:
     _ROUND_OF_TABLE.pop(name, None)
 
 
@@ -438,7 +439,7 @@ def _owner(leaf: np.ndarray) -> np.ndarray:
 
 def init_on_host(
     init: Callable[..., Any], *args: Any, num_clients: int, directory: str | Path | None = None, axis: int = 0
-) -> Any:
+) -> PyTree:
     """The state `init(*args)` with its tables of per-client state in host memory, never whole on a device.
 
     Every client must begin with the same row, which holds for the library's methods: one row is computed and
@@ -472,7 +473,7 @@ def init_on_host(
                 f"axis {axis}: pass the num_clients the method was made with, and axis=1 for a vmap over simulations"
             )
 
-    def one_row(*args: Any) -> tuple[Any, Any]:
+    def one_row(*args: Any) -> tuple[PyTree, PyTree]:
         device, tables = split_tables(init(*args))
         return device, jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, 1, axis=axis), tables)
 
@@ -480,7 +481,7 @@ def init_on_host(
     device, first = jax.jit(one_row)(*args)
     names = (f"table-{number}.npy" for number in itertools.count())
 
-    def allocate(shape: jax.ShapeDtypeStruct, row: Any) -> np.ndarray:
+    def allocate(shape: jax.ShapeDtypeStruct, row: ArrayLike) -> np.ndarray:
         table: np.ndarray
         if folder is None:
             table = np.zeros(shape.shape, shape.dtype)
@@ -579,25 +580,25 @@ class _Staged(NamedTuple):
 
     slots: Array
     examples: Examples
-    tables: Any
+    tables: PyTree
     ids: np.ndarray
 
 
 class _Slots(NamedTuple):
     """What a cohort says of its slots, int32[C] each; `before` is the slot in the round before, -1 if there is none."""
 
-    ids: Any
-    starts: Any
-    sizes: Any
-    rows: Any
-    before: Any
+    ids: Array | np.ndarray
+    starts: Array | np.ndarray
+    sizes: Array | np.ndarray
+    rows: Array | np.ndarray
+    before: Array | np.ndarray
 
 
 class _Stage:
     """Brings cohorts to the device, through two sets of buffers that take turns."""
 
     def __init__(
-        self, population: HostPopulation, cohorts: _Cohorts, tables: Any, batched: bool, sharding: Any
+        self, population: HostPopulation, cohorts: _Cohorts, tables: PyTree, batched: bool, sharding: Sharding | None
     ) -> None:
         self._population, self._cohorts, self._tables = population, cohorts, tables
         self._batched, self._sharding = batched, sharding
@@ -651,8 +652,15 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
     """
 
     def round(
-        num_clients: int, device: Any, slots: Array, examples: Any, tables: Any, changed: Any, totals: Array, key: Key
-    ) -> Any:
+        num_clients: int,
+        device: PyTree,
+        slots: Array,
+        examples: Examples,
+        tables: PyTree,
+        changed: PyTree,
+        totals: Array,
+        key: Key,
+    ) -> tuple[PyTree, PyTree, Metrics]:
         ids, starts, sizes, rows, before = slots
         cohort = Cohort(
             ids,
@@ -669,21 +677,21 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
             device, info = algorithm.round(device, cohort, key)
             return device, None, info
 
-        def newest(row: Any, newer: Any) -> Any:
+        def newest(row: Array, newer: Array) -> Array:
             found = (before >= 0).reshape(-1, *[1] * (row.ndim - 1))
             return jnp.where(found, newer[jnp.maximum(before, 0)], row)
 
         state, info = algorithm.round(join_tables(device, jax.tree.map(newest, tables, changed)), cohort, key)
         return *split_tables(state), info
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any):
         one = partial(round, args[-1])
         return (jax.vmap(one, (0, 1, None, 0, 0, None, 0)) if batched else one)(*args[:-1])
 
     return run
 
 
-def _one_or_row(key: Any) -> Key:
+def _one_or_row(key: Key) -> Key:
     """One typed key or a row of them."""
     key = typed(key)
     if key.ndim > 1:
@@ -696,7 +704,7 @@ def _is_wide(leaf: np.ndarray) -> bool:
     return checks.narrowed(leaf.dtype) is not None
 
 
-def _finish(running: tuple[_Staged, Any, Metrics], tables: Any) -> None:
+def _finish(running: tuple[_Staged, PyTree, Metrics], tables: PyTree) -> None:
     """Waits for a round and writes the rows that it has changed into the tables."""
     staged, changed, info = running
     jax.block_until_ready(info)
@@ -707,13 +715,13 @@ def _finish(running: tuple[_Staged, Any, Metrics], tables: Any) -> None:
     client = staged.ids[simulation, slot]
     to, of = ((simulation, client), (simulation, slot)) if batched else (client, slot)
 
-    def write(leaf: np.ndarray, rows: Any) -> None:
+    def write(leaf: np.ndarray, rows: Array) -> None:
         leaf[to] = np.asarray(rows)[of]
 
     jax.tree.map(write, tables, changed)
 
 
-def _has_host_tables(state: Any) -> bool:
+def _has_host_tables(state: PyTree) -> bool:
     leaves = jax.tree.leaves(split_tables(state)[1])
     on_host = [isinstance(leaf, np.ndarray) for leaf in leaves]
     if any(on_host) and not all(on_host):
@@ -724,7 +732,7 @@ def _has_host_tables(state: Any) -> bool:
     return any(on_host)
 
 
-def _table_index(ids: np.ndarray, batched: bool) -> Any:
+def _table_index(ids: np.ndarray, batched: bool) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Where the rows of clients [S, C] are in a table [N, ...], or [S, N, ...]."""
     return (np.arange(len(ids))[:, None], ids) if batched else ids[0]
 
@@ -746,7 +754,7 @@ def _rounded_up(count: int) -> int:
     return -(-count // step) * step
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Zeros at an address that the processor's backend takes without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + _ALIGNMENT, np.uint8)

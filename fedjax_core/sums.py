@@ -7,10 +7,12 @@ sums here are taken in float32 at least, in blocks, and running sums carry what 
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from fedjax_core.types import Array, PyTree
 
@@ -21,14 +23,14 @@ _STEEP = 120
 """Powers of two to scale by, up and down, that are normal numbers of every dtype to sum in."""
 
 
-def accumulator(dtype: Any) -> Any:
+def accumulator(dtype: DTypeLike) -> np.dtype:
     """The dtype to sum in: float32 for float16 and bfloat16, the default float for integers and bool, else the same."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.promote_types(dtype, jnp.float32)
     return jnp.result_type(float)
 
 
-def mean_dtype(dtype: Any) -> Any:
+def mean_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of a mean: that of floats themselves, the default float for integers and bool."""
     return jnp.dtype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
 
@@ -103,7 +105,7 @@ class Running(NamedTuple):
     low: Array | None
 
 
-def start(shape: tuple[int, ...], dtype: Any, *, few: bool = False) -> Running:
+def start(shape: tuple[int, ...], dtype: DTypeLike, *, few: bool = False) -> Running:
     """Nothing yet. With `few`, at most `FEW` summands will come, and a plain sum does."""
     zeros = jnp.zeros(shape, dtype)
     return Running(zeros, None if few or not jnp.issubdtype(dtype, jnp.inexact) else zeros)
@@ -148,7 +150,7 @@ def mean_tree(totals: PyTree, count: Array, like: PyTree) -> PyTree:
     return jax.tree.map(mean, totals, like, is_leaf=_is_running)
 
 
-def _is_running(node: Any) -> bool:
+def _is_running(node: PyTree) -> bool:
     return isinstance(node, Running)
 
 

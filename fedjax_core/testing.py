@@ -363,7 +363,7 @@ class Subject:
         )
 
     def an_empty_cohort_changes_only_the_counter(self) -> None:
-        """A round of nobody leaves the state as it is, and reports a loss of NaN."""
+        """A round without participants leaves the state as it is, and reports a loss of NaN."""
         for ids in ([-1, -1, -1, -1], [self.empty, -1, -1, -1]):
             after, metrics = self.round(self.state, ids, self.key)
             begun, ended = int(self.state.round), int(after.round)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def try_plans(
     return sorted(found, key=lambda trial: trial.seconds)
 
 
-def needed_memory(compiled: Any) -> int:
+def needed_memory(compiled: jax.stages.Compiled) -> int:
     """Bytes a compiled function needs on one device; 0 where the backend does not say."""
     analysis = compiled.memory_analysis()
     if analysis is None:

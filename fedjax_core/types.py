@@ -1,13 +1,16 @@
 """Names for the few types that all parts of the library use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Key = jax.Array
 """A typed random key, `jax.random.key(seed)`."""
+ArrayLike = jax.Array | np.ndarray | Sequence[Any] | float
+"""What an array is made of: an array of JAX or numpy, a number, nested sequences of numbers."""
 PyTree = Any
 Params = Any
 """Any pytree of arrays."""
@@ -18,6 +21,9 @@ Scalar = float | jax.Array
 
 Counter = int | jax.Array
 """A number of rounds: 0 at the beginning, int32[] from then on."""
+
+Weights = str | ArrayLike
+"""Weights of the clients: "uniform", "examples" (number of examples), or float[num_clients]."""
 
 LossFn = Callable[..., Array]
 """`loss_fn(params, batch, key) -> float[B]`: one value per example of the batch.
@@ -45,4 +51,4 @@ class Metrics(NamedTuple):
     uploaded: Array
     downloaded: Array
     participants: Array
-    extra: Any = ()
+    extra: PyTree = ()

@@ -58,7 +58,7 @@ def build(module: nn.Module, shape: tuple[int, ...], dtype: type, check: Callabl
     def init(key: Key) -> Params:
         return _init(module, shape, dtype, key)
 
-    def run(method: Any, params: Params, x: Array, key: Key | None) -> Array:
+    def run(method: str | None, params: Params, x: Array, key: Key | None) -> Array:
         check(x)
         rngs = None if key is None else {"dropout": key}
         outputs: Any = module.apply({"params": params}, x, key is not None, rngs=rngs, method=method)
@@ -73,7 +73,7 @@ def build(module: nn.Module, shape: tuple[int, ...], dtype: type, check: Callabl
     return Model(init, apply, features)
 
 
-def check_positive(name: str, value: Any) -> int:
+def check_positive(name: str, value: object) -> int:
     """Returns `value` as an int, or raises ValueError unless it is an integer of at least 1."""
     return checks.positive_int(name, value, "pass a positive size")
 
@@ -101,7 +101,7 @@ def check_image_shape(input_shape: Sequence[int], smallest: int) -> tuple[int, i
     return shape[0], shape[1], shape[2]
 
 
-def check_inputs(x: Any, input_shape: tuple[int, ...]) -> None:
+def check_inputs(x: Array, input_shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `x` is [B, *input_shape]."""
     shape = jnp.shape(x)
     if len(shape) >= 1 and shape[1:] == input_shape:
@@ -116,7 +116,7 @@ def check_inputs(x: Any, input_shape: tuple[int, ...]) -> None:
     raise ValueError(f"x must have shape [{expected}], got {shape}; {fix}.")
 
 
-def check_tokens(x: Any, max_len: int | None = None) -> None:
+def check_tokens(x: Array, max_len: int | None = None) -> None:
     """Raise ValueError unless `x` is int[B, T] with T at least 1 and at most `max_len`."""
     shape, dtype = jnp.shape(x), jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.integer):

@@ -35,11 +35,11 @@ def layer_inputs(apply: Callable[..., Any]) -> Callable[[Params, Any], dict[str,
       (`nn.scan`, `nn.RNN`, `nn.remat`), one without the examples on the first axis, with batch dimensions, or a mask.
     """
 
-    def inputs(params: Params, x: Any) -> dict[str, Array]:
+    def inputs(params: Params, x: Array) -> dict[str, Array]:
         seen: list[tuple[Any, Array]] = []
         outside = tracers.current_trace()
 
-        def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: Any):
             if isinstance(context.module, nn.Dense | nn.DenseGeneral | nn.Conv) and context.method_name == "__call__":
                 if tracers.current_trace() != outside:  # what is seen in there has no value out here
                     path = "/".join((*context.module.path, "kernel"))
@@ -69,12 +69,12 @@ def layer_inputs(apply: Callable[..., Any]) -> Callable[[Params, Any], dict[str,
     return inputs
 
 
-def layer_widths(apply: Callable[..., Any], params: Params, x: Any) -> dict[str, int]:
+def layer_widths(apply: Callable[..., Any], params: Params, x: Array) -> dict[str, int]:
     """Path of every layer's weight to the width of its inputs, for parameters and inputs or their shapes."""
     return {path: rows.shape[1] for path, rows in jax.eval_shape(layer_inputs(apply), params, x).items()}
 
 
-def _vectors(path: str, layer: Any, x: Array) -> Array:
+def _vectors(path: str, layer, x: Array) -> Array:
     """The inputs of a dense layer, [..., width], the contracted axes last and, as in flax's kernels, in order."""
     if getattr(layer, "batch_dims", ()):
         raise ValueError(f"{path} has batch_dims {layer.batch_dims}, a weight of its own for each; leave them out.")
@@ -84,7 +84,7 @@ def _vectors(path: str, layer: Any, x: Array) -> Array:
     return moved.reshape(*moved.shape[: -len(axes)], -1)
 
 
-def _patches(path: str, layer: Any, x: Array) -> Array:
+def _patches(path: str, layer, x: Array) -> Array:
     """The patches under a convolution's kernel, [B, pixels and groups, width], from the same convolution itself.
 
     A kernel that is an identity copies each patch to the channels of its pixel, whatever the strides, padding and

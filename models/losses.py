@@ -86,7 +86,7 @@ def split_batch(batch: Batch) -> tuple[Any, Any]:
     return batch["x"], batch["y"]
 
 
-def check_labels(y: Any, logits: Array, ndim: int) -> Array:
+def check_labels(y: Array, logits: Array, ndim: int) -> Array:
     """Return `y` as at least int32, or raise ValueError unless it has one label per row of `logits`."""
     if logits.ndim != ndim + 1:
         kind = "[B, K]; for a token model use the sequence one" if ndim == 1 else "[B, T, V]; this is for token models"

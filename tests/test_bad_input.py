@@ -81,7 +81,7 @@ def run_program(**parts):
         lambda s, i, k: jnp.zeros(2), lambda s, c, b: (c, jnp.zeros(())), lambda s, c: (c, ())
     )._replace(**parts)
     cohort = population().cohort([0])
-    return for_each_client(program, (), (), cohort, jax.random.key(0), work=local_work())
+    return for_each_client(program, (), cohort, jax.random.key(0), work=local_work())
 
 
 def host():
@@ -122,7 +122,7 @@ TABLE = [
     ("ids of two dimensions", lambda: population().cohort([[0, 1]]), ["ids", "[1, 2]", "1-d"]),
     ("schedule with a duplicate", lambda: samplers.schedule([[1, 1]]), ["client 1", "round 0", "once"]),
     ("schedule of floats", lambda: samplers.schedule([[0.0, 1.0]]), ["cohorts", "float64", "-1"]),
-    ("cohort of nobody", lambda: samplers.uniform(5, 0), ["cohort_size", "0", "at least 1"]),
+    ("empty cohort", lambda: samplers.uniform(5, 0), ["cohort_size", "0", "at least 1"]),
     # probabilities
     ("probability above 1", lambda: samplers.bernoulli([0.5, 1.5]), ["probabilities", "1.5", "[0, 1]"]),
     ("probability below 0", lambda: samplers.markov(-0.1, 0.5, 3), ["turn_on", "-0.1", "[0, 1]"]),

@@ -38,7 +38,7 @@ def fedavg(
 
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
     return fc.federated(fc.ModelState, update)
@@ -108,7 +108,7 @@ def fedsgd(
             g, _ = full_gradient.final(x, carry)
             return optimizer.update(g, optimizer.init(x), x)[0], ()
 
-        results = clients.run(full_gradient._replace(final=displacement), state.params, (), cohort, key)
+        results = clients.run(full_gradient._replace(final=displacement), state.params, cohort, key)
         return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
     return fc.federated(fc.ModelState, update)

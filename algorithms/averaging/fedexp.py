@@ -64,7 +64,7 @@ def fedexp(
 
     def update(state: FedExPState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
-        results = clients.run(program, state.params, (), cohort, key, aggregator=with_norms)
+        results = clients.run(program, state.params, cohort, key, aggregator=with_norms)
         mean, mean_square = results.aggregate
         guard = eps(state.round) if callable(eps) else eps
         denominator = 2 * (fc.sums.norm(mean, squared=True) + guard)

@@ -87,7 +87,7 @@ def fednova(
             return (fc.per_length(optax.tree.sub(done.params, x), A_i), T_i, tau_i), ()
 
         program = fc.local_descent(fc.measured(optimizer, mu), direction, upload=upload)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         normalized, T, tau = results.aggregate
         velocity = jax.tree.map(
             lambda v, d: (server_momentum * v + tau.astype(v.dtype) * d).astype(v.dtype), state.velocity, normalized

@@ -1,6 +1,6 @@
 """Server optimizers: FedAvgM, FedAdagrad, FedAdam, FedYogi, and any optax optimizer (`fedopt`)."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ class FedOptState(NamedTuple):
     """Global model x, the server optimizer's state and the number of rounds done."""
 
     params: fc.Params
-    opt_state: Any
+    opt_state: fc.PyTree
     round: fc.Counter = 0
 
 
@@ -53,7 +53,7 @@ def fedopt(
 
     def update(state: FedOptState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         # In float32 at least: a mean with b2 = 0.99 in bfloat16 stops within 20 % of what it should be.
         pseudo_gradient = optax.tree.scale(-1, fc.sums.widen(results.aggregate))
         x, opt_state = fc.optimizer_step(server, fc.sums.widen(state.params), state.opt_state, pseudo_gradient)
@@ -222,7 +222,7 @@ class _AdaptiveState(NamedTuple):
 
 
 def _adaptive(
-    second_moment: Any, server_lr: fc.Scalar, b1: fc.Scalar, tau: fc.Scalar, initial_accumulator: fc.Scalar
+    second_moment: fc.PyTree, server_lr: fc.Scalar, b1: fc.Scalar, tau: fc.Scalar, initial_accumulator: fc.Scalar
 ) -> optax.GradientTransformation:
     """The paper's server step: no bias correction, tau outside the root (optax has both otherwise)."""
     fc.checks.scalar("server_lr", server_lr, low=0)

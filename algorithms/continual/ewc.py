@@ -1,6 +1,6 @@
 """FedAvg with EWC."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +69,11 @@ def ewc(
 
     def update(state: EWCState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, start=fc.first_part)
-        results = clients.run(program, (state.params, state.importance, state.center), (), cohort, key)
+        results = clients.run(program, (state.params, state.importance, state.center), cohort, key)
         return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
     def end_task(state: EWCState, cohort: fc.Cohort, key: fc.Key) -> EWCState:
-        F_t = clients.full_pass().run(fisher_program(loss_fn), state.params, (), cohort, key).aggregate
+        F_t = clients.full_pass().run(fisher_program(loss_fn), state.params, cohort, key).aggregate
         total = optax.tree.add(state.importance, F_t)
         # (F c + F_t x) / (F + F_t), and c where nothing is known.
         share = jax.tree.map(lambda F_t, F: F_t / jnp.where(F > 0, F, 1), F_t, total)
@@ -88,10 +88,10 @@ def ewc(
 def fisher_program(loss_fn: fc.LossFn) -> fc.ClientProgram:
     """Uploads the mean of a client's squared gradients, one an example, at the shared params; run it for one epoch."""
 
-    def client_init(x: fc.Params, client_input: Any, key: fc.Key) -> Any:
+    def client_init(x: fc.Params, client_input: fc.PyTree, key: fc.Key):
         return fc.sums.start_tree(x), jnp.int32(0)
 
-    def client_step(x: fc.Params, carry: Any, batch: fc.Batch) -> Any:
+    def client_step(x: fc.Params, carry: fc.PyTree, batch: fc.Batch):
         total, n = carry
 
         def loss(x: fc.Params, example: fc.Examples, number: fc.Array) -> fc.Array:
@@ -107,7 +107,7 @@ def fisher_program(loss_fn: fc.LossFn) -> fc.ClientProgram:
         mean = (summed / jnp.maximum(count, 1).astype(summed.dtype)).astype(losses.dtype)
         return (total, n + count), mean
 
-    def client_final(x: fc.Params, carry: Any) -> Any:
+    def client_final(x: fc.Params, carry: fc.PyTree):
         total, n = carry
         # As wide as it is summed: the square of a small gradient is 0 in float16.
         return fc.sums.mean_tree(total, n, fc.sums.widen(x)), ()

@@ -1,7 +1,7 @@
 """FOT."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -114,14 +114,14 @@ def fot(
 
     def update(state: FOTState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         D = project(results.aggregate, state.bases)
         return state._replace(params=fc.add_scaled(state.params, server_lr, D)), results
 
     def end_task(state: FOTState, cohort: fc.Cohort, key: fc.Key) -> FOTState:
         program = sketch_program(inputs, layers, oversampling, squared=rule == "squared")
         shared = state.params, {path: basis.columns for path, basis in state.bases.items()}
-        results = all_alike.run(program, shared, (), cohort, key, aggregator=fc.weighted_sum())
+        results = all_alike.run(program, shared, cohort, key, aggregator=fc.weighted_sum())
         bases = {
             path: expand(basis, results.aggregate[path], state.energy, squared=rule == "squared")
             for path, basis in state.bases.items()
@@ -134,7 +134,7 @@ def fot(
 def project(direction: fc.Params, bases: Mapping[str, Basis]) -> fc.Params:
     """The direction without the part D_l of each protected weight that lies in the span of U_l."""
 
-    def one(path: Any, leaf: fc.Array) -> fc.Array:
+    def one(path: jax.tree_util.KeyPath, leaf: fc.Array) -> fc.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in bases:
             return leaf
@@ -158,15 +158,15 @@ def sketch_program(
 ) -> fc.ClientProgram:
     """One pass over a client's examples, batch by batch; uploads a `Sketch` of each layer. `shared` is (x, the U_l)."""
 
-    def client_init(shared: Any, client_input: Any, key: fc.Key) -> Any:
+    def client_init(shared: fc.PyTree, client_input: fc.PyTree, key: fc.Key):
         _, bases = shared
 
-        def zeros(d: int, dtype: Any) -> Sketch:
+        def zeros(d: int, dtype: jax.typing.DTypeLike) -> Sketch:
             return Sketch(jnp.zeros((d, oversampling * d), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype))
 
         return {path: zeros(d, bases[path].dtype) for path, d in layers.items()}, jnp.int32(0)
 
-    def client_step(shared: Any, carry: Any, batch: fc.Batch) -> Any:
+    def client_step(shared: fc.PyTree, carry: fc.PyTree, batch: fc.Batch):
         x, bases = shared
         sketches, n = carry
         found = check_inputs(fc.masks.call(inputs, x, batch.examples, mask=batch.mask), layers, batch.mask.shape[0])
@@ -186,7 +186,7 @@ def sketch_program(
         }
         return (sketches, n + jnp.sum(batch.mask, dtype=jnp.int32)), jnp.zeros(())
 
-    def client_final(shared: Any, carry: Any) -> Any:
+    def client_final(shared: fc.PyTree, carry: fc.PyTree):
         sketches, n = carry
 
         def weighted(sketch: Sketch) -> Sketch:
@@ -217,7 +217,7 @@ def expand(basis: Basis, sketch: Sketch, energy: fc.Array, *, squared: bool) -> 
     total = jnp.sum(S**2)
     # 1 - eps of the whole may be lost, which is this share of the residual: 1 - (r - (1 - eps)) / r.
     lost = (1 - energy.astype(U.dtype)) / jnp.where(r > 0, r, 1)
-    # What is left of the total after j directions, summed from the small end, where rounding would drown it.
+    # What is left of the total after j directions, summed from the small end, or rounding would hide it.
     left = jnp.cumsum(S[::-1] ** 2)[::-1]
     k = jnp.where(lost < 1, jnp.sum(left >= lost * total, dtype=jnp.int32), 0)
     # R is known to within the rounding of A, whose norm is that of R over ||R|| / ||A||.

@@ -15,7 +15,7 @@ class ContinualAlgorithm(NamedTuple):
       params: as in `Algorithm`.
       client_params: as in `Algorithm`.
       end_task: `end_task(state, cohort, key) -> state`: the cohort's clients look once at their examples of the task
-        that ends, at the global model. The model stays as it is, and so does what is remembered if nobody takes part.
+        that ends, at the global model. The model stays as it is, and so does what is remembered without participants.
     """
 
     init: Callable[[fc.Params], Any]

@@ -76,7 +76,7 @@ def feddyn(
         alphas = alpha / jnp.where(relative > 0, relative, 1)
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, upload=upload)
         own = fc.gather(state.client_shifts, cohort), alphas
-        results = clients._replace(weights="uniform").run(program, state.params, own, cohort, key)
+        results = clients._replace(weights="uniform").run(program, state.params, cohort, key, client_inputs=own)
         shift = fc.add_scaled(state.shift, jnp.sum(results.weights) / num_clients, results.aggregate)
         params = jax.tree.map(lambda x, d, h: (x + d + h).astype(x.dtype), state.params, results.aggregate, shift)
         shifts = fc.scatter(state.client_shifts, cohort, results.outputs)

@@ -103,7 +103,7 @@ def fedld(
 
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
         aggregator = fc.stacked(rebuilt) if aggregation == "principal" else None
-        results = clients.run(program, state.params, (), cohort, key, aggregator=aggregator)
+        results = clients.run(program, state.params, cohort, key, aggregator=aggregator)
         return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
     return fc.federated(fc.ModelState, update)

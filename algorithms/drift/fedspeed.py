@@ -93,7 +93,7 @@ def fedspeed(
     def update(state: FedSpeedState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, upload=upload)
         own = fc.gather(state.client_corrections, cohort)
-        results = clients.run(program, state.params, own, cohort, key)
+        results = clients.run(program, state.params, cohort, key, client_inputs=own)
         params, mean = optax.tree.add(state.params, results.aggregate), state.correction
         if corrections == "all":
             share = jnp.sum(results.weights) / num_clients

@@ -13,7 +13,7 @@ class MimeState(NamedTuple):
     """Global model x, the state s of the base optimizer, and the number of rounds done."""
 
     params: fc.Params
-    opt_state: Any
+    opt_state: fc.PyTree
     round: fc.Counter = 0
 
 
@@ -58,7 +58,7 @@ def mime(
         loss, g = gradient(y, batch)
         return loss, jax.tree.map(lambda g, at_x, c: g - at_x + c, g, gradient(x, batch)[1], c)
 
-    return _frozen(loss_fn, client_optimizer, direction, momentum, server_lr, sends_gradient=True, **local)
+    return _frozen(loss_fn, client_optimizer, direction, momentum, server_lr, download=lambda c: (c,), **local)
 
 
 def mimelite(
@@ -95,7 +95,7 @@ def mimelite(
     Federated Learning", 2021, algorithm 1 (MimeLite).
     """
     gradient = fc.value_and_grad(loss_fn)
-    return _frozen(loss_fn, client_optimizer, gradient, momentum, server_lr, sends_gradient=False, **local)
+    return _frozen(loss_fn, client_optimizer, gradient, momentum, server_lr, download=lambda c: (), **local)
 
 
 def _frozen(
@@ -105,10 +105,15 @@ def _frozen(
     momentum: fc.Scalar,
     server_lr: fc.Scalar,
     *,
-    sends_gradient: bool,
+    download: Callable[[fc.Params], tuple[fc.Params, ...]],
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:
-    """Local steps with the state s of the base optimizer as the server has it, along `direction(y, batch, x, c)`."""
+    """Local steps with the state s of the base optimizer as the server has it, along a direction of the method's.
+
+    Args:
+      direction: `direction(y, batch, x, *download) -> (loss, g)`.
+      download: what a method sends besides x and s, from the mean gradient c at x.
+    """
     fc.checks.scalar("momentum", momentum, low=0, high=1, high_open=True)
     fc.checks.scalar("server_lr", server_lr, low=0)
     clients = fc.local_training(**local)
@@ -122,12 +127,12 @@ def _frozen(
 
     def update(state: MimeState, cohort: fc.Cohort, key: fc.Key):
         optimizer = base_optimizer(state.round)
-        full = clients.full_pass().run(gradient_at_x, state.params, (), cohort, key)
+        full = clients.full_pass().run(gradient_at_x, state.params, cohort, key)
         c = full.aggregate
 
         def client_step(shared, y, batch):
-            x, s, c = shared
-            loss, g = direction(y, batch, x, c)
+            x, s, *downloaded = shared
+            loss, g = direction(y, batch, x, *downloaded)
             step, _ = optimizer.update(g, s, y)
             return optax.apply_updates(y, step), loss
 
@@ -136,8 +141,8 @@ def _frozen(
             step=client_step,
             final=lambda shared, y: (optax.tree.sub(y, shared[0]), ()),
         )
-        shared = state.params, state.opt_state, c if sends_gradient else ()
-        results = clients.run(program, shared, (), cohort, key)
+        shared = state.params, state.opt_state, *download(c)
+        results = clients.run(program, shared, cohort, key)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
         _, opt_state = optimizer.update(fc.sums.widen(c), state.opt_state, fc.sums.widen(state.params))
         return MimeState(params, opt_state), results._replace(uploaded=results.uploaded + full.uploaded)

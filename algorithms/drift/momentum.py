@@ -9,7 +9,7 @@ import optax
 
 import fedjax_core as fc
 from algorithms.drift.fedcm import fedcm
-from algorithms.parts import unequal_work
+from algorithms.parts import controls, unequal_work
 
 
 def fedavg_m(
@@ -120,7 +120,7 @@ def fedavg_m_vr(
             start=fc.first_part,
             upload=unequal_work.upload(aggregation),
         )
-        results = clients.run(program, (state.params, state.direction, state.step), (), cohort, key)
+        results = clients.run(program, (state.params, state.direction, state.step), cohort, key)
         decrease, G, length = unequal_work.mean(results.aggregate, aggregation)
         return FedAvgMVRState(fc.add_scaled(state.params, -server_lr, decrease), G, server_lr * length), results
 
@@ -184,7 +184,7 @@ def scaffold_m(
     gradient = fc.value_and_grad(loss_fn)
 
     def direction(y, batch, shared, c_i):
-        _, c, G, _ = shared
+        _, c, G = shared
         loss, g = gradient(y, batch)
         # v = beta (g - c_i + c) + (1 - beta) G
         v = jax.tree.map(lambda g, c, c_i, d: g + beta * (c - c_i) + (1 - beta) * (d - g), g, c, c_i, G)
@@ -196,7 +196,7 @@ def scaffold_m(
         num_clients=num_clients,
         server_lr=server_lr,
         aggregation=aggregation,
-        sends_step=False,
+        download=lambda state: (state.direction,),
         **local,
     )
 
@@ -257,7 +257,7 @@ def scaffold_m_vr(
         num_clients=num_clients,
         server_lr=server_lr,
         aggregation=aggregation,
-        sends_step=True,
+        download=lambda state: (state.direction, state.step),  # x_prev = x + step G
         **local,
     )
 
@@ -269,14 +269,14 @@ def _controlled(
     num_clients: int,
     server_lr: fc.Scalar,
     aggregation: str,
-    sends_step: bool,
+    download: Callable[[ScaffoldMState], tuple[fc.PyTree, ...]],
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:
     """The two parts that both have: SCAFFOLD's controls, and the global direction G.
 
     Args:
-      direction: `direction(y, batch, (x, c, G, step), c_i) -> (loss, v, g)`.
-      sends_step: whether the direction needs the server's step, x_prev = x + step G.
+      direction: `direction(y, batch, (x, c, *download), c_i) -> (loss, v, g)`.
+      download: what a method sends besides x and c, from its state.
     """
     fc.checks.positive_int("num_clients", num_clients, "the size of the population")
     fc.checks.scalar("server_lr", server_lr, low=0)
@@ -286,8 +286,7 @@ def _controlled(
 
     def init(params: fc.Params) -> ScaffoldMState:
         zeros = optax.tree.zeros_like(params)
-        controls = fc.client_table(num_clients, zeros)
-        return ScaffoldMState(params, zeros, jnp.zeros(()), fc.sums.wide_zeros(params), controls)
+        return ScaffoldMState(params, zeros, jnp.zeros(()), *controls.start(params, num_clients))
 
     def upload(done, shared):
         c_i, c_i_new = done.own, done.mean
@@ -296,19 +295,12 @@ def _controlled(
     def update(state: ScaffoldMState, cohort: fc.Cohort, key: fc.Key):
         optimizer = fc.measured(fc.optimizer_at(client_optimizer, state.round))
         program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=upload, with_mean=True)
-        c = fc.sums.cast_like(state.control, state.params)
-        shared = state.params, c, state.direction, state.step if sends_step else ()
-        results = clients.run(program, shared, fc.gather(state.client_controls, cohort), cohort, key)
+        shared = state.params, fc.sums.cast_like(state.control, state.params), *download(state)
+        results = clients.run(program, shared, cohort, key, client_inputs=fc.gather(state.client_controls, cohort))
         work, change = results.aggregate
         decrease, G, length = unequal_work.mean(work, aggregation)
-        # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
-        state = ScaffoldMState(
-            params=fc.add_scaled(state.params, -server_lr, decrease),
-            direction=G,
-            step=server_lr * length,
-            control=fc.add_scaled(state.control, jnp.sum(results.weights) / num_clients, change),
-            client_controls=fc.scatter(state.client_controls, cohort, results.outputs),
-        )
-        return state, results
+        params = fc.add_scaled(state.params, -server_lr, decrease)
+        control, client_controls = controls.updated(state, change, results, cohort, num_clients)
+        return ScaffoldMState(params, G, server_lr * length, control, client_controls), results
 
     return fc.federated(init, update)

@@ -99,7 +99,7 @@ def moon(
 
     def update(state: MoonState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction, upload=upload)
-        results = clients.run(program, state.params, fc.gather(state.client_models, cohort), cohort, key)
+        results = clients.run(program, state.params, cohort, key, client_inputs=fc.gather(state.client_models, cohort))
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
         return MoonState(params, fc.scatter(state.client_models, cohort, results.outputs)), results
 

@@ -1,12 +1,11 @@
 """SCAFFOLD."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
+from algorithms.parts import controls
 
 
 class ScaffoldState(NamedTuple):
@@ -59,13 +58,12 @@ def scaffold(
     gradient_at_x = fc.kept_by_client(fc.full_gradient_program(loss_fn))
 
     def init(params: fc.Params) -> ScaffoldState:
-        controls = fc.client_table(num_clients, optax.tree.zeros_like(params))
-        return ScaffoldState(params, fc.sums.wide_zeros(params), controls)
+        return ScaffoldState(params, *controls.start(params, num_clients))
 
     def direction(y, batch, shared, own):
         (_, c), (c_i, _) = shared, own
         loss, g = gradient(y, batch)
-        return loss, jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i), g
+        return loss, controls.corrected(g, c, c_i), g
 
     def upload(done, shared):
         (x, _), (c_i, at_x) = shared, done.own
@@ -73,9 +71,9 @@ def scaffold(
         return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
 
     def update(state: ScaffoldState, cohort: fc.Cohort, key: fc.Key):
-        at_x: Any = ()
+        at_x: fc.PyTree = ()
         if option == "I":
-            at_x = clients.full_pass().run(gradient_at_x, state.params, (), cohort, key).outputs
+            at_x = clients.full_pass().run(gradient_at_x, state.params, cohort, key).outputs
         program = fc.local_descent(
             fc.optimizer_at(client_optimizer, state.round),
             direction,
@@ -85,11 +83,10 @@ def scaffold(
         )
         shared = state.params, fc.sums.cast_like(state.control, state.params)
         own = fc.gather(state.client_controls, cohort), at_x
-        results = clients.run(program, shared, own, cohort, key)
+        results = clients.run(program, shared, cohort, key, client_inputs=own)
         delta, change = results.aggregate
         params = fc.add_scaled(state.params, server_lr, delta)
-        # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
-        control = fc.add_scaled(state.control, jnp.sum(results.weights) / num_clients, change)
-        return ScaffoldState(params, control, fc.scatter(state.client_controls, cohort, results.outputs)), results
+        control, client_controls = controls.updated(state, change, results, cohort, num_clients)
+        return ScaffoldState(params, control, client_controls), results
 
     return fc.federated(init, update)

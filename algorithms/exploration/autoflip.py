@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def autoflip(
             step=client_step,
             final=lambda shared, done: (optax.tree.sub(done[0], shared[0]), ()),
         )
-        results = clients.run(program, (state.params, state.mask), (), cohort, key)
+        results = clients.run(program, (state.params, state.mask), cohort, key)
         params, velocity = momentum_step(state.params, state.velocity, results.aggregate, momentum, server_lr)
         kept = sum((jnp.sum(b, dtype=jnp.int32) for b in jax.tree.leaves(state.mask)), jnp.int32(0))
         dense = jnp.int32(fc.num_scalars(params))
@@ -189,7 +189,7 @@ def keep(guidance: fc.Params, threshold: fc.Scalar, output: str | None) -> fc.Pa
             inputs = tuple(range(G.ndim - 1))
             alive[layer] = (jnp.mean(G, inputs) > least) & jnp.any(B, inputs)
 
-    def of_unit(path: Any, B: fc.Array) -> fc.Array:
+    def of_unit(path: jax.tree_util.KeyPath, B: fc.Array) -> fc.Array:
         layer, name = _split(path)
         return B & alive[layer] if layer in alive and name in ("kernel", "bias") else B
 
@@ -249,7 +249,7 @@ def _layers(tree: fc.Params) -> dict[str, fc.Array]:
     return {layer: leaf for (layer, name), leaf in found.items() if name == "kernel" and jnp.ndim(leaf) >= 2}
 
 
-def _split(path: Any) -> tuple[str, str]:
+def _split(path: jax.tree_util.KeyPath) -> tuple[str, str]:
     """(path of the layer, name in it) of an array."""
     layer, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
     return layer, name

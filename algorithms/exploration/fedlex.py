@@ -126,7 +126,7 @@ def fedlex(
             step=client_step,
             final=lambda shared, done: (optax.tree.sub(done[0], shared[0]), ()),
         )
-        results = clients.run(program, (state.params, () if mode == "final_delta" else G), (), cohort, key)
+        results = clients.run(program, (state.params, () if mode == "final_delta" else G), cohort, key)
         delta = optax.tree.mul(G, results.aggregate) if mode == "final_delta" else results.aggregate
         params, velocity = momentum_step(state.params, state.velocity, delta, momentum, server_lr)
         maps = exploration.of_participants(state.maps, cohort)

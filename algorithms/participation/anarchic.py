@@ -66,7 +66,7 @@ def afa_cd(
     def update(state: FedFixState, cohort: fc.Cohort, key: fc.Key):
         program = stale.descent(fc.optimizer_at(client_optimizer, state.round), gradient)
         own = fc.gather(state.starts, cohort), one_over_steps(clients.work, cohort)
-        results = clients.run(program, (), own, cohort, key)
+        results = clients.run(program, (), cohort, key, client_inputs=own)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
         return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(results, params)
 
@@ -101,7 +101,7 @@ def afa_cs(
       **local: batch_size, num_epochs or num_steps (an array gives every client its own K_i), order, weights, plan; see
         `LocalOptions`. The weights give p_i.
 
-    Differences: those of `afa_cd`. When nobody comes the model stays.
+    Differences: those of `afa_cd`. Without participants the model stays.
 
     Paper: Yang, Zhang, Khanduri, Liu, "Anarchic Federated Learning", 2022, AFA-CS.
     """
@@ -118,7 +118,7 @@ def afa_cs(
     def update(state: AFACSState, cohort: fc.Cohort, key: fc.Key):
         program = stale.descent(fc.optimizer_at(client_optimizer, state.round), gradient)
         own = fc.gather(state.starts, cohort), one_over_steps(clients.work, cohort)
-        results = clients.run(program, (), own, cohort, key, aggregator=fc.stacked())
+        results = clients.run(program, (), cohort, key, client_inputs=own, aggregator=fc.stacked())
         p = results.weights / num_clients
         updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
         params = fc.add_scaled(state.params, server_lr, mean)

@@ -1,6 +1,6 @@
 """FedAMD."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class Miner(NamedTuple):
     params: fc.Params
     previous: fc.Params
     direction: fc.Params
-    opt_state: Any
+    opt_state: fc.PyTree
 
 
 class FedAMDState(NamedTuple):
@@ -122,7 +122,7 @@ def fedamd(
         weights = fc.client_weights(clients.weights, cohort)
 
         asked = cohort.only(anchor | new)
-        full = clients.full_pass().run(gradient_at_x, state.params, (), asked, key, aggregator=fc.stacked())
+        full = clients.full_pass().run(gradient_at_x, state.params, asked, key, aggregator=fc.stacked())
         v = full.aggregate
         total = optax.tree.add(state.total, fc.sums.weighted(weights * new, v))
         weight = state.weight + jnp.sum(weights * new)
@@ -130,7 +130,7 @@ def fedamd(
         V = fc.sums.cast_like(V, state.params)
 
         program = fc.ClientProgram(client_init, client_step, client_final)
-        miners = clients.run(program, (state.params, V), (), cohort.only(cohort.mask & ~anchor), key)
+        miners = clients.run(program, (state.params, V), cohort.only(cohort.mask & ~anchor), key)
         params = fc.add_scaled(state.params, server_lr, miners.aggregate)
 
         change = optax.tree.sub(fc.sums.widen(v), old.gradient)
@@ -151,7 +151,7 @@ def fedamd(
     return fc.federated(init, update)
 
 
-def draw_anchors(key: fc.Key, cohort: fc.Cohort, probability: Any) -> fc.Array:
+def draw_anchors(key: fc.Key, cohort: fc.Cohort, probability: fc.Scalar) -> fc.Array:
     """bool[C]: each participant is an anchor with the given probability, by a coin of its own."""
     coins = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (), jnp.float32))(
         jnp.maximum(cohort.ids, 0)

@@ -1,6 +1,6 @@
 """FedAU, and FedAvg with known participation probabilities."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import fedjax_core as fc
 from algorithms.parts import participation
@@ -63,7 +63,7 @@ def fedau(
         w, own = participation.mean_interval(fc.gather(state.intervals, cohort), state.round, cutoff)
         optimizer = fc.optimizer_at(client_optimizer, state.round)
         program = fc.local_descent(optimizer, gradient, upload=participation.weighted)
-        results = clients.run(program, state.params, w, cohort, key, aggregator=fc.weighted_sum())
+        results = clients.run(program, state.params, cohort, key, client_inputs=w, aggregator=fc.weighted_sum())
         params = fc.add_scaled(state.params, server_lr / num_clients, results.aggregate)
         return FedAUState(params, fc.scatter(state.intervals, cohort, own)), results
 
@@ -74,7 +74,7 @@ def fedavg_ipw(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    probabilities: Any = 1.0,
+    probabilities: fc.ArrayLike = 1.0,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:
@@ -111,7 +111,7 @@ def fedavg_ipw(
         optimizer = fc.optimizer_at(client_optimizer, state.round)
         program = fc.local_descent(optimizer, gradient, upload=participation.weighted)
         w = participation.inverse_probabilities(probabilities, cohort)
-        results = clients.run(program, state.params, w, cohort, key, aggregator=fc.weighted_sum())
+        results = clients.run(program, state.params, cohort, key, client_inputs=w, aggregator=fc.weighted_sum())
         params = fc.add_scaled(state.params, server_lr / cohort.num_clients, results.aggregate)
         return state._replace(params=params), results
 

@@ -1,6 +1,6 @@
 """FedFix: asynchronous, buffered and fixed-interval aggregation."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import fedjax_core as fc
 from algorithms.parts import participation, stale
@@ -19,7 +19,7 @@ def fedfix(
     client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: int,
-    probabilities: Any = "uniform",
+    probabilities: str | fc.ArrayLike = "uniform",
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:
@@ -66,7 +66,7 @@ def fedfix(
         program = stale.descent(fc.optimizer_at(client_optimizer, state.round), gradient)
         inverse = participation.inverse_probabilities(probabilities, cohort)
         own = fc.gather(state.starts, cohort), inverse
-        results = clients.run(program, (), own, cohort, key, aggregator=fc.weighted_sum())
+        results = clients.run(program, (), cohort, key, client_inputs=own, aggregator=fc.weighted_sum())
         params = fc.add_scaled(state.params, server_lr / num_clients, results.aggregate)
         return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(results, params)
 

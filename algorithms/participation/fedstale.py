@@ -1,6 +1,6 @@
 """FedStale and FedVARP."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import optax
@@ -19,7 +19,7 @@ class FedStaleState(NamedTuple):
     params: fc.Params
     updates: fc.ClientTable
     mean: fc.Params
-    intervals: Any
+    intervals: fc.PyTree
     round: fc.Counter = 0
 
 
@@ -29,7 +29,7 @@ def fedstale(
     *,
     num_clients: int,
     beta: fc.Scalar = 0.5,
-    probabilities: Any = "uniform",
+    probabilities: str | fc.ArrayLike = "uniform",
     cutoff: int = 50,
     skip_empty: bool = True,
     server_lr: fc.Scalar = 1.0,
@@ -87,7 +87,7 @@ def fedstale(
         else:
             inverse = participation.inverse_probabilities(probabilities, cohort)
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
-        results = clients.run(program, state.params, (), cohort, key, aggregator=fc.stacked())
+        results = clients.run(program, state.params, cohort, key, aggregator=fc.stacked())
         d, h = results.aggregate, fc.gather(state.updates, cohort)
         p = results.weights / num_clients
         change = jax.tree.map(lambda d, h: d - beta * h, fc.sums.widen(d), fc.sums.widen(h))

@@ -58,7 +58,7 @@ def mifa(
 
     def update(state: MIFAState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
-        results = clients.run(program, state.params, (), cohort, key, aggregator=fc.stacked())
+        results = clients.run(program, state.params, cohort, key, aggregator=fc.stacked())
         p = results.weights / num_clients
         updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
         return MIFAState(fc.add_scaled(state.params, server_lr, mean), updates, mean), results

@@ -26,7 +26,7 @@ def averaging(
 
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
 
     return fc.federated(fc.ModelState, update)

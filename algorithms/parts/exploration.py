@@ -96,11 +96,11 @@ def loss_exploration(
     def explore(maps: Maps, params: fc.Params, cohort: fc.Cohort, key: fc.Key) -> Maps:
         optimizer = fc.optimizer_at(client_optimizer, jnp.int32(0))
 
-        def client_init(x: fc.Params, steps_per_epoch: fc.Array, key: fc.Key) -> Any:
+        def client_init(x: fc.Params, steps_per_epoch: fc.Array, key: fc.Key):
             return x, optimizer.init(x), _Watch.start(steps_per_epoch)
 
-        def client_step(x: fc.Params, carry: Any, batch: fc.Batch) -> Any:
-            def descend(carry: Any) -> Any:
+        def client_step(x: fc.Params, carry: fc.PyTree, batch: fc.Batch):
+            def descend(carry: fc.PyTree):
                 y, opt_state, watch = carry
                 loss, g = gradient(y, batch)
                 u, opt_state = optimizer.update(g, opt_state, y)
@@ -110,7 +110,7 @@ def loss_exploration(
             carry = jax.lax.cond(carry[2].waited < patience, descend, lambda carry: carry, carry)
             return carry, jnp.zeros(())
 
-        def client_final(x: fc.Params, carry: Any) -> Any:
+        def client_final(x: fc.Params, carry: fc.PyTree):
             # The square of a small move is 0 in float16.
             return jax.tree.map(jnp.square, fc.sums.widen(optax.tree.sub(x, carry[0]))), ()
 
@@ -120,7 +120,7 @@ def loss_exploration(
         steps_per_epoch = -(-chosen.sizes // work.batch_size)
         program = fc.ClientProgram(client_init, client_step, client_final)
         aggregator = fc.stacked() if num_maps else fc.mapped(of_client, fc.weighted_sum())
-        results = exploring.run(program, params, steps_per_epoch, chosen, key, aggregator=aggregator)
+        results = exploring.run(program, params, chosen, key, client_inputs=steps_per_epoch, aggregator=aggregator)
         count = chosen.num_participants
         total = results.aggregate
         if num_maps:

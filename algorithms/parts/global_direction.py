@@ -57,7 +57,7 @@ def with_global_direction(
             start=fc.first_part,
             upload=unequal_work.upload(aggregation),
         )
-        results = clients.run(program, (state.params, state.direction), (), cohort, key)
+        results = clients.run(program, (state.params, state.direction), cohort, key)
         decrease, D, _ = unequal_work.mean(results.aggregate, aggregation)
         return DirectionState(fc.add_scaled(state.params, -server_lr, decrease), D), results
 

@@ -1,6 +1,6 @@
 """Who takes part how often: known probabilities of taking part, and intervals between rounds as estimates of them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +43,7 @@ def mean_interval(intervals: Intervals, round: fc.Counter, cutoff: int) -> tuple
     return mean, Intervals(ended + 1, jnp.full_like(rounds, round + 1))
 
 
-def check_probabilities(probabilities: Any, num_clients: int | None = None, *others: str) -> None:
+def check_probabilities(probabilities: fc.ArrayLike, num_clients: int | None = None, *others: str) -> None:
     """Checks probabilities of taking part: "uniform", one number or float[num_clients] (of tracers the shape).
 
     `others` are further words that the method knows.
@@ -73,7 +73,7 @@ def check_probabilities(probabilities: Any, num_clients: int | None = None, *oth
             )
 
 
-def inverse_probabilities(probabilities: Any, cohort: fc.Cohort) -> fc.Array:
+def inverse_probabilities(probabilities: fc.ArrayLike, cohort: fc.Cohort) -> fc.Array:
     """float[C], 1 / prob_i of each slot's client; "uniform" is |S| / N for all of them."""
     if isinstance(probabilities, str):
         rates = jnp.maximum(cohort.num_participants, 1).astype(jnp.result_type(float)) / cohort.num_clients

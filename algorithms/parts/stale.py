@@ -12,7 +12,7 @@ import fedjax_core as fc
 def descent(optimizer: optax.GradientTransformation, direction: Callable[..., Any]) -> fc.ClientProgram:
     """Local descent from the client's own x_i; its input is (x_i, w_i), and it uploads w_i (y_i - x_i)."""
 
-    def upload(done: fc.Descent, shared: Any):
+    def upload(done: fc.Descent, shared: fc.PyTree):
         start, w = done.own
         return fc.scale(w, optax.tree.sub(done.params, start)), ()
 

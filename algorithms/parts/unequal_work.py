@@ -18,7 +18,7 @@ def upload(rule: str) -> Callable[[fc.Descent, Any], tuple[Any, Any]]:
     A client uploads its decrease x - y_i ("mean"), or what that is in the units of a gradient; and its length.
     """
 
-    def final(done: fc.Descent, shared: Any):
+    def final(done: fc.Descent, shared: fc.PyTree):
         decrease, length = optax.tree.sub(shared[0], done.params), done.opt_state.length
         return (decrease if rule == "mean" else fc.per_length(decrease, length), length), ()
 

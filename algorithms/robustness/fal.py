@@ -106,7 +106,9 @@ def pgd(
     least_high: Any = fc.checks.scalar("low", low, finite=False) if fc.checks.is_concrete(low) else -math.inf
     fc.checks.scalar("high", high, low=least_high, finite=False)
 
-    def attack(params: fc.Params, examples: Any, key: Any, mask: Any = None) -> Any:
+    def attack(
+        params: fc.Params, examples: fc.Examples, key: fc.Key | None, mask: fc.Array | None = None
+    ) -> fc.Examples:
         clean, unit = _pixels(examples["x"])
         radius, step = (jnp.asarray(length * unit, clean.dtype) for length in (rho, step_size))
         least = jnp.minimum(clean, jnp.asarray(low * unit, clean.dtype))
@@ -121,7 +123,7 @@ def pgd(
             values = fc.masks.call(loss_fn, params, {**examples, "x": x}, key, mask=mask)
             return jnp.sum(fc.sums.widen(values if mask is None else jnp.where(mask, values, 0)))
 
-        def ascend(_: Any, x: fc.Array) -> fc.Array:
+        def ascend(_: int, x: fc.Array) -> fc.Array:
             g = jax.grad(total_loss)(x)
             direction = jnp.sign(g) if norm == "linf" else g / _lengths(g)
             return project(x + step * direction)
@@ -139,14 +141,14 @@ def pgd(
 def robust(metric_fn: Callable[..., Any], attack: Adversary) -> Callable[..., Any]:
     """`metric_fn(params, batch)` on the inputs that the attack makes of the batch: robust accuracy, for `evaluate`."""
 
-    def metric(params: fc.Params, batch: fc.Examples, mask: fc.Array | None = None) -> Any:
+    def metric(params: fc.Params, batch: fc.Examples, mask: fc.Array | None = None) -> fc.PyTree:
         attacked = fc.masks.call(attack, params, batch, None, mask=mask)
         return fc.masks.call(metric_fn, params, attacked, mask=mask)
 
     return metric
 
 
-def _pixels(x: Any) -> tuple[fc.Array, int]:
+def _pixels(x: fc.ArrayLike) -> tuple[fc.Array, int]:
     """Inputs as floats, and what 1 is in their unit."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.floating):

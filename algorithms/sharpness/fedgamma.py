@@ -2,12 +2,9 @@
 
 from typing import Unpack
 
-import jax
-import jax.numpy as jnp
-import optax
-
 import fedjax_core as fc
 from algorithms.drift.scaffold import ScaffoldState
+from algorithms.parts import controls
 from algorithms.parts.sharpness import sam_gradient
 
 
@@ -50,27 +47,21 @@ def fedgamma(
     gradient = sam_gradient(loss_fn, rho)
 
     def init(params: fc.Params) -> ScaffoldState:
-        controls = fc.client_table(num_clients, optax.tree.zeros_like(params))
-        return ScaffoldState(params, fc.sums.wide_zeros(params), controls)
+        return ScaffoldState(params, *controls.start(params, num_clients))
 
     def direction(y, batch, shared, c_i):
         _, c = shared
-        loss, g = gradient(y, batch)
-        return loss, jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i), g
-
-    def upload(done, shared):
-        (x, _), c_i, c_i_new = shared, done.own, done.mean
-        return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
+        loss, q = gradient(y, batch)
+        return loss, controls.corrected(q, c, c_i), q
 
     def update(state: ScaffoldState, cohort: fc.Cohort, key: fc.Key):
         optimizer = fc.optimizer_at(client_optimizer, state.round)
-        program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=upload, with_mean=True)
+        program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=controls.upload, with_mean=True)
         shared = state.params, fc.sums.cast_like(state.control, state.params)
-        results = clients.run(program, shared, fc.gather(state.client_controls, cohort), cohort, key)
+        results = clients.run(program, shared, cohort, key, client_inputs=fc.gather(state.client_controls, cohort))
         delta, change = results.aggregate
         params = fc.add_scaled(state.params, server_lr, delta)
-        # The mean over the cohort of c_i+ - c_i, times (weight of the cohort) / N, is the sum over the cohort / N.
-        control = fc.add_scaled(state.control, jnp.sum(results.weights) / num_clients, change)
-        return ScaffoldState(params, control, fc.scatter(state.client_controls, cohort, results.outputs)), results
+        control, client_controls = controls.updated(state, change, results, cohort, num_clients)
+        return ScaffoldState(params, control, client_controls), results
 
     return fc.federated(init, update)

@@ -1,6 +1,6 @@
 """FedSMOO."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Local(NamedTuple):
     """A client in the middle of its round."""
 
     params: fc.Params
-    opt_state: Any
+    opt_state: fc.PyTree
     duals: Duals
 
 
@@ -111,7 +111,7 @@ def fedsmoo(
 
         program = fc.ClientProgram(client_init, client_step, client_final)
         duals = fc.gather(state.client_duals, cohort)
-        results = clients.run(program, (state.params, state.perturbation), duals, cohort, key)
+        results = clients.run(program, (state.params, state.perturbation), cohort, key, client_inputs=duals)
         delta, mean_mu = results.aggregate
         dual = fc.add_scaled(state.dual, -jnp.sum(results.weights) / num_clients / lam, delta)
         params = fc.add_scaled(optax.tree.add(state.params, delta), -lam, dual)

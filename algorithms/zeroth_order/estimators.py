@@ -108,13 +108,13 @@ def host_loss(function: Callable[[list[tuple[fc.Params, fc.Examples]]], Sequence
         dtype = jnp.result_type(float, *jax.tree.leaves(params))
         ranks = [jnp.ndim(leaf) for leaf in jax.tree.leaves((params, batch))]
 
-        def call(*args: Any) -> np.ndarray:
+        def call(*args: fc.PyTree) -> np.ndarray:
             leaves, treedef = jax.tree.flatten(args)
             leaves = [np.asarray(leaf) for leaf in leaves]
             # Each vmap around the call adds a leading axis, of size 1 where it does not change the argument.
             lead = np.broadcast_shapes(*[leaf.shape[: leaf.ndim - n] for leaf, n in zip(leaves, ranks, strict=True)])
 
-            def one(index: tuple[int, ...]) -> Any:
+            def one(index: tuple[int, ...]):
                 own = [leaf[tuple(np.minimum(index, np.subtract(leaf.shape[: len(lead)], 1)))] for leaf in leaves]
                 return jax.tree.unflatten(treedef, own)
 

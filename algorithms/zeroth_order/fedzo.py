@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
+from algorithms.parts import controls
 from algorithms.zeroth_order.estimators import Estimate, finite_differences, num_queries
 
 
@@ -121,7 +122,7 @@ def _fedzo(
             return value, fc.add_scaled(g, pull, optax.tree.sub(y, x))
 
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
         queries = fc.sums.total(results.steps) * num_queries(num_directions, state.params)
         return state._replace(params=params), results, Queries(queries)
@@ -184,45 +185,36 @@ def scaffold_zo(
     estimate = finite_differences(loss_fn, num_directions=num_directions, mu=mu)
 
     def init(params: fc.Params) -> ScaffoldZOState:
-        zeros = optax.tree.zeros_like(params) if option == "II" else ()
-        return ScaffoldZOState(params, fc.sums.widen(zeros), fc.client_table(num_clients, zeros))
+        return ScaffoldZOState(params, *controls.start(params if option == "II" else (), num_clients))
 
     def direction(y, batch, shared, c_i):
         _, c = shared
         value, g = estimate(y, batch)
-        return value, jax.tree.map(lambda g, c, c_i: g + (c - c_i), g, c, c_i), g
-
-    def with_control(done, shared):
-        (x, _), c_i, c_i_new = shared, done.own, done.mean
-        return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
-
-    def displacement(done, shared):
-        return optax.tree.sub(done.params, shared[0]), ()
+        return value, controls.corrected(g, c, c_i), g
 
     def update(state: ScaffoldZOState, cohort: fc.Cohort, key: fc.Key):
         control_key, key = jax.random.split(key)
         optimizer = fc.optimizer_at(client_optimizer, state.round)
         each = num_queries(num_directions, state.params)
         if option == "I":
-            at_x = clients.one_step().run(one_estimate(estimate), state.params, (), cohort, control_key)
+            at_x = clients.one_step().run(one_estimate(estimate), state.params, cohort, control_key)
             # The c_i have gone up in that pass; of the local steps only y_i - x does.
-            program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=displacement)
-            results = clients.run(program, (state.params, at_x.aggregate), at_x.outputs, cohort, key)
+            program = fc.local_descent(optimizer, direction, start=fc.first_part)
+            results = clients.run(program, (state.params, at_x.aggregate), cohort, key, client_inputs=at_x.outputs)
             results = results._replace(uploaded=results.uploaded + at_x.uploaded)
             queries = (fc.sums.total(at_x.steps) + fc.sums.total(results.steps)) * each
             delta = results.aggregate
         else:
-            program = fc.local_descent(optimizer, direction, start=fc.first_part, upload=with_control, with_mean=True)
+            program = fc.local_descent(
+                optimizer, direction, start=fc.first_part, upload=controls.upload, with_mean=True
+            )
             c_i = fc.gather(state.client_controls, cohort)
             shared = state.params, fc.sums.cast_like(state.control, state.params)
-            results = clients.run(program, shared, c_i, cohort, key)
+            results = clients.run(program, shared, cohort, key, client_inputs=c_i)
             queries = fc.sums.total(results.steps) * each
             delta, change = results.aggregate
-            share = jnp.sum(results.weights) / num_clients
-            state = state._replace(
-                control=fc.add_scaled(state.control, share, change),
-                client_controls=fc.scatter(state.client_controls, cohort, results.outputs),
-            )
+            control, client_controls = controls.updated(state, change, results, cohort, num_clients)
+            state = state._replace(control=control, client_controls=client_controls)
         params = fc.add_scaled(state.params, server_lr, delta)
         return state._replace(params=params), results, Queries(queries)
 

@@ -117,7 +117,7 @@ class FZooSMetrics(NamedTuple):
 
     queries: fc.Array
     value: fc.Array
-    accuracy: Any
+    accuracy: Accuracy | tuple[()]
 
 
 def fzoos(
@@ -180,10 +180,10 @@ def fzoos(
     2023, algorithm 2.
     """
     fc.checks.positive_int("num_clients", num_clients, "the size of the population")
-    for name, given, kind in (("queries", queries, FZooSQueries), ("surrogate", surrogate, FZooSSurrogate)):
-        if not isinstance(given, kind):
+    for name, options, kind in (("queries", queries, FZooSQueries), ("surrogate", surrogate, FZooSSurrogate)):
+        if not isinstance(options, kind):
             raise TypeError(
-                f"{name} must be {kind.__name__}(...), got {given!r:.200}: its fields are {', '.join(kind._fields)}"
+                f"{name} must be {kind.__name__}(...), got {options!r:.200}: its fields are {', '.join(kind._fields)}"
             )
     check_queries(queries)
     check_surrogate(surrogate)
@@ -200,7 +200,7 @@ def fzoos(
 
     def most_uncertain(
         key: fc.Key, history: History, x: fc.Array, half_width: fc.Scalar, candidates: int, count: int
-    ) -> Any:
+    ) -> tuple[fc.Array, fc.Array]:
         """Points float[count, d] around x at which the gradient is least known, and the lengthscale that says so."""
         near = closest(history, x)
         lengthscale = fit_lengthscale(
@@ -227,10 +227,10 @@ def fzoos(
             return push(history, points, values), values
 
         # At x: a program of one step, and its carry (history, nu_i, f_i(x)).
-        def survey_init(x: fc.Array, memory: Memory, key: fc.Key) -> Any:
+        def survey_init(x: fc.Array, memory: Memory, key: fc.Key):
             return memory, jnp.zeros(surrogate.num_features, x.dtype), jnp.zeros((), x.dtype)
 
-        def survey_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
+        def survey_step(x: fc.Array, carry: fc.PyTree, batch: fc.Batch):
             (history, last), _, _ = carry
             box_key, loss_key = jax.random.split(batch.key)
             batch = batch._replace(key=loss_key)
@@ -241,30 +241,30 @@ def fzoos(
             near = nearest(history, x, count=min(surrogate.feature_neighbors, capacity))
             return (Memory(history, last), fit_weights(features, near, x, ridge=ridge), value[0]), value[0]
 
-        def first_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
+        def first_step(x: fc.Array, carry: fc.PyTree, batch: fc.Batch):
             (history, last), nu_i, _ = carry
             box_key, loss_key = jax.random.split(batch.key)
             points = jnp.concatenate([x[None], uniform_box(box_key, x, radius, initial)])
             history, values = ask(history, points, batch._replace(key=loss_key))
             return (Memory(history, last), nu_i, values[0]), values[0]
 
-        def survey_final(x: fc.Array, carry: Any) -> Any:
+        def survey_final(x: fc.Array, carry: fc.PyTree):
             _, nu_i, value = carry
             return (nu_i, value), carry
 
-        def first_final(x: fc.Array, carry: Any) -> Any:
+        def first_final(x: fc.Array, carry: fc.PyTree):
             _, _, value = carry
             return value, carry
 
         # From x: T steps with the carry (y, optimizer, history, nu - nu_i, f_i(y), accuracy).
-        def client_init(shared: Any, client_input: Any, key: fc.Key) -> Any:
+        def client_init(shared: fc.PyTree, client_input: fc.PyTree, key: fc.Key):
             x, nu = shared
             (history, _), nu_i, value, corrected = client_input
             y, zero = unravel(x), jnp.zeros((), x.dtype)
             difference = jnp.where(corrected, nu - nu_i, 0)
             return y, optimizer.init(y), history, difference, value, Accuracy(zero, zero)
 
-        def client_step(shared: Any, carry: Any, batch: fc.Batch) -> Any:
+        def client_step(shared: fc.PyTree, carry: fc.PyTree, batch: fc.Batch):
             params, opt_state, history, difference, value, accuracy = carry
             y, _ = flatten(params)
             box_key, loss_key = jax.random.split(batch.key)
@@ -283,19 +283,21 @@ def fzoos(
             history, values = ask(history, flatten(params)[0][None], batch)
             return (params, opt_state, history, difference, values[0], accuracy), value
 
-        def client_final(shared: Any, carry: Any) -> Any:
+        def client_final(shared: fc.PyTree, carry: fc.PyTree):
             params, _, history, _, _, accuracy = carry
             y, _ = flatten(params)
             return y - shared[0], (Memory(history, y), accuracy)
 
-        def value_step(x: fc.Array, carry: Any, batch: fc.Batch) -> Any:
+        def value_step(x: fc.Array, carry: fc.PyTree, batch: fc.Batch):
             value = query(loss_fn, x[None], unravel, batch)[0]
             return value, value
 
         memories = fc.gather(state.memories, cohort)
         new = cohort.mask & (memories.history.asked == 0)
         surveyed, looked = (
-            once.run(fc.ClientProgram(survey_init, step, final), x, memories, cohort.only(chosen), survey_key)
+            once.run(
+                fc.ClientProgram(survey_init, step, final), x, cohort.only(chosen), survey_key, client_inputs=memories
+            )
             for step, final, chosen in (
                 (survey_step, survey_final, cohort.mask & ~new),
                 (first_step, first_final, new),
@@ -308,7 +310,7 @@ def fzoos(
         )
         nu, value_of_old = surveyed.aggregate
         program = fc.ClientProgram(client_init, client_step, client_final)
-        results = clients.run(program, (x, nu), (memories, nu_i, values, ~new), cohort, local_key)
+        results = clients.run(program, (x, nu), cohort, local_key, client_inputs=(memories, nu_i, values, ~new))
         memories, accuracy = results.outputs
         x_new = fc.add_scaled(x, server_lr, results.aggregate)
 
@@ -325,7 +327,7 @@ def fzoos(
         asked += fc.sums.total(results.steps) * (active + 1)
         if safeguard:
             last = fc.ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
-            check = once.run(last, x_new, (), cohort, safeguard_key)
+            check = once.run(last, x_new, cohort, safeguard_key)
             x_new = jnp.where(check.aggregate < at_x, x_new, x)
             downloaded, uploaded = downloaded + check.downloaded, uploaded + check.uploaded
             asked += fc.sums.total(check.steps)

@@ -296,7 +296,7 @@ class Features(NamedTuple):
 
 
 def random_features(seed: int, num_features: int, lengthscale: fc.Scalar, x: fc.Array) -> Features:
-    """The features that everyone draws from the same seed, for points like x, float[d]; nobody has to send them."""
+    """The features for points like x, float[d]: all clients draw them from the same seed, and none sends them."""
     frequency_key, phase_key = jax.random.split(jax.random.key(seed))
     w = jax.random.normal(frequency_key, (x.size, num_features), jnp.float32).astype(x.dtype)
     b = jax.random.uniform(phase_key, (num_features,), jnp.float32, 0, 2 * jnp.pi).astype(x.dtype)

@@ -66,5 +66,5 @@ def executed_steps(task: Task, plan: Plan) -> Callable[[Cohort], int]:
     work = local_work(task.workload.batch_size, order="sequential")
     # Spelled out, because for clients that do nothing a plan left open is another one.
     plan = Plan(lanes=plan.lanes or default_lanes() * plan.num_devices, mesh=plan.mesh)
-    run = jax.jit(lambda c: for_each_client(idle, (), (), c, jax.random.key(0), work=work, plan=plan).executed_steps)
+    run = jax.jit(lambda c: for_each_client(idle, (), c, jax.random.key(0), work=work, plan=plan).executed_steps)
     return lambda cohort: int(run(cohort))

@@ -6,7 +6,7 @@ and out. Images are [B, channels, height, width].
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
+from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from benchmarks.peers.workloads import Parameters, Workload, layers
 

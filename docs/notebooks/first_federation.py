@@ -22,7 +22,7 @@ from pipelines.federation import partition
 # %% [markdown]
 # ## Clients
 #
-# Fifty clients hold the digits. Each class is dealt out in shares drawn from
+# Fifty clients hold the digits. Each class is divided in shares drawn from
 # Dirichlet(0.1), so that most clients see two or three classes, and their sizes differ.
 # A `Population` stores all of them back to back, without padding.
 

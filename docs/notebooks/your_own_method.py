@@ -30,7 +30,7 @@ from pipelines.federation import partition
 #
 # `fc.local_descent` is a client that takes steps of an optimizer along a direction, and
 # `fc.federated` makes a method of a first state and an update. Batches, masks, unequal
-# clients, random keys, lanes, devices, metrics and rounds in which nobody takes part
+# clients, random keys, lanes, devices, metrics and rounds without participants
 # are not the method's business. What is in a `ClientTable` belongs to clients: one row
 # each.
 
@@ -84,7 +84,7 @@ def smoothed(loss_fn, client_optimizer, *, num_clients, beta=0.5, **local):
         )
         shared = state.params, state.control
         own = fc.gather(state.client_controls, cohort)
-        results = clients.run(program, shared, own, cohort, key)
+        results = clients.run(program, shared, cohort, key, client_inputs=own)
         moved, change = results.aggregate  # means over the cohort
         share = jnp.sum(results.weights) / num_clients  # of all clients, the cohort
         state = state._replace(
@@ -141,7 +141,7 @@ def careless(loss_fn, client_optimizer, **local):
 
     def update(state, cohort, key):
         program = fc.local_descent(client_optimizer, gradient, upload=upload)
-        results = clients.run(program, state.params, (), cohort, key)
+        results = clients.run(program, state.params, cohort, key)
         moved = jax.tree.map(lambda leaf: leaf.mean(0), results.outputs)
         return state._replace(params=optax.tree.add(state.params, moved)), results
 

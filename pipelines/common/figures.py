@@ -96,7 +96,7 @@ def legend_above(axis: Axes, title: str, *, fontsize: float = 8) -> None:
 
 
 def write(path: Path, figure: Figure) -> None:
-    """Writes a figure as a PNG file and, beside it, as a PDF file, each of which is whole or not there."""
+    """Writes a figure as a PNG file and, beside it, as a PDF file, each of which is complete or absent."""
     files.write(path, partial(_draw_png, figure))
     files.write(path.with_suffix(".pdf"), partial(_draw_pdf, figure))
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are written as one: complete or absent."""
 
 import contextlib
 import errno
@@ -39,10 +39,10 @@ def unwritable(out: Path, error: OSError, saved: str = "") -> Unwritable:
 
 
 @contextlib.contextmanager
-def told(out: Path, saved: str | Callable[[], str] = "") -> Iterator[None]:
+def explain_os_errors(out: Path, saved: str | Callable[[], str] = "") -> Iterator[None]:
     """Turns what the system says of a file into the sentence of `unwritable`; `saved`, what is saved, or what says so.
 
-    An error that is told already, of something within, stays as it is.
+    An `Unwritable` from within stays as it is.
     """
     try:
         yield

@@ -111,7 +111,7 @@ def signature(kind: str, name: str) -> list[inspect.Parameter]:
     """The parameters of the function `name`.
 
     Raises:
-      ValueError: as `function`; or if it is of a kind whose arguments nobody knows.
+      ValueError: as `function`; or if it is of a kind whose arguments cannot be found out.
     """
     found = function(kind, name)
     try:
@@ -203,7 +203,7 @@ def _from_file(kind: str, name: str, path: Path) -> ModuleType:
         return _loaded[path][0]
     folder = path.parent.parent if path.stem == "__init__" else path.parent
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # its neighbors
+        sys.path.append(str(folder))  # the modules beside it
     called = f"_own_{sha256(str(path).encode()).hexdigest()[:8]}_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
     spec = importlib.util.spec_from_file_location(called, path)
     if spec is None or spec.loader is None:

@@ -64,7 +64,7 @@ def supervise(arguments: Sequence[str], out: object) -> int:
             [sys.executable, "-m", "pipelines", *arguments],
             env=os.environ | {_SUPERVISED: str(read)},
             pass_fds=[read],
-            start_new_session=True,  # so that Ctrl-C comes once, from here
+            start_new_session=True,  # so that Ctrl-C reaches it once, through this process
         )
         os.close(read)
 
@@ -179,7 +179,7 @@ class Refused(ValueError):  # noqa: N818 (named for what happened)
 def sole_use(out: Path) -> Iterator[bool]:
     """Keeps a second run out of the directory; yields whether anything can be written there.
 
-    A directory that is read-only needs no lock: nobody writes there.
+    A directory that is read-only needs no lock: nothing writes there.
 
     Raises:
       Refused: if there is one already.

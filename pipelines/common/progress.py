@@ -21,7 +21,7 @@ class Progression(NamedTuple):
       round: rounds done.
       rounds: rounds in all.
       rounds_per_second: over the last evaluations, all seeds at once.
-      loss: training loss since the evaluation before, mean over seeds; NaN if nobody took part.
+      loss: training loss since the evaluation before, mean over seeds; NaN if no client took part.
       accuracy: test accuracy, mean over seeds.
     """
 

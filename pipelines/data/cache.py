@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 VERIFY_BELOW = 64 * 2**20
 """Total size in bytes below which checksums are compared at every load."""
@@ -107,7 +108,7 @@ def _in_memory(folder: Path | str, error: BaseException | None, build: Callable[
     )
     arrays: dict[str, np.ndarray] = {}
 
-    def allocate(array: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def allocate(array: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         arrays[array] = np.empty(shape, dtype)
         return arrays[array]
 
@@ -155,7 +156,7 @@ def _build(path: Path, source: str, build: Callable[[Allocate], dict[str, Any]])
         raise _CannotWriteError from error
     maps: dict[str, np.memmap] = {}
 
-    def allocate(array: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def allocate(array: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         try:
             maps[array] = np.lib.format.open_memmap(temporary / f"{array}.npy", "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):
@@ -276,7 +277,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    if os.name == "nt":  # where os.kill is no question but an act
+    if os.name == "nt":  # where os.kill(pid, 0) ends the process
         return True
     try:
         os.kill(pid, 0)
@@ -288,8 +289,8 @@ def _alive(pid: int) -> bool:
 
 
 def _discard(path: Path) -> None:
-    """Removes a folder in one step for the file system, so that nobody finds half of it."""
+    """Removes a folder in one step for the file system, so that no process finds half of it."""
     aside = _new_folder(path.parent)
-    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
         path.rename(aside / path.name)
     shutil.rmtree(aside, ignore_errors=True)

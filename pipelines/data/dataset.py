@@ -159,7 +159,7 @@ def normalized(model: models.Model, statistics: Normalization | None) -> models.
     )
 
 
-def _check_groups(where: str, groups: Any, total: int, names: tuple[str, ...]) -> None:
+def _check_groups(where: str, groups: np.ndarray, total: int, names: tuple[str, ...]) -> None:
     if np.shape(groups) != (total,) or not np.issubdtype(np.asarray(groups).dtype, np.integer):
         raise ValueError(
             f"the groups of {where} must be int[{total}], one per example, got {np.asarray(groups).dtype}"

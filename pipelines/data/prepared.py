@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from PIL import Image
 
 from fedjax_core import checks
@@ -250,7 +251,7 @@ def described(name: str, data_dir: str | Path | None = None) -> str:
 
 
 def is_text(name: str, data_dir: str | Path | None = None) -> bool:
-    """Whether a prepared set of tensorflow-datasets is text, if nobody chooses another input."""
+    """Whether a prepared set of tensorflow-datasets is text, if no other input is chosen."""
     kinds, inputs, _ = _features(name, _prepared_folder(name, data_dir), None, None)
     return kinds[inputs] == "Text"
 
@@ -354,7 +355,7 @@ def _cached(
     def build(allocate: cache.Allocate) -> dict[str, Any]:
         arrays: dict[str, np.ndarray] = {}
 
-        def new(array: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        def new(array: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
             arrays[array] = allocate(array, shape, dtype)
             return arrays[array]
 

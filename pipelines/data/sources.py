@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fedjax_core.types import ArrayLike
 from pipelines.common.names import pick
 from pipelines.data import text
 from pipelines.data.dataset import Dataset, check, fits_single, normalization
@@ -31,8 +32,8 @@ def from_arrays(
     y: Any,
     *,
     test: tuple[Any, Any] | None = None,
-    groups: Any = None,
-    test_groups: Any = None,
+    groups: ArrayLike | None = None,
+    test_groups: ArrayLike | None = None,
     num_classes: int | None = None,
     name: str = "arrays",
 ) -> Dataset:
@@ -402,7 +403,7 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 
 def held_out(y: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """Which examples to hold out for testing where nobody has said so: bool[n].
+    """Which examples to hold out for testing where the source does not say so: bool[n].
 
     The same fifth of every class; or, where there are groups, of every group, and within it of every class as far as
     that comes out. A group of fewer than three examples holds out none. Sequences have no class, and count as one.
@@ -631,7 +632,9 @@ def _targets(values: Any, where: str) -> np.ndarray:
     return y.astype(np.int32, copy=False)
 
 
-def _numbered(groups: Any, test_groups: Any, name: str) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
+def _numbered(
+    groups: ArrayLike | None, test_groups: ArrayLike | None, name: str
+) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
     """Groups of both parts as int32, numbered in sorted order, and their names."""
     if groups is None:
         if test_groups is not None:

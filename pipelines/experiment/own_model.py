@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_core.types import Key, Params
 from models import Model
 from pipelines.common import own
 from pipelines.data.dataset import Dataset, normalized
@@ -85,7 +86,7 @@ def _of_flax(name: str, module: nn.Module, example: Any) -> Model:
     if others:
         raise ValueError(_stateful(name, f"the collections {', '.join(others)}"))
 
-    def run(params: Any, x: Any, key: Any, method: Any = None) -> Any:
+    def run(params: Params, x: Any, key: Key, method: Any = None) -> Any:
         named: dict[str, Any] = {} if flag is None else {flag: (key is not None) == _TRAINING[flag]}
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, x, rngs=rngs, method=method, **named)
@@ -115,7 +116,7 @@ def _model(name: str, init: Callable[..., Any], apply: Callable[..., Any]) -> Mo
 
 
 def _no_features(name: str) -> Callable[..., Any]:
-    def features(params: Any, x: Any, key: Any = None) -> Any:
+    def features(params: Params, x: Any, key: Key | None = None) -> Any:
         raise ValueError(
             f"model {name!r} has no function features(params, x, key), which this method needs: return a models.Model "
             "that has one"

@@ -37,7 +37,7 @@ def tuned(config: Config, reporter: Reporter) -> Config:
 
     Args:
       config: lanes, mesh and convolution that are given stay as they are.
-      reporter: is told of a trial.
+      reporter: hears of each trial.
     """
     if jax.default_backend() == "cpu":
         if config.machine.mesh is not None or config.machine.lanes is not None or jax.process_count() > 1:
@@ -128,7 +128,7 @@ def _tried(config: Config, reporter: Reporter) -> Config:
     # Any one method stands for all: what is measured is the local step.
     experiment = prepare(config.replace(methods=("fedavg",), settings={}))
     name, where = f"{_fingerprint(experiment)}.json", "not kept"
-    # Processes that took different plans would wait for each other for ever, so the first one's counts.
+    # Processes that took different plans would wait for each other forever, so the first one's counts.
     found = processes.first_does(lambda: _kept_trial(name))
     if found is None:
         reporter.say("trying execution plans ...")

@@ -31,6 +31,7 @@ from fedjax_core import (
     samplers,
     split_tables,
 )
+from fedjax_core.types import Params, PyTree
 from pipelines.common import own
 from pipelines.common.names import pick
 from pipelines.configuration import methods
@@ -194,13 +195,13 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     else:
         loss_fn, metric_fn = models.losses.cross_entropy(inputs), models.metrics.classification(inputs)
 
-    def features(params: Any, batch: Any, key: Key) -> Array:
+    def features(params: Params, batch: Examples, key: Key) -> Array:
         return inputs.features(params, batch["x"], key)
 
-    def logits(params: Any, batch: Any, key: Key) -> Array:
+    def logits(params: Params, batch: Examples, key: Key) -> Array:
         return inputs.apply(params, batch["x"], key)
 
-    def layer_inputs(params: Any, batch: Any) -> dict[str, Array]:
+    def layer_inputs(params: Params, batch: Examples) -> dict[str, Array]:
         return models.capture.layer_inputs(inputs.apply)(params, batch["x"])
 
     def layer_widths() -> dict[str, int]:
@@ -419,14 +420,14 @@ def _under_attack(
     )
     attacked = robust(metric_fn, attack)
 
-    def score(params: Any, batch: Any, mask: Any = None) -> dict[str, Any]:
+    def score(params: Params, batch: Examples, mask: Any = None) -> dict[str, Any]:
         clean = masks.call(metric_fn, params, batch, mask=mask)
         return {**clean, "robust_accuracy": attacked(params, batch, mask)["accuracy"]}
 
     return score
 
 
-def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> Any:
+def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> PyTree:
     """The state of a method before the first round, for every seed: leaves [S, ...]."""
 
     def one(key: Key) -> Any:
@@ -437,7 +438,7 @@ def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> A
     return jax.vmap(one)(keys)
 
 
-def explored(algorithm: Algorithm, states: Any, population: Population, keys: Key) -> Any:
+def explored(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
     """States [S, ...] after the exploration of a method that has one (`fedlex.explore`); all clients are asked."""
     explore = getattr(algorithm, "explore", None)
     if explore is None:
@@ -552,7 +553,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     )
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
-    def mean_loss(params: Any, batch: Any, key: Key) -> Array:
+    def mean_loss(params: Params, batch: Examples, key: Key) -> Array:
         return jnp.mean(masks.call(experiment.loss_fn, params, batch, key))
 
     backward = _traced_bytes(jax.grad(mean_loss), params, batch, jax.random.key(0))

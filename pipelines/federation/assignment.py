@@ -15,6 +15,7 @@ from typing import Any, overload
 import numpy as np
 
 from fedjax_core.population import check_offsets, offsets_of
+from fedjax_core.types import ArrayLike
 from pipelines.common import files
 
 _FORMAT = 1
@@ -74,7 +75,7 @@ class Assignment(Sequence[np.ndarray]):
         return cls(rows[order], offsets_of(sizes))
 
     @classmethod
-    def from_owner(cls, owner: Any, num_clients: int) -> "Assignment":
+    def from_owner(cls, owner: ArrayLike, num_clients: int) -> "Assignment":
         """The assignment that gives row i to client owner[i].
 
         Args:
@@ -133,7 +134,7 @@ class Assignment(Sequence[np.ndarray]):
         """int64[m], the client that holds each entry of `rows`."""
         return np.repeat(np.arange(len(self)), self.sizes)
 
-    def select(self, ids: Any) -> "Assignment":
+    def select(self, ids: ArrayLike) -> "Assignment":
         """The assignment of clients `ids`, int[C], alone: they become clients 0 to C - 1 in that order.
 
         Raises:
@@ -153,7 +154,7 @@ class Assignment(Sequence[np.ndarray]):
     def within(self, rows: Any) -> "Assignment":
         """The same clients with row i read as rows[i]: an assignment of a subset, as one of the whole data set.
 
-        `partition.dirichlet(labels[rows], N, alpha=0.3).within(rows)` deals out those rows alone.
+        `partition.dirichlet(labels[rows], N, alpha=0.3).within(rows)` divides those rows alone.
 
         Args:
           rows: int[m], ascending rows of the data set.
@@ -177,7 +178,7 @@ class Assignment(Sequence[np.ndarray]):
         return sha256(content.tobytes()).hexdigest()
 
     def save(self, path: str | Path, **provenance: Any) -> None:
-        """Saves the assignment as a numpy archive that is whole or not there.
+        """Saves the assignment as a numpy archive that is complete or absent.
 
         Args:
           path: the file.

@@ -1,8 +1,8 @@
 """Embedding-based heterogeneity: clients differ in what a model of the task sees in their data, not in their labels.
 
 Three steps, each of use alone: `embed` gives the features of a model trained on the pool of all training data,
-`kmeans` clusters them, and `pipelines.federation.partition.clusters` deals the clusters out; `embedding` does the last
-two.
+`kmeans` clusters them, and `pipelines.federation.partition.clusters` divides them among clients; `embedding` does the
+last two.
 
 Letters: n examples, d features, N clients.
 
@@ -20,6 +20,7 @@ import optax
 
 import models
 from fedjax_core import checks, evaluate_examples
+from fedjax_core.types import ArrayLike, Examples, Key, Params, PyTree
 from pipelines.data.dataset import Dataset, normalized
 from pipelines.federation import partition
 from pipelines.federation.assignment import Assignment
@@ -29,7 +30,7 @@ def embed(
     dataset: Dataset,
     *,
     model: models.Model | None = None,
-    params: Any = None,
+    params: Params = None,
     steps: int = 1000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
@@ -71,7 +72,7 @@ def embed(
     if params is None:
         params = _trained(model, dataset, train, steps, batch_size, learning_rate, seed)
 
-    def features(params: Any, batch: Any) -> jax.Array:
+    def features(params: Params, batch: Examples) -> jax.Array:
         values = model.features(params, batch["x"]).astype(jnp.float32)
         if not dataset.is_sequence:
             return values.reshape(len(values), -1)
@@ -87,7 +88,7 @@ def embed(
     return values
 
 
-def kmeans(embeddings: Any, clusters: int = 10, *, seed: int = 0) -> np.ndarray:
+def kmeans(embeddings: ArrayLike, clusters: int = 10, *, seed: int = 0) -> np.ndarray:
     """Clusters by k-means: k-means++ start, Lloyd's iterations until nothing changes (at most 300), Euclidean distance.
 
     Args:
@@ -118,13 +119,13 @@ def kmeans(embeddings: Any, clusters: int = 10, *, seed: int = 0) -> np.ndarray:
 
 
 def embedding(
-    embeddings: Any, num_clients: int, *, alpha: float, min_size: int = 1, clusters: int = 10, seed: int = 0
+    embeddings: ArrayLike, num_clients: int, *, alpha: float, min_size: int = 1, clusters: int = 10, seed: int = 0
 ) -> Assignment:
     """Embedding skew: every client mixes the k-means clusters of the embeddings in proportions from Dirichlet(alpha p).
 
-    With p the clusters' shares of all examples. `pipelines.federation.partition.clusters` deals them out, and
-    says what alpha (the total concentration) and min_size mean and which few examples are left out; on class labels it
-    gives the label-based split to compare with. The paper uses 10 clusters and 25 clients of at least 128 examples.
+    With p the clusters' shares of all examples. `pipelines.federation.partition.clusters` divides them among clients,
+    and says what alpha (the total concentration) and min_size mean and which few examples are left out; on class labels
+    it gives the label-based split to compare with. The paper uses 10 clusters and 25 clients of at least 128 examples.
 
     Args:
       embeddings: float[n, d], from `embed` or elsewhere.
@@ -164,8 +165,8 @@ def _trained(
     optimizer = optax.adam(learning_rate)
 
     @jax.jit
-    def run(params: Any, train: Any, rows: Any, keys: Any) -> Any:
-        def step(carry: Any, drawn: Any) -> tuple[Any, None]:
+    def run(params: Params, train: Any, rows: Any, keys: Key) -> Any:
+        def step(carry: PyTree, drawn: Any) -> tuple[Any, None]:
             (params, opt_state), (rows, key) = carry, drawn
             batch = jax.tree.map(lambda leaf: leaf[rows], train)
             grads = jax.grad(lambda p: jnp.mean(loss_fn(p, batch, key)))(params)
@@ -179,7 +180,7 @@ def _trained(
     return run(model.init(init_key), train, rows, jax.random.split(steps_key, steps))
 
 
-def _check_embeddings(embeddings: Any) -> np.ndarray:
+def _check_embeddings(embeddings: ArrayLike) -> np.ndarray:
     array = np.asarray(embeddings)
     if embeddings is None or array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         got = "None" if embeddings is None else f"{array.dtype}{list(array.shape)}"

@@ -38,7 +38,7 @@ _FILE = "federation.json"
 
 
 class Part(NamedTuple):
-    """Examples that are dealt out to clients.
+    """Examples that are assigned to clients.
 
     Attributes:
       source: the part of the data set they are of, "train" or "test".
@@ -137,7 +137,7 @@ def build(config: Config, dataset: Dataset) -> Federation:
     pick("partition", chosen.partition, PARTITIONS)
     if chosen.feature_skew != "none":
         pick("feature skew", chosen.feature_skew, ["none", *skew.SKEWS])
-        skew.parameters(chosen.feature_skew, dataset.input_shape, 1, severity=chosen.severity)  # says if it is no use
+        skew.parameters(chosen.feature_skew, dataset.input_shape, 1, severity=chosen.severity)
     seed = chosen.partition_seed
     rows = np.arange(len(dataset.train["y"]))
     if chosen.imbalance > 1:
@@ -244,7 +244,7 @@ def _partition(config: Config, dataset: Dataset, rows: np.ndarray) -> Assignment
     elif reads == "groups":
         if dataset.groups is None:
             raise ValueError(
-                f"partition={chosen.partition!r} deals examples out by group, and {dataset.name} has no groups: take a "
+                f"partition={chosen.partition!r} assigns examples by group, and {dataset.name} has no groups: take a "
                 "data set with natural clients (shakespeare, har), several joined by +, or another partition"
             )
         source = dataset.groups
@@ -255,7 +255,7 @@ def _partition(config: Config, dataset: Dataset, rows: np.ndarray) -> Assignment
 
 
 def _add_test_groups(parts: dict[str, Part], train: Assignment, groups: np.ndarray, test_groups: np.ndarray) -> None:
-    """Deals the data set's own test examples out to the clients whose groups they belong to."""
+    """Assigns the data set's own test examples to the clients whose groups they belong to."""
     num_groups = int(max(groups.max(), test_groups.max())) + 1
     client_of = np.full(num_groups, -1)
     held = np.flatnonzero(train.sizes)
@@ -271,7 +271,7 @@ def _add_test_groups(parts: dict[str, Part], train: Assignment, groups: np.ndarr
 
 
 def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset:
-    """The data set with every input as its client sees it; test inputs of nobody are dealt out to clients at random."""
+    """The data set with every input as its client sees it; test inputs without a client get a random one."""
     chosen = config.federation
     if chosen.feature_skew == "none":
         return dataset

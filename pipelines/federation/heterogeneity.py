@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_core import checks
+from fedjax_core.types import ArrayLike
 from pipelines.data.datasets import Dataset
 from pipelines.federation.assignment import Assignment
 
@@ -49,7 +50,7 @@ class Leakage(NamedTuple):
     other_client: int
 
 
-def label_counts(assignment: Assignment, labels: Any, num_classes: int) -> np.ndarray:
+def label_counts(assignment: Assignment, labels: ArrayLike, num_classes: int) -> np.ndarray:
     """How often each client has each class, int64[N, K].
 
     Args:
@@ -139,7 +140,7 @@ def global_divergence(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(shares - mix).sum(axis=1) / 2, _jensen_shannon(shares, mix)
 
 
-def measure(assignment: Assignment, labels: Any, num_classes: int) -> dict[str, float]:
+def measure(assignment: Assignment, labels: ArrayLike, num_classes: int) -> dict[str, float]:
     """The measures of one assignment, by name; clients without examples count for the sizes alone.
 
     Args:
@@ -181,7 +182,7 @@ def measure(assignment: Assignment, labels: Any, num_classes: int) -> dict[str, 
     }
 
 
-def compare(assignments: Mapping[str, Assignment], labels: Any, num_classes: int) -> list[dict[str, Any]]:
+def compare(assignments: Mapping[str, Assignment], labels: ArrayLike, num_classes: int) -> list[dict[str, Any]]:
     """The measures of several assignments of the same examples: a row for each, with its name first (`measure`)."""
     return [{"partition": name, **measure(a, labels, num_classes)} for name, a in assignments.items()]
 
@@ -298,7 +299,7 @@ def warnings(
         in_train = counts.any(axis=0)
         in_test = np.bincount(dataset.test["y"][tested], minlength=dataset.num_classes) > 0
         for missing, where, what in (
-            (~in_train & in_test, "training", "the test measures what nobody could learn"),
+            (~in_train & in_test, "training", "the test measures what no client could learn"),
             (in_train & ~in_test, "test", "what is learned of them is not measured"),
             (~in_train & ~in_test, "training or test", "the model has outputs for nothing"),
         ):

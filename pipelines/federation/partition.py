@@ -10,12 +10,13 @@ Letters: n examples, N clients, K classes.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import numpy as np
 
 from fedjax_core import Population, checks
+from fedjax_core.types import ArrayLike
 from pipelines.data.datasets import Dataset
 from pipelines.federation.assignment import Assignment
 
@@ -28,7 +29,7 @@ _AT_ONCE = 100_000
 _ROUNDING = 1e-7
 
 
-def iid(labels: Any, num_clients: int, *, seed: int = 0) -> Assignment:
+def iid(labels: Sized, num_clients: int, *, seed: int = 0) -> Assignment:
     """A random split into parts whose sizes differ by at most one.
 
     Args:
@@ -41,11 +42,11 @@ def iid(labels: Any, num_clients: int, *, seed: int = 0) -> Assignment:
     """
     total = _count(labels)
     _check_counts(total, num_clients, 1)
-    return _deal(np.random.default_rng(seed).permutation(total), _even(total, num_clients))
+    return _in_turn(np.random.default_rng(seed).permutation(total), _even(total, num_clients))
 
 
-def dirichlet(labels: Any, num_clients: int, *, alpha: float, min_size: int = 1, seed: int = 0) -> Assignment:
-    """Label skew: the examples of each class are dealt out in proportions drawn from Dirichlet(alpha).
+def dirichlet(labels: ArrayLike, num_clients: int, *, alpha: float, min_size: int = 1, seed: int = 0) -> Assignment:
+    """Label skew: the examples of each class are divided in proportions drawn from Dirichlet(alpha).
 
     A small alpha gives every class to few clients, a large one approaches an even split. (Hsu, Qi, Brown, "Measuring
     the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019; the proportions are
@@ -80,12 +81,12 @@ def dirichlet(labels: Any, num_clients: int, *, alpha: float, min_size: int = 1,
         if drawn.sum(axis=0).min() > smallest:
             sizes, order, smallest = drawn, np.concatenate(shuffled), int(drawn.sum(axis=0).min())
         if smallest >= min_size:
-            return _deal(order, sizes)
+            return _in_turn(order, sizes)
     by_client = order[np.argsort(_turns(sizes), kind="stable")]
     return _top_up(np.split(by_client, np.cumsum(sizes.sum(axis=0))[:-1]), min_size, rng)
 
 
-def shards(labels: Any, num_clients: int, *, shards_per_client: int = 2, seed: int = 0) -> Assignment:
+def shards(labels: ArrayLike, num_clients: int, *, shards_per_client: int = 2, seed: int = 0) -> Assignment:
     """The examples sorted by label are cut into N shards_per_client equal shards; every client gets as many at random.
 
     With 2 shards most clients see two classes (McMahan et al., 2017).
@@ -113,7 +114,7 @@ def shards(labels: Any, num_clients: int, *, shards_per_client: int = 2, seed: i
     return Assignment.from_owner(owner, num_clients)
 
 
-def classes(labels: Any, num_clients: int, *, classes_per_client: int = 2, seed: int = 0) -> Assignment:
+def classes(labels: ArrayLike, num_clients: int, *, classes_per_client: int = 2, seed: int = 0) -> Assignment:
     """Label skew: every client holds exactly `classes_per_client` classes.
 
     The "pathological" split of FedPer and FedRep (Arivazhagan et al., 2019; Collins et al., 2021). Every class is held
@@ -154,19 +155,19 @@ def classes(labels: Any, num_clients: int, *, classes_per_client: int = 2, seed:
     for k, rows in enumerate(members):
         holders = rng.permutation(np.flatnonzero(holds[:, k]))
         sizes[k, holders] = _even(len(rows), len(holders))
-    return _deal(np.concatenate(order), sizes)
+    return _in_turn(np.concatenate(order), sizes)
 
 
 def partial_classes(
-    labels: Any, num_clients: int, *, classes_per_client: int = 2, alpha: float, seed: int = 0
+    labels: ArrayLike, num_clients: int, *, classes_per_client: int = 2, alpha: float, seed: int = 0
 ) -> Assignment:
     """Partially class-disjoint data: every client holds `classes_per_client` classes, in Dirichlet(alpha) amounts.
 
-    Unlike in `classes`, a class may be held by many clients or by one: the classes are dealt out once in order, so that
+    Unlike in `classes`, a class may be held by many clients or by one: the classes are assigned once in order, so that
     each is held, and all further places at random without giving a client a class twice. (Fan et al., "Federated
     Learning with Bilateral Curation for Partially Class-Disjoint Data", 2023; N, `classes_per_client` and alpha are its
-    rho, C and beta.) The examples of a class are dealt to its holders in proportions drawn from Dirichlet(alpha), with
-    at least one for each. The released code cuts them evenly, which a large alpha approaches.
+    rho, C and beta.) The examples of a class are divided among its holders in proportions drawn from Dirichlet(alpha),
+    with at least one for each. The released code cuts them evenly, which a large alpha approaches.
 
     Args:
       labels: int[n].
@@ -185,8 +186,8 @@ def partial_classes(
     _check_holders(len(members), num_clients, classes_per_client)
     rng = np.random.default_rng(seed)
     lots = rng.random((num_clients, len(members)))
-    dealt = np.arange(len(members))
-    lots[dealt // classes_per_client, dealt] = 1  # above every other lot
+    index = np.arange(len(members))
+    lots[index // classes_per_client, index] = 1  # above every other lot
     holds = np.zeros(lots.shape, bool)
     np.put_along_axis(holds, np.argsort(lots, axis=1)[:, -classes_per_client:], True, axis=1)
     sizes = np.zeros((len(members), num_clients), np.int64)
@@ -198,10 +199,10 @@ def partial_classes(
                 f"fewer than {num_clients} clients, or for fewer than {classes_per_client} classes each"
             )
         sizes[k, holders] = _apportion(rng.dirichlet(np.full(len(holders), alpha)), len(rows), 1)
-    return _deal(np.concatenate([rng.permutation(rows) for rows in members]), sizes)
+    return _in_turn(np.concatenate([rng.permutation(rows) for rows in members]), sizes)
 
 
-def lognormal(labels: Any, num_clients: int, *, sigma: float, min_size: int = 1, seed: int = 0) -> Assignment:
+def lognormal(labels: Sized, num_clients: int, *, sigma: float, min_size: int = 1, seed: int = 0) -> Assignment:
     """Quantity skew: sizes in proportion to log-normal draws, examples at random.
 
     Args:
@@ -220,10 +221,10 @@ def lognormal(labels: Any, num_clients: int, *, sigma: float, min_size: int = 1,
     rng = np.random.default_rng(seed)
     logs = sigma * rng.standard_normal(num_clients)
     sizes = _apportion(np.exp(logs - logs.max()), total, min_size)
-    return _deal(rng.permutation(total), sizes)
+    return _in_turn(rng.permutation(total), sizes)
 
 
-def power_law(labels: Any, num_clients: int, *, exponent: float, min_size: int = 1, seed: int = 0) -> Assignment:
+def power_law(labels: Sized, num_clients: int, *, exponent: float, min_size: int = 1, seed: int = 0) -> Assignment:
     """Quantity skew: the r-th largest client has a size in proportion to r**-exponent, examples at random.
 
     Args:
@@ -241,10 +242,10 @@ def power_law(labels: Any, num_clients: int, *, exponent: float, min_size: int =
     _check_counts(total, num_clients, _check_min_size(min_size))
     rng = np.random.default_rng(seed)
     ranks = 1.0 + rng.permutation(num_clients)
-    return _deal(rng.permutation(total), _apportion(ranks**-exponent, total, min_size))
+    return _in_turn(rng.permutation(total), _apportion(ranks**-exponent, total, min_size))
 
 
-def natural(groups: Any, num_clients: int | None = None, *, min_size: int = 1, seed: int = 0) -> Assignment:
+def natural(groups: ArrayLike, num_clients: int | None = None, *, min_size: int = 1, seed: int = 0) -> Assignment:
     """One client per group: a speaker, a writer, a subject.
 
     Groups below `min_size`, and those that are not chosen, are left out. The clients are in the order of their groups.
@@ -275,8 +276,8 @@ def natural(groups: Any, num_clients: int | None = None, *, min_size: int = 1, s
     return Assignment.from_owner(client[member], wanted)
 
 
-def domains(groups: Any, num_clients: int, *, seed: int = 0) -> Assignment:
-    """Every client lies inside one domain: the clients are dealt over the domains, and each domain is split at random.
+def domains(groups: ArrayLike, num_clients: int, *, seed: int = 0) -> Assignment:
+    """Every client lies inside one domain: each domain gets some of the clients, and is split at random.
 
     The domains have equally many clients, up to one and as far as a domain has an example for each; clients of one
     domain have sizes that differ by at most one. The clients are in the order of their domains.
@@ -300,16 +301,16 @@ def domains(groups: Any, num_clients: int, *, seed: int = 0) -> Assignment:
     rng = np.random.default_rng(seed)
     clients = _level(np.asarray([len(rows) for rows in members]), num_clients, rng)
     sizes = np.concatenate([_even(len(rows), count) for rows, count in zip(members, clients, strict=True)])
-    return _deal(np.concatenate([rng.permutation(rows) for rows in members]), sizes)
+    return _in_turn(np.concatenate([rng.permutation(rows) for rows in members]), sizes)
 
 
-def clusters(labels: Any, num_clients: int, *, alpha: float, min_size: int = 1, seed: int = 0) -> Assignment:
+def clusters(labels: ArrayLike, num_clients: int, *, alpha: float, min_size: int = 1, seed: int = 0) -> Assignment:
     """Skew over clusters of any kind: every client mixes the clusters in proportions from Dirichlet(alpha p).
 
     With p the clusters' shares of all examples, each try draws N rows D_k of proportions, so that their mean is p,
     and solves D^T n = s for the clients' sizes n, where s are the clusters' sizes (`client_sizes`). It is accepted if
     no cluster is overdrawn, n sums to at most all examples, and every client has `min_size` of them. Client k then gets
-    floor(n_k D_kc) random examples of cluster c. What is left is held by nobody: fewer than N K examples lost to the
+    floor(n_k D_kc) random examples of cluster c. What is left is held by no client: fewer than N K examples lost to the
     rounding, and of a cluster that no client has drawn a part of, all.
 
     Clusters of embeddings give the embedding-based heterogeneity of "Redefining non-IID Data in Federated Learning for
@@ -342,7 +343,7 @@ def clusters(labels: Any, num_clients: int, *, alpha: float, min_size: int = 1, 
     return Assignment.from_owner(owner, num_clients)
 
 
-def client_sizes(proportions: Any, cluster_sizes: Any) -> np.ndarray:
+def client_sizes(proportions: ArrayLike, cluster_sizes: ArrayLike) -> np.ndarray:
     """The clients' sizes that use the clusters up best: the minimum-norm least-squares solution n of D^T n = s.
 
     With as many independent rows in D as there are clusters the solution is exact, and the sizes sum to all examples.
@@ -404,8 +405,8 @@ def federate(dataset: Dataset, assignment: Sequence[Any]) -> Population:
     return Population.from_sizes({name: leaf[order] for name, leaf in dataset.train.items()}, sizes)
 
 
-def _deal(order: np.ndarray, sizes: np.ndarray) -> Assignment:
-    """Deals the shuffled rows `order`, int[n], to clients in turn, as many each time as `sizes` says (`_turns`)."""
+def _in_turn(order: np.ndarray, sizes: np.ndarray) -> Assignment:
+    """Assigns the shuffled rows `order`, int[n], to clients in turn, as many each time as `sizes` says (`_turns`)."""
     owner = np.empty(len(order), np.int64)
     owner[order] = _turns(sizes)
     return Assignment.from_owner(owner, sizes.shape[-1])
@@ -510,17 +511,17 @@ def _members(labels: np.ndarray) -> list[np.ndarray]:
     return np.split(np.argsort(member, kind="stable"), np.cumsum(sizes)[:-1])
 
 
-def _count(labels: Any) -> int:
+def _count(labels: Sized | None) -> int:
     if labels is None:
         raise ValueError("labels is None: pass anything with one row per example")
     return len(labels)
 
 
-def _check_labels(labels: Any) -> np.ndarray:
+def _check_labels(labels: ArrayLike) -> np.ndarray:
     return _integers("labels", labels, "goes by the class of an example, use iid for anything else")
 
 
-def _check_groups(groups: Any) -> np.ndarray:
+def _check_groups(groups: ArrayLike) -> np.ndarray:
     return _integers(
         "groups",
         groups,

@@ -18,6 +18,7 @@ import numpy as np
 from scipy import ndimage
 
 from fedjax_core import checks
+from fedjax_core.types import ArrayLike
 from pipelines.common.names import pick
 from pipelines.federation.assignment import Assignment
 
@@ -41,7 +42,7 @@ class Skew(NamedTuple):
 def apply(
     kind: str,
     x: Any,
-    owner: Any,
+    owner: ArrayLike,
     num_clients: int,
     *,
     severity: float = 1.0,
@@ -127,7 +128,7 @@ def parameters(
 def rotation(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: np.random.Generator) -> Skew:
     """Every client's images are turned by an angle of its own.
 
-    The angles, in degrees counterclockwise, are evenly spread over -45 severity to 45 severity and dealt out at random;
+    The angles, in degrees counterclockwise, are evenly spread over -45 severity to 45 severity and assigned at random;
     at severity 4 they go all around. Pixels in between are interpolated linearly and the border is continued outwards.
     """
     _check_images("rotation", input_shape)
@@ -145,7 +146,7 @@ def blur(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: n
     """Every client's lens is out of focus by its own amount: a Gaussian filter.
 
     Its standard deviations sigma, in pixels, are evenly spread from 0 to severity / 14 of the shorter side (2 pixels of
-    28) and dealt out at random.
+    28) and assigned at random.
     """
     _check_images("blur", input_shape)
     sigmas = rng.permutation(np.linspace(0, severity * min(input_shape[:2]) / 14, num_clients))
@@ -161,7 +162,7 @@ def blur(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: n
 def noise(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: np.random.Generator) -> Skew:
     """Every client's sensor adds Gaussian noise of its own level to each value. For measurements as well as images.
 
-    The standard deviations are evenly spread from 0 to severity / 2, where images range over [0, 1], and dealt out at
+    The standard deviations are evenly spread from 0 to severity / 2, where images range over [0, 1], and assigned at
     random. (Li, Diao, Chen, He, "Federated Learning on Non-IID Data Silos: An Experimental Study", 2022, whose 0.1 is a
     severity of 0.2; like its released code this takes the level for a standard deviation, where the paper writes
     Gau(level), and gives the first client none.)
@@ -208,15 +209,15 @@ def style(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: 
     synthetic: smoothed, and drawn in one random color on another, which differ in every channel by 1/3 to 2/3 and are
     drawn for every example.
 
-    The styles are dealt out evenly at random; the severity, at most 1, is the share of the clients that keep theirs,
+    The styles are assigned evenly at random; the severity, at most 1, is the share of the clients that keep theirs,
     rounded, and the others are plain.
     """
     _check_images("style", input_shape)
     checks.scalar("severity", severity, low=0, high=1)
     height, width, channels = input_shape
-    dealt = rng.permutation(np.arange(num_clients) % len(_STYLES))
+    index = rng.permutation(np.arange(num_clients) % len(_STYLES))
     plain = rng.permutation(num_clients) >= round(severity * num_clients)
-    styles = np.asarray(_STYLES)[np.where(plain, 0, dealt)]
+    styles = np.asarray(_STYLES)[np.where(plain, 0, index)]
     smooth = min(height, width) / 28
     side = 8 * max(height, width)
     texture = rng.standard_normal((side, side, channels))

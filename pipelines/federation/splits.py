@@ -3,16 +3,17 @@
 Letters: n examples of a data set's training part, N clients, K classes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fedjax_core import checks
+from fedjax_core.types import ArrayLike
 from pipelines.federation.assignment import Assignment
 
 _ROUNDING = 1e-9
 # One seed serves the partition and every split of a federation: each split has a stream of its own, or the clients held
-# out would be chosen by the very permutation that dealt out the examples.
+# out would be chosen by the very permutation that divided the examples.
 _LONG_TAIL, _HOLD_OUT, _SPLIT = 1, 2, 3
 
 
@@ -46,7 +47,7 @@ class ClientSplit(NamedTuple):
     test: Assignment
 
 
-def long_tail(labels: Any, factor: float, *, seed: int = 0) -> np.ndarray:
+def long_tail(labels: ArrayLike, factor: float, *, seed: int = 0) -> np.ndarray:
     """Rows of a subset in which class k of K has n_max factor**(-k / (K - 1)) examples, rounded down.
 
     From n_max for the first class to n_max / factor for the last one, where n_max is as large as the examples allow:
@@ -109,7 +110,7 @@ def split_clients(
     shares: tuple[float, float],
     *,
     by: str = "random",
-    labels: Any = None,
+    labels: ArrayLike | None = None,
     gap: int = 0,
     seed: int = 0,
 ) -> ClientSplit:
@@ -191,7 +192,7 @@ def _part(assignment: Assignment, chosen: np.ndarray) -> Assignment:
     return Assignment(assignment.rows[chosen], before[assignment.offsets])
 
 
-def _labels_of(labels: Any, assignment: Assignment) -> np.ndarray:
+def _labels_of(labels: ArrayLike, assignment: Assignment) -> np.ndarray:
     array = np.asarray(labels)
     total = int(assignment.rows.max(initial=-1)) + 1
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or len(array) < total:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import Algorithm, Array, split_tables
+from fedjax_core.types import Params, PyTree
 from pipelines.configuration.config import Config
 from pipelines.results.history import History, is_score
 
@@ -33,8 +34,8 @@ class Models(NamedTuple):
       stopped: bool[S].
     """
 
-    best: Any
-    last: Any
+    best: PyTree
+    last: PyTree
     score: Array
     waited: Array
     stopped: Array
@@ -48,7 +49,7 @@ class Kept(NamedTuple):
       models: see `Models`.
     """
 
-    state: Any
+    state: PyTree
     models: Models
 
 
@@ -66,7 +67,7 @@ class Course(NamedTuple):
     stopped: np.ndarray
 
 
-def begin(config: Config, algorithm: Algorithm, state: Any) -> Any:
+def begin(config: Config, algorithm: Algorithm, state: PyTree) -> PyTree:
     """A state, leaves [S, ...], before the first evaluation; with what is remembered if the run validates."""
     if not config.evaluation.validates:
         return state
@@ -78,23 +79,23 @@ def begin(config: Config, algorithm: Algorithm, state: Any) -> Any:
     return Kept(state, Models(best, last, score, jnp.zeros(seeds, jnp.int32), jnp.zeros(seeds, bool)))
 
 
-def split(tree: Any) -> tuple[Any, Models | None]:
+def split(tree: PyTree) -> tuple[Any, Models | None]:
     """(the method's state, what is remembered), of what an engine or a checkpoint holds."""
     return (tree.state, tree.models) if isinstance(tree, Kept) else (tree, None)
 
 
-def joined(state: Any, models: Models | None) -> Any:
+def joined(state: PyTree, models: Models | None) -> PyTree:
     """What `split` takes apart."""
     return state if models is None else Kept(state, models)
 
 
-def last_params(algorithm: Algorithm, tree: Any) -> Any:
+def last_params(algorithm: Algorithm, tree: PyTree) -> Params:
     """The models that are reported, leaves [S, ...], of what an engine or a checkpoint holds."""
     state, models = split(tree)
     return jax.vmap(algorithm.params)(split_tables(state)[0]) if models is None else models.last
 
 
-def updated(config: Config, models: Models, params: Any, scores: Mapping[str, Array]) -> Models:
+def updated(config: Config, models: Models, params: Params, scores: Mapping[str, Array]) -> Models:
     """What is remembered after an evaluation.
 
     Args:
@@ -145,7 +146,7 @@ def course(config: Config, history: History) -> Course | None:
     return Course(best, ends, stopped)
 
 
-def stopped(tree: Any) -> np.ndarray:
+def stopped(tree: PyTree) -> np.ndarray:
     """bool[S], which seeds have stopped, of what an engine or a checkpoint holds; a single False if none can."""
     models = split(tree)[1]
     return np.asarray(False if models is None else models.stopped)
@@ -167,7 +168,7 @@ def hold(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
 def reported(config: Config, history: History, eval_rounds: np.ndarray) -> History:
     """The history as it is reported: nothing of a seed after it has stopped.
 
-    Scores stay as they were, and nobody takes part in its rounds any more.
+    Scores stay as they were, and no client takes part in its rounds any more.
 
     Args:
       config: the configuration.

@@ -103,7 +103,7 @@ def of_seeds(history: History, which: np.ndarray) -> History:
 
 
 def until(history: History, ends: np.ndarray) -> History:
-    """The history with nobody, and no update, in the rounds of every seed after its end, int[S]."""
+    """The history without participants and updates in the rounds of every seed after its end, int[S]."""
     after = np.arange(history["round/loss"].shape[1]) >= ends[:, None]
     return history | {name: np.where(after, 0, history[name]) for name in ("round/participants", "round/update_norm")}
 
@@ -128,7 +128,7 @@ def side_by_side(histories: Sequence[History]) -> History:
 def first_bad_round(history: History) -> tuple[int, int] | None:
     """(seed, round) of the first training loss or update norm that is not finite, counted from 0; None if all are.
 
-    A round in which nobody took part has no loss, NaN, and is not bad for that.
+    A round in which no client took part has no loss, NaN, and is not bad for that.
     """
     known = history["round/participants"] > 0
     bad = ~((np.isfinite(history["round/loss"]) | ~known) & np.isfinite(history["round/update_norm"]))
@@ -141,7 +141,7 @@ def first_bad_round(history: History) -> tuple[int, int] | None:
 def mean_losses(history: History, eval_rounds: np.ndarray) -> np.ndarray:
     """float[S, e], the mean training loss over the rounds since the evaluation before.
 
-    Rounds in which nobody took part, which have no loss, are left out; NaN where there was no other.
+    Rounds in which no client took part, which have no loss, are left out; NaN where there was no other.
     """
     took_part = history["round/participants"] > 0
     loss = np.where(took_part, history["round/loss"], 0).astype(np.float64)

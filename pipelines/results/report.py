@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics.csv, clients.csv, summary.md, results.tex, and figures as .png and .pdf.
 
 Everything is written from the histories (`pipelines.results.history`), so a report can be made again from checkpoints
-alone. There is a report for every run that has ended: what was not measured, because nobody took part or nobody has
+alone. There is a report for every run that has ended: what was not measured, because no client took part or none has
 examples for it, is said in words.
 """
 
@@ -155,7 +155,7 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
     right.set(title="Training loss of the participants")
     seen = np.concatenate([loss[np.isfinite(loss)] for loss in losses.values()])
     if not len(seen):
-        _say(right, "nobody took part in any round")
+        _say(right, "no client took part in any round")
     elif seen.min() >= 0 and seen.max() > 0:
         right.set_yscale("log")
     figures.legend_below(figure, left, right)
@@ -463,9 +463,11 @@ def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[s
         made = who.shape[1] if found is None else int(early.rounds_of(found, evals).max())
         rounds = int((who[:, :made].sum(axis=0) == 0).sum())
         if rounds == made:
-            lines.append(f"Nobody took part in any round of {methods.paper_name(name)}: its model is the initial one.")
+            lines.append(
+                f"No client took part in any round of {methods.paper_name(name)}: its model is the initial one."
+            )
         elif rounds:
-            lines.append(f"In {_count(rounds, 'round')} of {methods.paper_name(name)} nobody took part.")
+            lines.append(f"In {_count(rounds, 'round')} of {methods.paper_name(name)} no client took part.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive being killed: one folder per saved round, whole or not there.
+"""Checkpoints that survive being killed: one folder per saved round, complete or absent.
 
 A folder is written under a temporary name, brought to the disk and renamed when complete, which is one step for the
 file system. It holds the state (orbax), arrays of any shape (`arrays.npz`), `manifest.json` with the sha256 of every
@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fedjax_core import checks
+from fedjax_core.types import PyTree
 from pipelines.common import processes
 from pipelines.run import journal
 
@@ -50,7 +51,7 @@ class Saved(NamedTuple):
     """
 
     round: int
-    state: Any
+    state: PyTree
     arrays: dict[str, np.ndarray]
     info: dict[str, Any]
     mark: journal.Mark = journal.START
@@ -63,7 +64,7 @@ class OtherRun(ValueError):  # noqa: N818 (named for what happened)
 def save(
     folder: Path,
     round: int,
-    state: Any,
+    state: PyTree,
     arrays: Mapping[str, np.ndarray],
     info: Mapping[str, Any] | None = None,
     *,
@@ -86,7 +87,7 @@ def save(
       keep: how many to keep; two or more, or there is nothing to fall back on.
       mark: how far the journal counts, from the save before or from `restore_latest`.
       new: arrays with an axis 1 along which they grow, to append to the journal there.
-      run: name of the run, without which nobody takes the checkpoint for one of theirs.
+      run: name of the run, which tells its checkpoints from those of other runs.
 
     Returns:
       How far the journal counts now.
@@ -133,7 +134,7 @@ def save(
         temporary.rename(final)
         _to_disk(folder, itself=True)
     except Exception as error:
-        with contextlib.suppress(OSError):  # what is left of it takes room that may be what is wanting
+        with contextlib.suppress(OSError):  # the partial copy takes space, which may be what is missing
             shutil.rmtree(temporary)
         failure = _of_the_disk(error)
         if failure is None or failure is error:
@@ -170,7 +171,7 @@ def _of_the_disk(error: BaseException) -> OSError | None:
 
 def restore_latest(
     folder: Path,
-    expected: Any,
+    expected: PyTree,
     expected_name: str = "the state of this run",
     wanted: Callable[[int], bool] = lambda round: True,
     *,
@@ -260,7 +261,7 @@ def verify(path: Path, run: str = "") -> str:
     return ""
 
 
-def _restore(path: Path, expected: Any, expected_name: str) -> Saved:
+def _restore(path: Path, expected: PyTree, expected_name: str) -> Saved:
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["format"] not in (_FIRST_FORMAT, _FORMAT):
         raise ValueError(
@@ -309,7 +310,7 @@ def _whole(leaf: Any) -> Any:
     return leaf if distributed else np.asarray(leaf)
 
 
-def _flat(tree: Any) -> dict[str, tuple[Any, str]]:
+def _flat(tree: PyTree) -> dict[str, tuple[Any, str]]:
     """Path of each leaf to the leaf (a key as its data) and what it is: "array" or "key:<implementation>"."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

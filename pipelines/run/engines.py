@@ -22,6 +22,7 @@ from fedjax_core import (
     shardings,
     split_tables,
 )
+from fedjax_core.types import Key, PyTree
 from pipelines.experiment.setup import EVAL_BATCH, Experiment, explored, initial_states, run_keys
 from pipelines.results import early
 
@@ -49,7 +50,7 @@ class Engine(NamedTuple):
       compile: `compile(number of rounds, state) -> Chunk`.
     """
 
-    expected: Any
+    expected: PyTree
     start: Callable[[], Any]
     place: Callable[[Any], Any]
     compile: Callable[[int, Any], Chunk]
@@ -76,7 +77,7 @@ def chunk(experiment: Experiment, algorithm: Algorithm, length: int) -> Callable
     rounds = jax.vmap(continue_rounds(algorithm, experiment.sampler, length), (0, None, 0))
     score = _scoring(experiment, algorithm)
 
-    def chunk(before: Any, population: Any, test: Any, keys: Any) -> Any:
+    def chunk(before: PyTree, population: Any, test: Any, keys: Key):
         before, models = early.split(before)
         state, metrics = rounds(before, population, _round_keys(keys))
         models, scores, is_finite = score(models, state, test)
@@ -103,17 +104,17 @@ def _in_memory(experiment: Experiment, algorithm: Algorithm) -> Engine:
     mesh, read = experiment.mesh, replicated_results(experiment)
     where = None if mesh is None else shardings(shapes, mesh, batch_axes=1)
 
-    def start() -> Any:
-        def first(keys: Any, population: Any) -> Any:
+    def start():
+        def first(keys: Key, population: Any):
             return early.begin(config, algorithm, explored(algorithm, states(keys), population, keys))
 
         return jax.jit(first, out_shardings=where)(keys, population)
 
-    def place_state(state: Any) -> Any:
+    def place_state(state: PyTree):
         # A copy: the arrays that come from numpy are not XLA's to give away.
         return jax.tree.map(jnp.copy, state if where is None else place(state, where))
 
-    def compile(length: int, state: Any) -> Chunk:
+    def compile(length: int, state: PyTree) -> Chunk:
         # It takes the state over, so that there are never two of it.
         results = None if mesh is None else (where, read, read, read)
         jitted = jax.jit(chunk(experiment, algorithm, length), donate_argnums=0, out_shardings=results)
@@ -134,25 +135,25 @@ def _staged(experiment: Experiment, algorithm: Algorithm) -> Engine:
     mesh = experiment.mesh
     where = None if mesh is None else shardings(split_tables(early.split(shapes)[0])[0], mesh, batch_axes=1)
 
-    def put(device: Any) -> Any:
+    def put(device: Any):
         return device if where is None else place(device, where)
 
-    def start() -> Any:
+    def start():
         device, tables = split_tables(init_on_host(states, keys, num_clients=population.num_clients, axis=1))
         _, models = early.split(early.begin(config, algorithm, device))
         return early.joined(join_tables(put(device), tables), placement(experiment)(models))
 
-    def place_state(restored: Any) -> Any:
+    def place_state(restored: PyTree):
         state, models = early.split(restored)
         device, tables = split_tables(state)
         placed = join_tables(put(device), jax.tree.map(np.array, tables))  # of our own: they are changed in place
         return early.joined(placed, placement(experiment)(models))
 
-    def compile(length: int, state: Any) -> Chunk:
+    def compile(length: int, state: PyTree) -> Chunk:
         rounds = continue_staged(algorithm, experiment.sampler, length, horizon=config.rounds, mesh=mesh)
         score = jax.jit(_scoring(experiment, algorithm), out_shardings=replicated_results(experiment))
 
-        def run(before: Any) -> Any:
+        def run(before: PyTree):
             before, models = early.split(before)
             state, metrics = rounds(before, population, keys_of_rounds)
             models, scores, is_finite = score(models, split_tables(state)[0], test)
@@ -163,14 +164,14 @@ def _staged(experiment: Experiment, algorithm: Algorithm) -> Engine:
     return Engine(shapes, start, place_state, compile)
 
 
-def _with_places(shapes: Any, where: Any) -> Any:
+def _with_places(shapes: PyTree, where: Any) -> Any:
     """Shapes of a state, and with several processes where it lies, so that each restores its own part alone."""
     if where is None or jax.process_count() == 1:
         return shapes
     return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where)
 
 
-def _round_keys(keys: Any) -> Any:
+def _round_keys(keys: Key) -> Any:
     """The keys of the rounds, of every seed."""
     return jax.vmap(lambda key: run_keys(key)[1])(keys)
 
@@ -184,7 +185,7 @@ def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any
     on_test = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
     on_validation = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
 
-    def scoring(models: early.Models | None, state: Any, test: Any) -> tuple[Any, Any, Any]:
+    def scoring(models: early.Models | None, state: PyTree, test: Any) -> tuple[Any, Any, Any]:
         params = jax.vmap(algorithm.params)(state)
         leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]

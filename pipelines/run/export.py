@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks
+from fedjax_core.types import Params, PyTree
 from pipelines.common import files
 from pipelines.common.names import pick
 from pipelines.configuration.methods import folder
@@ -39,7 +40,7 @@ class Exported(NamedTuple):
     """
 
     name: str
-    params: Any
+    params: Params
 
 
 def models_of(
@@ -75,8 +76,8 @@ def models_of(
                     yield Exported(f"{name}-client{client}", personal)
 
 
-def write(path: Path, params: Any, kind: str | None = None) -> None:
-    """Writes a model to a file that is whole or not there.
+def write(path: Path, params: Params, kind: str | None = None) -> None:
+    """Writes a model to a file that is complete or absent.
 
     Args:
       path: the file.
@@ -91,7 +92,7 @@ def write(path: Path, params: Any, kind: str | None = None) -> None:
     files.write(path, lambda temporary: FORMATS[kind](temporary, arrays))
 
 
-def read(path: str | Path, like: Any = None) -> Any:
+def read(path: str | Path, like: PyTree = None) -> Any:
     """Reads what `write` wrote.
 
     Args:
@@ -123,7 +124,7 @@ def read(path: str | Path, like: Any = None) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def named(params: Any) -> dict[str, np.ndarray]:
+def named(params: Params) -> dict[str, np.ndarray]:
     """Name to array of every leaf, in the order of the leaves.
 
     Raises:
@@ -160,7 +161,7 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
 
 
-def _shapes(like: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(like: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     flat = jax.tree_util.tree_flatten_with_path(like)[0]
     return {_name(path): jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flat}
 

@@ -78,7 +78,7 @@ def check(then: Mapping[str, str], now: Mapping[str, str], where: str, out: Path
         if name == "examples":
             what, remedy = f"the examples of {where} have changed", "bring back the data that it was begun with"
         else:
-            what = f"the examples of {where} are dealt out to other clients"
+            what = f"the examples of {where} are assigned to other clients"
             remedy = "use the version of the library that it was begun with"
         raise ValueError(
             f"{what} since the run in {out} was begun (digest {here[:12]} here, {before[:12]} there), and going on "

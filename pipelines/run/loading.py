@@ -18,6 +18,7 @@ import numpy as np
 
 import models
 from fedjax_core import Algorithm, Array, split_tables
+from fedjax_core.types import ArrayLike, Key, Params, PyTree
 from pipelines.common.names import pick
 from pipelines.configuration.config import Config
 from pipelines.experiment import setup
@@ -46,16 +47,16 @@ class Trained(NamedTuple):
     """
 
     algorithm: Algorithm
-    state: Any
+    state: PyTree
     seeds: list[int]
     rounds: list[int]
     history: History
     num_clients: int
     x64: bool
-    best: Any = None
-    last: Any = None
+    best: PyTree = None
+    last: PyTree = None
 
-    def state_of(self, seed: int | None = None) -> Any:
+    def state_of(self, seed: int | None = None) -> PyTree:
         """The state of one seed, the first one unless given; leaves [...].
 
         Raises:
@@ -64,14 +65,14 @@ class Trained(NamedTuple):
         at = self._index(seed)
         return jax.tree.map(lambda leaf: leaf[at], self.state)
 
-    def params(self, seed: int | None = None) -> Any:
+    def params(self, seed: int | None = None) -> Params:
         """The global model of one seed, the first one unless given."""
         if self.last is not None:
             return jax.tree.map(lambda leaf: leaf[self._index(seed)], self.last)
         with jax.enable_x64(self.x64):
             return self.algorithm.params(split_tables(self.state_of(seed))[0])
 
-    def best_params(self, seed: int | None = None) -> Any:
+    def best_params(self, seed: int | None = None) -> Params:
         """The global model of one seed that was best on the validation examples, the first seed unless given.
 
         Raises:
@@ -83,7 +84,7 @@ class Trained(NamedTuple):
             )
         return jax.tree.map(lambda leaf: leaf[self._index(seed)], self.best)
 
-    def client_params(self, ids: Any, seed: int | None = None) -> Any:
+    def client_params(self, ids: ArrayLike, seed: int | None = None) -> Params:
         """The models that these clients would use, leaves [C, ...] for ids, int[C]: the global one where the method
         has no personal part.
 
@@ -231,7 +232,7 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
     return Trained(algorithm, state, seeds, rounds, history, num_clients, config.machine.x64, *models)
 
 
-def _expected(experiment: Experiment, algorithm: Algorithm, keys: Any) -> Any:
+def _expected(experiment: Experiment, algorithm: Algorithm, keys: Key) -> Any:
     return early.begin(experiment.config, algorithm, setup.initial_states(experiment, algorithm, keys))
 
 

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fedjax_core.types import PyTree
 from pipelines.common import files, processes
 from pipelines.run import identity
 
@@ -132,7 +133,7 @@ def claim(
         return True
 
     def action() -> None:
-        with files.told(out, "Nothing was run"):
+        with files.explain_os_errors(out, "Nothing was run"):
             if is_ours():
                 return
             with processes.locked(out):
@@ -197,7 +198,7 @@ def at_work(
         then = read(out, kind)
         now = {"run": _name(), **then, "identity": then.get("identity") or dict(pinned), **grown(then)}
         if now != then or not files.is_kept(out / kind.marker):
-            with files.told(out):
+            with files.explain_os_errors(out):
                 files.write_record(out / kind.marker, now)
 
     with processes.sole_use(out) as may_write:
@@ -237,7 +238,7 @@ def stop_requests(say: Say, unit: str = "chunk") -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def waited_for(outputs: Any) -> Any:
+def waited_for(outputs: PyTree) -> Any:
     """Waits for a computation in Python, so that signals are handled meanwhile, and returns it."""
     on_device: list[Any] = [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
     for leaf in on_device:

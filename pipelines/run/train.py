@@ -34,6 +34,7 @@ import jax
 import numpy as np
 
 from fedjax_core import Algorithm, evaluate_examples, is_weighted, metric_values, out_of_memory, split_tables
+from fedjax_core.types import Params, PyTree
 from pipelines.common import files, processes
 from pipelines.common.files import Unwritable as Unwritable
 from pipelines.common.processes import Refused
@@ -117,7 +118,7 @@ def _run(experiment: Experiment, reporter: Reporter, work: Work) -> dict[str, Re
     results: dict[str, Result] = {}
     for name in experiment.algorithms:
         try:
-            with files.told(out, partial(_saved, out, name)):
+            with files.explain_os_errors(out, partial(_saved, out, name)):
                 results[name] = _run_method(experiment, name, results, reporter, work)
         finally:
             reporter.finish()
@@ -126,7 +127,7 @@ def _run(experiment: Experiment, reporter: Reporter, work: Work) -> dict[str, Re
     if not work.may_write:
         reporter.say(f"{out} is read-only, so its report stays as it is")
     elif processes.is_first():
-        with files.told(out, "All rounds are done and saved, and the report is not"):
+        with files.explain_os_errors(out, "All rounds are done and saved, and the report is not"):
             report.write(out, experiment, histories, info, versions())
     processes.wait_for_all("report")
     return results
@@ -138,7 +139,7 @@ def _saved(out: Path, name: str) -> str:
     return f"{name} is saved after round {round}" if round else f"Nothing of {name} is saved yet"
 
 
-def final_params(out: str | Path, method: str) -> Any:
+def final_params(out: str | Path, method: str) -> Params:
     """The models a run has come to, leaves [S, ...] over its seeds, from the latest checkpoint of a method.
 
     Raises:
@@ -494,7 +495,7 @@ def _evaluation(
     }
 
 
-def _per_client(experiment: Experiment, params: Any) -> History:
+def _per_client(experiment: Experiment, params: Params) -> History:
     """How global models, leaves [S, ...], do for every client, [S, N], and for clients that took no part, [S, N'].
 
     "client/<metric>" is held out: on the client's own test examples where it has some. Where the federation has no such
@@ -532,7 +533,7 @@ def _per_client(experiment: Experiment, params: Any) -> History:
     return found
 
 
-def _on_part(experiment: Experiment, params: Any, part: str) -> History:
+def _on_part(experiment: Experiment, params: Params, part: str) -> History:
     """Metrics of models [S, ...] on a part of the federation, mean over each client's examples, [S, N]."""
     return _part_scorer(experiment, part)(params)
 
@@ -544,12 +545,12 @@ def _part_scorer(experiment: Experiment, part: str) -> Callable[[Any], History]:
     return partial(_scored, experiment, score, part)
 
 
-def _scored(experiment: Experiment, score: Callable[..., Any], part: str, params: Any) -> History:
+def _scored(experiment: Experiment, score: Callable[..., Any], part: str, params: Params) -> History:
     host = experiment.federation.host_population(part)
     rows, block = host.rows_of(np.arange(host.num_clients)), 64 * EVAL_BATCH
     place = engines.placement(experiment)
     values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    if not len(rows):  # nobody has any: NaN for every client, of the metrics that there would be
+    if not len(rows):  # no client has any: NaN for every client, of the metrics that there would be
         one = {name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in host.examples.items()}
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
         names, num_seeds = (
@@ -610,7 +611,7 @@ def class_shares(federation: Federation) -> np.ndarray:
         return counts / counts.sum(axis=1, keepdims=True)
 
 
-def _losses(experiment: Experiment, algorithm: Algorithm, state: Any) -> np.ndarray:
+def _losses(experiment: Experiment, algorithm: Algorithm, state: PyTree) -> np.ndarray:
     """Mean training loss of the models of a state, [S]."""
     params = early.last_params(algorithm, state)
     sizes = experiment.federation.sizes

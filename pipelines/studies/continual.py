@@ -3,7 +3,7 @@
     results = run(Continual(methods=("fot", "fedavg")), "runs/continual")
 
 A scenario makes the tasks of one data set. "permuted": the same examples with the pixels in another order in every
-task, one head for all. "split": the classes are dealt out to the tasks, each has its own head, and which task it is
+task, one head for all. "split": the classes are divided among the tasks, each has its own head, and which task it is
 is told when it is tested. All tasks have the same number of examples, so that one compiled program serves them all.
 
 A method is trained for `rounds` rounds on every task, at whose end a method with an `end_task` looks back, and is then
@@ -47,6 +47,7 @@ from fedjax_core import (
     samplers,
     shardings,
 )
+from fedjax_core.types import Key, PyTree
 from pipelines.common import figures, files, growth
 from pipelines.common.progress import Reporter, duration, silent
 from pipelines.configuration import methods
@@ -151,7 +152,7 @@ def _split(config: Continual, dataset: Dataset) -> Scenario:
     each = dataset.num_classes // config.tasks
     if each < 1:
         raise ValueError(
-            f"tasks={config.tasks}, but {dataset.name} has {dataset.num_classes} classes to deal out: ask for fewer"
+            f"tasks={config.tasks}, but {dataset.name} has {dataset.num_classes} classes to divide: ask for fewer"
         )
     rng = np.random.default_rng(config.first_seed)
     classes = rng.permutation(dataset.num_classes)[: each * config.tasks].reshape(config.tasks, each)
@@ -195,8 +196,8 @@ def _scenario(
     """`train(t)` and `test(t)` are the examples of task t, `labels(t)` train's; `heads`: each task has its own."""
 
     def assignment(t: int) -> Assignment:
-        deal = partition.iid if config.partition == "iid" else partition.shards
-        return deal(labels(t), config.clients, seed=config.first_seed + t)
+        split = partition.iid if config.partition == "iid" else partition.shards
+        return split(labels(t), config.clients, seed=config.first_seed + t)
 
     def clients(t: int) -> list[Examples]:
         """The examples of each client."""
@@ -284,10 +285,10 @@ def run(
             trainer, results[name] = _Trainer(config, name, first, plan), []
             for seed, own in tasks.items():
                 folder = _folder(config, out, name, seed)
-                with files.told(out, partial(_saved, name, folder)):
+                with files.explain_os_errors(out, partial(_saved, name, folder)):
                     results[name].append(_run_method(trainer, seed, own, folder, reporter, work))
             if work.may_write:
-                with files.told(out, f"{name} is done and saved, and the report is not"):
+                with files.explain_os_errors(out, f"{name} is done and saved, and the report is not"):
                     write(out, config, results)
             shown = ", ".join(f"{key} {value}" for key, value in _shown(results[name]).items())
             reporter.say(f"{name}: {shown}")
@@ -423,37 +424,37 @@ class _Trainer:
         self.initial = jax.jit(lambda key: self.method.init(tasks.model.init(key)))
         self.shapes = jax.eval_shape(self.initial, jax.random.key(0))
         mesh = plan.mesh
-        self._everywhere = None if mesh is None else replicated(mesh)
+        self._replicated = None if mesh is None else replicated(mesh)
         self._kept = None if mesh is None else shardings(self.shapes, mesh)
         metric_fn = models.metrics.classification(tasks.model)
         self._score = jax.jit(lambda params, test: evaluate(metric_fn, params, test, batch_size=500)["accuracy"])
         self._compiled: dict[Any, Any] = {}
         self.seconds = 0.0
 
-    def replicate(self, tree: Any) -> Any:
+    def replicate(self, tree: PyTree) -> Any:
         """Puts a copy on every device."""
-        return tree if self._everywhere is None else place(tree, self._everywhere)
+        return tree if self._replicated is None else place(tree, self._replicated)
 
-    def place_state(self, state: Any) -> Any:
+    def place_state(self, state: PyTree) -> Any:
         """Puts a state where the plan has it."""
         return state if self._kept is None else place(state, self._kept)
 
-    def scores(self, state: Any, tasks: Scenario) -> np.ndarray:
+    def scores(self, state: PyTree, tasks: Scenario) -> np.ndarray:
         """Test accuracy on every task, float[T]."""
         params = self.method.params(state)
         tests = (self.replicate(tasks.test(j)) for j in range(self.config.tasks))
         return np.array([self._score(params, test) for test in tests], float)
 
-    def rounds(self, length: int, state: Any, population: Population, key: Any) -> Any:
+    def rounds(self, length: int, state: PyTree, population: Population, key: Key) -> Any:
         """The state after some rounds, and their metrics."""
 
         def made() -> Any:
-            results = None if self._kept is None else (self._kept, self._everywhere)
+            results = None if self._kept is None else (self._kept, self._replicated)
             return jax.jit(continue_rounds(self.method, self._sampler, length), out_shardings=results)
 
         return self._timed(length, made, (state, population, key))
 
-    def end_task(self, state: Any, population: Population, run_key: Any, key: Any) -> Any:
+    def end_task(self, state: PyTree, population: Population, run_key: Any, key: Key) -> Any:
         """The state after the end of a task, at which the cohort of the last round looks back."""
         ids = self._sampler(jax.random.split(run_key)[0], state.round - 1)
         event = (state, population.cohort(ids), key)
@@ -485,7 +486,7 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
     everything = tasks.joint() if name == "joint" else None
     init_key, run_key, end_key = jax.random.split(jax.random.key(seed), 3)
 
-    def save(state: Any) -> None:
+    def save(state: PyTree) -> None:
         arrays = {"accuracy": accuracy, "untrained": untrained}
         checkpoint.save(folder, int(state.round), state, arrays, {"seconds": trainer.seconds}, run=work.run)
 
@@ -534,7 +535,7 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
     return Scores(accuracy, untrained, trainer.seconds, _directions(state))
 
 
-def _directions(state: Any) -> dict[str, tuple[int, int]]:
+def _directions(state: PyTree) -> dict[str, tuple[int, int]]:
     """How full the bases are of a state that has some; a layer whose basis is full is frozen."""
     return {path: (int(rank), len(columns)) for path, (columns, rank) in getattr(state, "bases", {}).items()}
 

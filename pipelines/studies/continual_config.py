@@ -43,7 +43,7 @@ class Continual(Configuration):
     partition: str = choice(
         "iid",
         ("iid", "shards"),
-        "iid, or shards of sorted labels, two for each client; dealt anew for each task.",
+        "iid, or shards of sorted labels, two for each client; drawn anew for each task.",
         heading="Clients",
     )
     cohort_size: int = count(10, "Clients a round.", fix="take at least one", heading="Clients")

@@ -34,6 +34,7 @@ from threadpoolctl import threadpool_limits
 
 import algorithms
 from fedjax_core import Algorithm, Array, LossFn, Plan, Population, checks, continue_rounds, masks, num_bytes, samplers
+from fedjax_core.types import Examples, Key, Params, PyTree
 from pipelines.common import files, growth
 from pipelines.common.names import pick
 from pipelines.configuration.options import check_grown, named
@@ -96,7 +97,7 @@ def synthetic(
     examples = {"first": heterogeneity * shares[0], "second": heterogeneity * shares[1]}
     population = Population.from_sizes({k: v.astype(np.float32) for k, v in examples.items()}, [1] * clients)
 
-    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+    def loss_fn(x: Array, batch: Examples, key: Key) -> Array:
         u = 20 * jnp.clip(x, 0, 1) - 10
         return jax.vmap(lambda first, second: _FUNCTIONS[function](u, first, second))(batch["first"], batch["second"])
 
@@ -129,13 +130,13 @@ def attack(
         "label": np.full(clients, label, np.int32),
     }
 
-    def margin(classifier: Any, image: Array, label: Array, x: Array) -> Array:
+    def margin(classifier: Params, image: Array, label: Array, x: Array) -> Array:
         moved = jnp.clip(image + epsilon * (2 * jnp.clip(x, 0, 1) - 1).reshape(image.shape), 0, 1)
         logits = model.apply(classifier, moved[None])[0]
         others = jnp.where(jnp.arange(logits.size) == label, -jnp.inf, logits)
         return logits[label] - jnp.max(others)
 
-    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+    def loss_fn(x: Array, batch: Examples, key: Key) -> Array:
         return jax.vmap(partial(margin, x=x))(batch["classifier"], batch["image"], batch["label"])
 
     return Task(loss_fn, Population.from_sizes(examples, [1] * clients), jnp.full(image.size, 0.5, jnp.float32))
@@ -181,7 +182,7 @@ def metric(
         values = _SCORES[score](hits, guessed, actual)
         return 1 - jnp.sum(jnp.where(guessed + actual > 0, values, 0)) / jnp.sum(guessed + actual > 0)
 
-    def loss_fn(x: Array, batch: Any, key: Any) -> Array:
+    def loss_fn(x: Array, batch: Examples, key: Key) -> Array:
         return jax.vmap(partial(one, x))(batch["x"], batch["y"], batch["mask"], batch["weights"])
 
     examples["weights"] = np.repeat(np.asarray(weights)[None], clients, 0)
@@ -223,7 +224,7 @@ def build(name: str, study: Study, task: Task) -> Algorithm:
 def _stay_in_box() -> optax.GradientTransformation:
     """Cuts steps off where they would leave [0, 1]^d; the last of a chain."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: PyTree, params: Params = None) -> tuple[Any, Any]:
         return jax.tree.map(lambda x, step: jnp.clip(x + step, 0, 1) - x, params, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -239,11 +240,11 @@ def curve(name: str, study: Study, task: Task) -> Callable[[Population, Array, A
     algorithm = build(name, study, task)
     one = continue_rounds(algorithm, samplers.full(task.population.num_clients), 1)
 
-    def run(population: Population, start: Array, key: Any) -> dict[str, Array]:
+    def run(population: Population, start: Array, key: Key) -> dict[str, Array]:
         def value(x: Array) -> Array:
             return jnp.mean(masks.call(task.loss_fn, x, population.examples, key))
 
-        def body(state: Any, _: None) -> tuple[Any, Any]:
+        def body(state: PyTree, _: None) -> tuple[Any, Any]:
             state, metrics = one(state, population, key)
             accuracy = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "accuracy", ()))
             asked = jax.tree.map(jnp.squeeze, getattr(metrics.extra, "queries", ()))
@@ -267,7 +268,7 @@ def identity_of(study: Study) -> dict[str, str]:
     """What a study must find again to go on: its data, if it has some, and the kind of random keys."""
     if not isinstance(study, Attack | Metric):
         return identity.keys()
-    dataset, assignment = _dealt(study.dataset, study.data_dir, study.clients, study.alpha)
+    dataset, assignment = _assigned(study.dataset, study.data_dir, study.clients, study.alpha)
     return identity.of(dataset, [assignment.digest()])
 
 
@@ -308,7 +309,7 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     with threadpool_limits(1, user_api="blas"), at_work as work:
         results = {name: _trials(name, study, tasks, work, say) for name in names}
         if work.may_write:
-            with files.told(out, "All trials are done and saved, and the report is not"):
+            with files.explain_os_errors(out, "All trials are done and saved, and the report is not"):
                 report(study, results, tasks[0].optimum, out)
         else:
             say(f"{out} is read-only, so its report stays as it is")
@@ -329,7 +330,7 @@ def _trials(
         return f"{done} of {len(parts)} trials of {name} are saved"
 
     if missing:
-        with files.told(work.out, saved):
+        with files.explain_os_errors(work.out, saved):
             work.check_writable()
     for group in (missing[i : i + len(devices)] for i in range(0, len(missing), len(devices))):
         if stop := work.stop():
@@ -343,7 +344,7 @@ def _trials(
         ]
         for trial, result in zip(group, results, strict=True):
             values = {k: np.asarray(v) for k, v in run_directory.waited_for(result).items()}
-            with files.told(work.out, saved):
+            with files.explain_os_errors(work.out, saved):
                 _store(work, name, trial, values)
             parts[trial], done = values, done + 1
             after = f"{values['queries'][-1]:g} queries a client" if "queries" in values else f"{study.rounds} rounds"
@@ -627,7 +628,7 @@ def _federated(
     from pipelines.experiment import setup
     from pipelines.federation import partition
 
-    loaded, assignment = _dealt(dataset, data_dir, clients, alpha)
+    loaded, assignment = _assigned(dataset, data_dir, clients, alpha)
     if loaded.normalization is not None:  # bytes
         parts = ({**part, "x": part["x"].astype(np.float32) / 255} for part in (loaded.train, loaded.test))
         loaded = loaded._replace(train=next(parts), test=next(parts), normalization=None)
@@ -639,7 +640,7 @@ def _federated(
     return loaded, partition.federate(loaded, assignment), model, datasets.normalized(model, loaded.normalization)
 
 
-def _dealt(dataset: str, data_dir: str | None, clients: int, alpha: float) -> tuple[Dataset, Assignment]:
+def _assigned(dataset: str, data_dir: str | None, clients: int, alpha: float) -> tuple[Dataset, Assignment]:
     """The data set as it is loaded, and who holds which of its examples."""
     from pipelines.data import datasets
     from pipelines.federation import partition
@@ -674,7 +675,7 @@ def _classifiers(
     def train(population: Population, i: Array) -> Any:
         state = fedavg.init(model.init(jax.random.fold_in(jax.random.key(0), i)))
 
-        def body(state: Any, t: Array) -> tuple[Any, None]:
+        def body(state: PyTree, t: Array) -> tuple[Any, None]:
             return fedavg.round(state, population.cohort(i[None]), jax.random.key(t))[0], None
 
         return fedavg.params(jax.lax.scan(body, state, jnp.arange(rounds))[0])

@@ -41,7 +41,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 SETTINGS = {
     "fzoos": {
         **{"initial": 4, "active": 2, "active_candidates": 8, "survey": 5, "survey_candidates": 12},
-        **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30},
+        **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30, "feature_lengthscale": 1.0},
         **{"radius": 0.5, "noise": 1e-2, "ridge": 1e-2},
     }
 }

@@ -29,7 +29,7 @@ def by_client(rates=RATES, decay=1.0):
 
 
 def run(name, rounds=1, optimizer=None, copies=(1, 2, 4), **settings):
-    """The state after some rounds of everybody, through the plain loop: clients of 1, 2 and 4 steps."""
+    """The state after some rounds of all clients, through the plain loop: clients of 1, 2 and 4 steps."""
     algorithm = getattr(algorithms, name)(quadratic_loss, optimizer or by_client(), batch_size=1, **settings)
     state, people = algorithm.init(jnp.asarray(Q3_START)), q3_population(copies)
     with reference.plain_loop():

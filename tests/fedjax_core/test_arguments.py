@@ -193,7 +193,7 @@ def test_a_schedule_that_repeats():
         jax.eval_shape(lambda: run(sampler=samplers.schedule([[0]])))
 
 
-def test_a_spread_over_nobody_is_not_a_number():
+def test_a_spread_over_no_clients_is_not_a_number():
     for higher in (True, False):
         for values in (jnp.full(3, jnp.nan), jnp.zeros(0), [np.nan]):
             assert np.isnan(client_statistics(values, higher_is_better=higher)).all()

@@ -122,7 +122,7 @@ def begun(rounds):
     return FEDAVG.init(PARAMS)._replace(round=jnp.int32(rounds))
 
 
-TWICE, OUTSIDE, NOBODY = drawing([0, 1, 1]), drawing([0, 1, 2], [0, 7, -1]), drawing([0, -1, -1])
+TWICE, OUTSIDE, NO_CLIENT = drawing([0, 1, 1]), drawing([0, 1, 2], [0, 7, -1]), drawing([0, -1, -1])
 MASK = np.array([True, False, True, False])
 ROWS = [
     # parameters
@@ -189,7 +189,7 @@ ROWS = [
     ("counter at its end", lambda: FEDAVG.round(begun(2**31 - 1), POPULATION.cohort([0]), KEY), ValueError, ["round"]),
     (
         "run to its end",
-        lambda: continue_rounds(FEDAVG, NOBODY, 2)(begun(2**31 - 2), POPULATION, KEY),
+        lambda: continue_rounds(FEDAVG, NO_CLIENT, 2)(begun(2**31 - 2), POPULATION, KEY),
         ValueError,
         ["2 "],
     ),
@@ -346,7 +346,7 @@ def test_a_method_of_ones_own_is_checked_too():
         with pytest.raises(TypeError, match=r"params\['n'\]"):
             method.init({"n": 1})
     with pytest.raises(TypeError, match="cohort"):
-        for_each_client(ClientProgram(*[None] * 3), (), (), POPULATION, KEY, work=local_work())
+        for_each_client(ClientProgram(*[None] * 3), (), POPULATION, KEY, work=local_work())
 
 
 def test_parameters_may_be_python_floats_and_hold_nothing_in_places():
@@ -390,7 +390,7 @@ def test_an_invalid_cohort_under_jit(devices):
     def round(state, cohort, key):
         program = ClientProgram(lambda s, i, k: s, lambda s, c, b: (c + 1, jnp.sum(c)), lambda s, c: (c, ()))
         plan = Plan(mesh=mesh if devices > 1 else None)
-        moved = for_each_client(program, state.params, (), cohort, key, work=work, plan=plan).aggregate
+        moved = for_each_client(program, state.params, cohort, key, work=work, plan=plan).aggregate
         return Drawn(moved, state.round + 1), cohort.num_participants
 
     method = DRAWS._replace(round=round)

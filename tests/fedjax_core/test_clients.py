@@ -55,7 +55,7 @@ def population_of(sizes):
 def call(runner, plan, work, weights, population, ids, key):
     shared = {"w": jnp.arange(5.0) / 5}
     inputs = jnp.linspace(-1, 1, ids.shape[0])
-    return runner(PROGRAM, shared, inputs, population.cohort(ids), key, work=work, weights=weights, plan=plan)
+    return runner(PROGRAM, shared, population.cohort(ids), key, inputs, work=work, weights=weights, plan=plan)
 
 
 PLANS = [Plan(lanes=1), Plan(lanes=3), Plan(lanes=CAPACITY)]
@@ -92,7 +92,7 @@ def test_every_plan_equals_the_plain_loop(sizes, absent, order, work, weights, s
     for plan in range(len(PLANS)):
         got = compiled[plan, work, weights](population, ids, key)
         assert bool(jnp.isfinite(got.loss).all())
-        if expected is None:  # nobody took part
+        if expected is None:  # no client took part
             assert not np.asarray(got.steps).any()
             assert not np.asarray(got.aggregate).any()
             continue
@@ -118,7 +118,13 @@ def test_float32_plans_agree():
                 step=lambda s, c, b: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), step(s, c, b)),
             )
             return for_each_client(
-                program, shared, inputs, population.cohort(ids), jax.random.key(0), work=WORKS[0], plan=plan
+                program,
+                shared,
+                population.cohort(ids),
+                jax.random.key(0),
+                client_inputs=inputs,
+                work=WORKS[0],
+                plan=plan,
             )
 
         results.append(jax.jit(run32)(population, ids))
@@ -149,7 +155,7 @@ def epoch_orders(order, key, size, batch_size, num_steps):
         lambda s, i, k: jnp.full((num_steps, batch_size), -2), collect, lambda s, carry: ((), carry)
     )
     work = local_work(batch_size=batch_size, num_steps=num_steps, order=order)
-    return np.asarray(for_each_client(program, (), (), population.cohort([0]), key, work=work).outputs[0])
+    return np.asarray(for_each_client(program, (), population.cohort([0]), key, work=work).outputs[0])
 
 
 def test_epochs_see_every_example_once_in_an_order_of_their_own():
@@ -181,7 +187,6 @@ def test_packing_wastes_little_on_log_normal_sizes():
     results = for_each_client(
         program,
         (),
-        (),
         population.cohort(np.arange(64)),
         jax.random.key(0),
         work=local_work(batch_size=1),
@@ -203,7 +208,7 @@ def test_tiny_programs_train_side_by_side_unless_told_otherwise(width, plan, tog
         lambda shared, carry: (carry, carry),
     )
     cohort = softmax_population(sizes).cohort(jnp.arange(5))
-    results = for_each_client(program, (), (), cohort, jax.random.key(0), work=local_work(1), plan=plan)
+    results = for_each_client(program, (), cohort, jax.random.key(0), work=local_work(1), plan=plan)
     assert int(results.executed_steps) == (5 * 5 if together else 11)
     np.testing.assert_array_equal(results.outputs[:, 0], sizes)
 
@@ -224,9 +229,9 @@ def test_vmap_puts_all_members_in_one_queue():
         return for_each_client(
             PROGRAM._replace(step=scaled),
             {"w": jnp.arange(5.0) * rate},
-            jnp.ones(4) * rate,
             population.cohort(ids),
             key,
+            client_inputs=jnp.ones(4) * rate,
             work=WORKS[0],
             aggregator=weighted_sum(),
             plan=Plan(lanes=2),
@@ -255,7 +260,13 @@ def test_vmap_over_a_mesh():
     def run(plan, key):
         shared = {"w": jnp.arange(5.0)}
         return for_each_client(
-            PROGRAM, shared, jnp.ones(3), population.cohort(np.array([0, 1, 4])), key, work=WORKS[0], plan=plan
+            PROGRAM,
+            shared,
+            population.cohort(np.array([0, 1, 4])),
+            key,
+            client_inputs=jnp.ones(3),
+            work=WORKS[0],
+            plan=plan,
         )
 
     on_mesh = jax.jit(jax.vmap(lambda key: run(Plan(lanes=4, mesh=mesh), key)))(keys)
@@ -272,7 +283,7 @@ def test_keys_may_travel_in_the_carry(lanes):
     )
     population = softmax_population((3, 2))
     results = for_each_client(
-        program, (), (), population.cohort([0, 1]), jax.random.key(0), work=WORKS[0], plan=Plan(lanes=lanes)
+        program, (), population.cohort([0, 1]), jax.random.key(0), work=WORKS[0], plan=Plan(lanes=lanes)
     )
     assert 0 < float(results.aggregate) < 1
 
@@ -286,7 +297,7 @@ def test_stacked_uploads_are_those_of_each_slot(plan):
     def run(runner, plan):
         cohort = population.cohort(ids)
         options = {"work": WORKS[0], "weights": "examples", "plan": plan, "aggregator": stacked()}
-        return runner(PROGRAM, {"w": jnp.arange(5.0) / 5}, inputs, cohort, jax.random.key(3), **options)
+        return runner(PROGRAM, {"w": jnp.arange(5.0) / 5}, cohort, jax.random.key(3), inputs, **options)
 
     results = run(for_each_client, plan)
     expected = run(reference.for_each_client, None)
@@ -299,7 +310,7 @@ def test_a_rule_for_stacked_uploads_gets_the_weights():
     population, ids = population_of([4, 0, 3, 5]), np.array([3, -1, 1, 2])
     rule = stacked(lambda uploads, weights: (weights @ uploads / weights.sum(), weights))
     options = {"work": WORKS[0], "weights": "examples", "aggregator": rule}
-    arguments = PROGRAM, {"w": jnp.ones(5)}, jnp.zeros(4), population.cohort(ids), jax.random.key(3)
+    arguments = PROGRAM, {"w": jnp.ones(5)}, population.cohort(ids), jax.random.key(3), jnp.zeros(4)
     mean, weights = for_each_client(*arguments, **options).aggregate
     np.testing.assert_array_equal(weights > 0, [True, False, False, True])
     options |= {"aggregator": None}

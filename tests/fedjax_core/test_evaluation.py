@@ -152,12 +152,12 @@ def test_weighted_values(population):
 
 
 def test_no_examples_and_no_clients():
-    nobody = Population.from_sizes({"x": np.zeros((0, 2), np.float32), "y": np.zeros(0, np.int32)}, [0, 0])
-    overall, clients, personal = every_evaluator(metric_fn, nobody)
+    empty = Population.from_sizes({"x": np.zeros((0, 2), np.float32), "y": np.zeros(0, np.int32)}, [0, 0])
+    overall, clients, personal = every_evaluator(metric_fn, empty)
     assert np.isnan(overall["score"])
     assert np.isnan(clients["score"]).all()
     assert np.isnan(personal["score"]).all()
-    assert evaluate_examples(metric_fn, PARAMS, nobody.examples)["score"].shape == (0,)
+    assert evaluate_examples(metric_fn, PARAMS, empty.examples)["score"].shape == (0,)
 
 
 def test_populations_on_the_host_and_numbers_that_do_not_fit_are_refused(population):

@@ -175,7 +175,6 @@ def test_the_full_gradient_takes_the_mask():
         for_each_client(
             full_gradient_program(batch_norm),
             PARAMS,
-            (),
             SEVEN.cohort(np.arange(1)),
             jax.random.key(0),
             work=local_work(size, order="sequential"),

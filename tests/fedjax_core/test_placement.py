@@ -22,7 +22,7 @@ from fedjax_core import (
     shardings,
     simulate,
 )
-from fedjax_core.execution import _deal
+from fedjax_core.execution import _balanced_order
 from tests.problems import assert_trees_close, softmax_loss, softmax_params, softmax_population
 
 SIZES = (1, 9, 4, 0, 13, 6, 2, 5)
@@ -140,7 +140,7 @@ def test_a_mesh_that_cannot_be(arguments, message):
 @pytest.mark.parametrize(
     ("steps", "devices", "most"),
     [
-        ([10, 7, 6, 5, 4, 2], 2, 17),  # 10 + 5 + 2 and 7 + 6 + 4; dealt out in turn they would give 19 and 15
+        ([10, 7, 6, 5, 4, 2], 2, 17),  # 10 + 5 + 2 and 7 + 6 + 4; one for each in turn would give 19 and 15
         ([9, 0, 0, 1, 1, 1], 2, 9),
         ([5, 5, 5, 5], 4, 5),
         ([3], 1, 3),
@@ -148,8 +148,8 @@ def test_a_mesh_that_cannot_be(arguments, message):
         (list(range(1, 41)), 2, 410),  # as cards
     ],
 )
-def test_slots_are_dealt_evenly(steps, devices, most):
+def test_devices_have_about_the_same_number_of_steps(steps, devices, most):
     steps = jnp.array(steps, jnp.int32)
-    dealt = np.asarray(jax.jit(_deal, static_argnums=1)(steps, devices))
-    assert sorted(dealt) == list(range(len(steps)))
-    assert np.asarray(steps)[dealt].reshape(devices, -1).sum(axis=1).max() == most
+    order = np.asarray(jax.jit(_balanced_order, static_argnums=1)(steps, devices))
+    assert sorted(order) == list(range(len(steps)))
+    assert np.asarray(steps)[order].reshape(devices, -1).sum(axis=1).max() == most

@@ -185,7 +185,7 @@ def test_cyclic_cohorts_of_late_rounds_hold_every_client_once_a_cycle():
     np.testing.assert_array_equal(sample(jax.random.key(0), jnp.int32(late)), order[:cohort_size])
 
 
-def test_periodic_with_the_longest_period_has_nobody_twice_as_often():
+def test_periodic_with_the_longest_period_has_no_client_twice_as_often():
     sample = samplers.periodic(np.full(200, 0.5), 2**31 - 1)
     present = [np.asarray(sample(jax.random.key(3), jnp.int32(t))) >= 0 for t in (0, 2**30, 2**31 - 2)]
     assert all(60 < p.sum() < 140 for p in present)

@@ -88,7 +88,7 @@ def test_seeds_run_at_once_like_a_vmap(tmp_path, in_files):
 
 
 def test_clients_that_are_scattered_over_the_examples():
-    """With `rows`, a data set is dealt out without being copied."""
+    """With `rows`, a data set is divided among clients without being copied."""
     order = np.random.default_rng(0).permutation(DEVICE.num_examples)
     shuffled = jax.tree.map(lambda leaf: np.asarray(leaf)[order], DEVICE.examples)
     rows = np.argsort(order)
@@ -165,7 +165,7 @@ def test_samplers_with_a_slot_for_every_client():
 
 
 def test_rounds_without_anyone():
-    sampler = samplers.schedule(np.array([[-1, -1], [2, -1], [0, 1]]))  # nobody, then an empty client
+    sampler = samplers.schedule(np.array([[-1, -1], [2, -1], [0, 1]]))  # no client, then an empty one
     got = simulate_staged(scaffold(), sampler, 3)(softmax_params(), HOST, KEY)
     assert_trees_equal(got, in_memory(scaffold(), sampler, rounds=3))
     np.testing.assert_array_equal(got[1].participants, [0, 0, 2])

@@ -43,7 +43,7 @@ def run(upload, count, weights="uniform", aggregator=None, plan=None, value=1.0)
     def one(cohort):
         work = local_work(batch_size=1, num_steps=1)
         return for_each_client(
-            program, (), (), cohort, jax.random.key(0), work=work, weights=weights, aggregator=aggregator, plan=plan
+            program, (), cohort, jax.random.key(0), work=work, weights=weights, aggregator=aggregator, plan=plan
         ).aggregate
 
     return jax.jit(one)(equal_clients(count, value).cohort(np.arange(count)))
@@ -81,7 +81,7 @@ def test_sums_of_several_seeds_in_lanes_of_their_own_and_on_a_mesh(seeds, mesh):
         cohort = population.cohort(np.arange(count))
         work = local_work(batch_size=1)
         return for_each_client(
-            program, x, (), cohort, jax.random.key(0), work=work, aggregator=weighted_sum(), plan=plan
+            program, x, cohort, jax.random.key(0), work=work, aggregator=weighted_sum(), plan=plan
         ).aggregate
 
     xs = jnp.linspace(0.1, 0.7, seeds, dtype=jnp.float32)
@@ -117,7 +117,7 @@ def test_integers_are_averaged_as_numbers():
     )
     work = local_work(batch_size=1)
     (numbers, flags), total = for_each_client(
-        program, (), (), cohort, jax.random.key(0), work=work, weights="examples", aggregator=both
+        program, (), cohort, jax.random.key(0), work=work, weights="examples", aggregator=both
     ).aggregate
     np.testing.assert_allclose(numbers, [0, 1, 2, 3], rtol=1e-6)
     np.testing.assert_allclose(flags, [1, 0])
@@ -155,7 +155,7 @@ def test_models_of_short_floats(dtype):
     # The gradient of 400 batches of one, added up one after the other in bfloat16, stops at 256.
     program = full_gradient_program(lambda p, b, k: p * b["x"].astype(dtype))
     work = local_work(batch_size=1, order="sequential")
-    found = for_each_client(program, jnp.zeros((), dtype), (), cohort, jax.random.key(0), work=work)
+    found = for_each_client(program, jnp.zeros((), dtype), cohort, jax.random.key(0), work=work)
     assert found.aggregate.dtype == dtype
     np.testing.assert_allclose(float(found.aggregate), 2)
 

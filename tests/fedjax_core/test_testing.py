@@ -55,7 +55,7 @@ def method(
     client = program(optax.sgd(lr), lambda y, batch, shared, own: direction(y, batch), upload=upload or difference)
 
     def update(state, cohort, key):
-        results = run(training, client, state.params, (), cohort, key if draw is None else draw)
+        results = run(training, client, state.params, cohort, key if draw is None else draw)
         return State(move(state, results, cohort), rows(state, results, cohort), state.round), results
 
     return fc.federated(lambda params: State(params, table()), update, skip_empty=skip_empty)
@@ -128,7 +128,7 @@ def half(state, results, cohort):
     return {**state.params, "w": state.params["w"] + results.aggregate["w"]}
 
 
-def everybody(state, results, cohort):
+def all_clients(state, results, cohort):
     return fc.ClientTable(state.rows.rows + 1)
 
 
@@ -183,7 +183,7 @@ WRONG = {
         skip_empty=False,
     ),
     "only_participants_rows_change": wrong(
-        r"clients 1 and 6 took part, and the state of the absent clients \[0, 2, 3, 4, 5\] changes", rows=everybody
+        r"clients 1 and 6 took part, and the state of the absent clients \[0, 2, 3, 4, 5\] changes", rows=all_clients
     ),
     "same_key_same_bits": wrong("the same state, cohort and key give other bits", move=scaled(drawn_by_python)),
     "seeds_and_floats_vmap_like_a_loop": wrong(

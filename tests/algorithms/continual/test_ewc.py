@@ -135,7 +135,7 @@ def test_a_strong_penalty_holds_what_matters_and_leaves_the_rest():
     assert abs(state.params[1] - 3) > 2
 
 
-def test_nobody_at_the_end_of_a_task_changes_nothing():
+def test_no_client_at_the_end_of_a_task_changes_nothing():
     method, _, end_task = jitted()
     state = ended(end_task, method.init(softmax_params()))
     population = softmax_population(SIZES, seed=5)

@@ -362,7 +362,7 @@ def test_more_columns_make_better_estimates_of_the_energy():
         assert captured(bases[path], A[path]) > 0.89
 
 
-def test_nobody_at_the_end_of_a_task_changes_no_basis():
+def test_no_client_at_the_end_of_a_task_changes_no_basis():
     method, _, end_task = jitted()
     state = end_task(start(method), everyone(task(0)), KEY)
     after = end_task(state, task(1).cohort(np.array([-1, 2, -1, -1, -1])), KEY)

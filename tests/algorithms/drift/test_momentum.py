@@ -195,7 +195,7 @@ def test_server_control_is_the_mean_of_the_clients(name, weights):
 
 
 def test_on_linear_losses_known_controls_make_all_clients_alike():
-    """Once everybody has been seen, it no longer matters who takes part, nor how many steps anybody does."""
+    """Once all clients have been seen, it no longer matters which take part, nor how many steps they do."""
     population, loss, c = slopes(copies=(1, 2, 4))
     for aggregation, p in (("mean", [1, 2, 4]), ("normalized", [1, 1, 1])):
         algorithm = make("scaffold_m", loss=loss, beta=0.3, batch_size=1, aggregation=aggregation, **N)

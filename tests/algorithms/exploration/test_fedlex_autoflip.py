@@ -211,15 +211,16 @@ def of_softmax():
 
 
 def test_the_compiled_exploration_is_that_of_a_plain_loop():
-    """Unequal clients, an empty one and an empty slot; a rate at which some stop early. Nobody changes nothing."""
+    """Unequal clients, an empty one and an empty slot; a rate at which some stop early. Without participants nothing
+    changes."""
     compiled, plain = of_softmax()
     got = compiled(1.0, np.array([0, 1, 2, 3, -1]))
     assert_trees_close(got, plainly(plain, 1.0, jnp.array([3, 2, 1, 0])), rtol=1e-11, atol=1e-13)
     assert got.explorers == 3
-    nobody = compiled(1.0, np.array([2, 9, -1, -1, -1]))
-    assert nobody.explorers == 0
-    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(nobody.mean))
-    assert not nobody.clients.rows.known.any()
+    empty = compiled(1.0, np.array([2, 9, -1, -1, -1]))
+    assert empty.explorers == 0
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(empty.mean))
+    assert not empty.clients.rows.known.any()
 
 
 def test_a_share_of_the_population_explores():

@@ -162,11 +162,11 @@ def test_the_mean_is_that_of_the_table(name, weights):
 
 
 def test_a_round_without_participants_is_skipped_or_moves_by_the_stale_updates():
-    nobody = q3_population().cohort([-1, -1])
+    empty = q3_population().cohort([-1, -1])
     for skip_empty, beta in ((True, 0.0), (False, 0.5)):
         algorithm = make("fedstale", skip_empty=skip_empty, **N)
         before = run(algorithm, PART)[0][-1]
-        after, _ = one_round(algorithm, before, nobody)
+        after, _ = one_round(algorithm, before, empty)
         np.testing.assert_allclose(after.params - before.params, beta * before.mean, atol=1e-15)
         assert_trees_equal((after.updates, after.mean), (before.updates, before.mean))
 

@@ -25,6 +25,7 @@ SIZES = {
     "survey_candidates": 8,
     "num_features": 30,
     "feature_neighbors": 15,
+    "feature_lengthscale": 1.0,
     "noise": 1e-3,
     "ridge": 1e-2,
     "radius": 0.05,

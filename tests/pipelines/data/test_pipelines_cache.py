@@ -245,16 +245,16 @@ def test_processes_that_build_at_once_all_get_the_arrays(tmp_path):
 
 def test_a_killed_build_is_not_trusted_and_is_cleared_away(tmp_path):
     folder = tmp_path / "cache"
-    process = builder(folder, "victim", "nobody")
+    process = builder(folder, "killed", "never")
     deadline = time.monotonic() + 120
-    while not (tmp_path / "victim-builds").exists():
+    while not (tmp_path / "killed-builds").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     half_built = only_folder(folder)
     assert (half_built / "x.npy").exists()
 
-    # While it lives its folder is left alone, and so is that of another machine, of which nobody here can tell.
+    # While it lives its folder is left alone, and so is that of another machine, of which this machine cannot tell.
     foreign = folder / ".building-another.machine-1-abcd"
     foreign.mkdir()
     fetch(folder, name="other")

@@ -1,4 +1,4 @@
-"""Numbers that are finite and do not fit, and what a run says of sizes that nobody meant."""
+"""Numbers that are finite and do not fit, and what a run says of sizes that were not intended."""
 
 import jax
 import numpy as np
@@ -72,7 +72,7 @@ def test_more_classes_than_examples_are_told(small):
         ({"epochs": None, "steps": 10**8, "methods": ("fedsgd",)}, ""),
     ],
 )
-def test_rounds_that_nobody_can_wait_for_are_told(fields, said, prepared):
+def test_rounds_that_take_too_long_are_reported(fields, said, prepared):
     with jax.enable_x64(False):
         told = setup.much_local_work(prepared._replace(config=prepared.config.replace(**fields)))
     assert said in told

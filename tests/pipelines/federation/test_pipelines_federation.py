@@ -86,7 +86,7 @@ def test_natural_clients_are_tested_on_their_own_groups_and_unseen_groups_are_ne
         group = set(fewer.dataset.groups[train[i]])
         assert len(group) == 1
         assert set(fewer.dataset.test_groups[test[i]]) <= group
-    assert "new" not in fewer.parts, "a group that was not chosen has been seen by nobody, and is no newcomer either"
+    assert "new" not in fewer.parts, "a group that was not chosen is no client, and no new client either"
 
 
 def test_feature_skew_changes_inputs_and_the_same_client_sees_alike_in_every_part():

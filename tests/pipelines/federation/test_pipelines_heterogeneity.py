@@ -142,7 +142,7 @@ MADE = dataset(images(1, 2, 3, 4, 5, 6), [0, 1, 2, 0, 1, 2], images(7, 3, 8, 1, 
 
 
 def test_leakage_by_hand():
-    parts = Assignment.from_parts([[0, 1], [2, 3], [5]])  # row 4 is with nobody
+    parts = Assignment.from_parts([[0, 1], [2, 3], [5]])  # row 4 is with no client
     assert heterogeneity.leakage(MADE, parts) == (3, 0, 3)
     # Value 1 is trained on by client 0 and value 3 by client 1.
     tested = Assignment.from_parts([[0, 3], [1, 4], [2]])
@@ -192,7 +192,7 @@ def test_each_warning_is_given_for_its_reason():
         "1 of 4 clients (25%) hold fewer examples than a batch of 3: their only step is a small one.",
         "Client 0 holds 76% of all 17 training examples: weighted by examples, the global model is mostly its own.",
         "2 of 4 clients (50%) hold one class alone: a constant answer is perfect for them.",
-        "No training example has a label of 2: the test measures what nobody could learn.",
+        "No training example has a label of 2: the test measures what no client could learn.",
         "No test example has a label of 1: what is learned of them is not measured.",
         "No training or test example has a label of 3, 4: the model has outputs for nothing.",
     ]

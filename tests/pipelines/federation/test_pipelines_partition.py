@@ -369,7 +369,7 @@ def test_the_clients_sizes_are_those_of_the_pseudo_inverse(clients, kinds):
 
 
 def accepted(shares, cluster_sizes, min_size=0):
-    """What `clusters` deals out when every draw of proportions is `shares`."""
+    """What `clusters` assigns when every draw of proportions is `shares`."""
     shares = np.asarray(shares)
     drawn = SimpleNamespace(dirichlet=lambda alpha, size: np.broadcast_to(shares, (size[0], *shares.shape)))
     return partition._accepted(np.asarray(cluster_sizes), len(shares), 1.0, min_size, drawn).tolist()

@@ -55,7 +55,7 @@ def test_inputs_keep_their_shape_and_type_and_the_seed_decides(name, kind):
     assert seen.shape == x.shape
     assert seen.dtype == x.dtype
     np.testing.assert_array_equal(x, before)
-    np.testing.assert_array_equal(seen[:5], x[:5])  # nobody's
+    np.testing.assert_array_equal(seen[:5], x[:5])  # no client's
     assert (seen != x).any()
     if x.ndim == 4 and x.dtype != np.uint8:
         assert seen.min() >= 0

@@ -22,7 +22,7 @@ CONFIG = Config.of(rounds=6, eval_every=2, checkpoint_every=2, seeds=2, validati
 
 
 def measured(evaluations: int):
-    """Seed 0 stops at the second evaluation; in the first two rounds nobody takes part with seed 1."""
+    """Seed 0 stops at the second evaluation; in the first two rounds no client takes part with seed 1."""
     rng = np.random.default_rng(0)
     history = {name: rng.uniform(size=(2, 3)) for name in ("test/loss", "test/accuracy", "validated/loss")}
     history["validated/accuracy"] = np.asarray([[0.5, 0.4, 0.9], [0.1, 0.2, 0.3]])
@@ -80,7 +80,7 @@ def test_tensorboard_has_every_evaluation_once(tmp_path):
     assert sorted({step for _, step in one}) == [2, 4, 6]
     assert one["test/accuracy", 6] == pytest.approx(whole["test/accuracy"][1, 2])
     assert one["validation/accuracy", 4] == pytest.approx(0.2)
-    assert ("train/loss", 2) not in one  # nobody took part
+    assert ("train/loss", 2) not in one  # no client took part
     assert zero["train/loss", 4] == pytest.approx(2.5)
 
 

@@ -65,8 +65,10 @@ def test_clients_csv_is_what_the_final_model_does(finished, small, experiment):
 
 def test_class_shares():
     examples = {"x": np.zeros((4, 1)), "y": np.asarray([0, 0, 2, 1], np.int32)}
-    dealt = Assignment.from_parts([[0, 1, 2], [], [3]])
-    shares = train.class_shares(Federation(Dataset("four", examples, examples, 3), {"train": Part("train", dealt)}))
+    assignment = Assignment.from_parts([[0, 1, 2], [], [3]])
+    shares = train.class_shares(
+        Federation(Dataset("four", examples, examples, 3), {"train": Part("train", assignment)})
+    )
     np.testing.assert_allclose(shares, [[2 / 3, 0, 1 / 3], [np.nan] * 3, [0, 1, 0]])
 
 
@@ -95,15 +97,15 @@ def test_the_latex_table_has_the_same_cells(finished):
     assert text.count(r"\\") == 3
 
 
-def test_a_run_with_nobody_in_it_has_a_report(small, tmp_path):
-    """Nobody comes in any round, and nobody has examples to be tested on or to be validated with."""
+def test_a_run_without_participants_has_a_report(small, tmp_path):
+    """No client takes part in any round, and none has examples to be tested on or to be validated with."""
     empty = {"gap": 1000, "split_by": "position", "test_share": 0.2, "validation_share": 0.2}
     config = small.replace(methods=("fedavg",), rounds=1, sampler="bernoulli", participation=0.0, **empty, seeds=1)
     with jax.enable_x64(False), warnings.catch_warnings():
         warnings.simplefilter("error")
         results = train.train(config, tmp_path / "run")
     text = (tmp_path / "run" / "summary.md").read_text()
-    assert "Nobody took part in any round of FedAvg: its model is the initial one." in text
+    assert "No client took part in any round of FedAvg: its model is the initial one." in text
     assert "No client has test examples" in text
     assert "No client has validation examples" in text
     assert text.count("| no examples |") == 1
@@ -119,7 +121,7 @@ def test_a_run_with_nobody_in_it_has_a_report(small, tmp_path):
     ("changed", "words"),
     [
         ({"client/accuracy": np.nan}, "no examples"),
-        ({"round/participants": 0, "round/loss": np.nan}, "Nobody took part in any round of FedAvg"),
+        ({"round/participants": 0, "round/loss": np.nan}, "No client took part in any round of FedAvg"),
         ({"round/loss": 0.0}, "FedAvg"),
         ({"test/accuracy": 0.0, "client/accuracy": 0.0}, "| 0.00"),
         ({"test/accuracy": 1.0, "client/accuracy": 1.0}, "| 100.00"),

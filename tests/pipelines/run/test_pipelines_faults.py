@@ -367,7 +367,7 @@ def test_other_examples_and_other_keys_are_refused(small, tmp_path, monkeypatch)
         train.claim(tmp_path / "run", config, setup.federate(config))
     npz(path, 1)
     other = setup.federate(config.replace(partition_seed=1))
-    with pytest.raises(ValueError, match="are dealt out to other clients"):
+    with pytest.raises(ValueError, match="are assigned to other clients"):
         train.claim(tmp_path / "run", config, other)
     now = identity.identity(setup.federate(config))
     for changed, remedy in (

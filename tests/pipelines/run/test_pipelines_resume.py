@@ -48,7 +48,7 @@ def test_killed_again_and_again_ends_as_if_never_killed(command, tmp_path):
         process.send_signal(signal.SIGKILL)
         said, errors = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {said}{errors}"
-        assert "damaged" not in errors, "a checkpoint is whole or not there"
+        assert "damaged" not in errors, "a checkpoint is complete or absent"
         if killed_at:
             assert f"going on after round {killed_at[-1]}" in said or "complete" in said
         killed_at.append(newest(out, "fedavg"))

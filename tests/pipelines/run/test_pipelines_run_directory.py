@@ -174,7 +174,7 @@ def test_other_examples_owners_and_keys_are_refused(runs, name, tmp_path, monkey
     monkeypatch.setattr(identity, "of", lambda dataset, owners: whole(dataset, ["others"]))
     done = runs.call(name, out)
     assert done.exit_code == 2
-    assert "are dealt out to other clients" in done.output
+    assert "are assigned to other clients" in done.output
 
 
 @every_command
