@@ -29,7 +29,7 @@ LAST_LINE = {
     "quickstart.py": r"round +2 +training loss \d+\.\d+ +test accuracy \d+\.\d%",
     "shakespeare.py": f"roles on the end of their text: {SPREAD}",
     "sweep_seeds_and_rates.py": r" +1\.00 +\d+\.\d+ +\d+\.\d% \+- \d+\.\d%",
-    "write_your_own_method.py": r"bound 0\.1: \d+% of the uploads shortened, last training loss \d+\.\d+ .*",
+    "write_your_own_method.py": "it passes the checks of every method",
 }
 
 
