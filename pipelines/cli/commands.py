@@ -367,7 +367,7 @@ def _choices(typed: Mapping[str, Any], config_path: Path | None) -> dict[str, An
     found = _beside(typed, filed)
     if found.get("federation") is not None:
         found |= _saved_federation(found)
-    found["methods"] = tuple(found.get("methods") or Config().methods)
+    found.setdefault("methods", Config().methods)
     for name in found["methods"]:
         methods.describe(name)
     settings = parse_settings(typed.get("settings", ()), found["methods"])
@@ -430,8 +430,8 @@ Examples:
 
 In the run directory are accuracy.png and .pdf, the test accuracy on every task after every task, the same as
 accuracy.csv, results.tex and summary.json. A run that was stopped goes on when the same command is given again, and
-other methods may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments, 5 the run
-directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
+other methods and seeds may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments,
+5 the run directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 """,
 )
 @options.several(*options.CONFIG)

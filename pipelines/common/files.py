@@ -209,6 +209,13 @@ def read_record(path: Path, check: Callable[[Any], object] = lambda config: None
     return kept
 
 
+def kept_config(path: Path) -> Any:
+    """The configuration in the copy of a record; None where there is no copy, or it is damaged."""
+    copy = path.parent / COPIES / path.name
+    kept = _content(copy) if os.path.lexists(copy) else None
+    return kept.get("config") if isinstance(kept, dict) and _is_whole(kept) else None
+
+
 def is_kept(path: Path) -> bool:
     """Whether a record and its copy are there, whole and the same."""
     found, kept = (_content(each) for each in (path, path.parent / COPIES / path.name))

@@ -338,10 +338,9 @@ class Config(Configuration):
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is wrong with choices beside each other."""
-        for name in self.methods:
-            if isinstance(name, str):
-                methods.describe(name)
         super().__post_init__()
+        for name in self.methods:
+            methods.describe(name)
         if self.first_seed > LIMIT - self.seeds + 1:
             raise ValueError(
                 f"first_seed must be an integer from {-LIMIT} to {LIMIT}, and so the last one, got seeds={self.seeds} "
@@ -362,6 +361,27 @@ class Config(Configuration):
         object.__setattr__(self, "settings", {m: dict(sorted(chosen.items())) for m, chosen in sorted(read.items())})
         for method in self.methods:
             dataclasses.replace(self.local, **self.client_settings(method))  # checks them
+
+    def __hash__(self) -> int:
+        """That of the JSON text, as settings are dictionaries."""
+        return hash(self.to_json())
+
+    def replace(self, **choices: Any) -> "Config":
+        """This configuration with other choices, by their names.
+
+        Steps take the place of epochs, and the other way round; rounds between checkpoints that no longer are a
+        multiple of those between evaluations are chosen anew.
+
+        Raises:
+          ValueError: as `of`.
+        """
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if choices.get(one) is not None:
+                choices.setdefault(other, None)
+        every = choices.get("eval_every")
+        if isinstance(every, int) and every > 0 and self.report.checkpoint_every % every:
+            choices.setdefault("checkpoint_every", None)
+        return super().replace(**choices)
 
     def client_settings(self, method: str) -> dict[str, Any]:
         """The options of the clients' optimizer for one method, by the names of `CLIENT_SETTINGS`."""

@@ -27,9 +27,11 @@ from typing import Any
 import yaml
 
 from pipelines.common import files
-from pipelines.common.names import pick
 from pipelines.configuration.config import Config
-from pipelines.configuration.options import Configuration, Field, fields_of, flattened
+from pipelines.configuration.options import Configuration, Field, canonical, fields_of, flattened
+
+RECORDS = ("config.json", "study.json")
+"""Files of run directories that hold a configuration."""
 
 _FORMATS = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".json": "JSON"}
 
@@ -46,18 +48,15 @@ def read(path: str | Path, kind: type[Configuration] = Config) -> dict[str, Any]
         nearest), or a value of another type than the choice.
     """
     path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = next((path / name for name in RECORDS if (path / name).exists()), path / RECORDS[0])
     content = _content(path)
     if isinstance(content.get("config"), Mapping):  # as a run has it, beside the versions
         content = dict(content["config"])
     fields = fields_of(kind)
-    options = {
-        flag.removeprefix("--").replace("-", "_"): name for name, field in fields.items() for flag in field.flags
-    }
     found: dict[str, Any] = {}
     for key, value in _listed(path, kind, content):
-        name = key.replace("-", "_")
-        name = pick(f"option in {path}", name if name in fields else options.get(name, name), sorted(fields))
+        name = canonical(f"option in {path}", key.replace("-", "_"), kind)
         if name in found:
             raise ValueError(f"{path} gives {name} twice, as {key!r} too: give it once")
         found[name] = _of_type(f"{name} in {path}", fields[name], value)
@@ -66,7 +65,7 @@ def read(path: str | Path, kind: type[Configuration] = Config) -> dict[str, Any]
 
 def _listed(path: Path, kind: type[Configuration], content: Mapping[Any, Any]) -> list[tuple[str, Any]]:
     try:
-        return list(flattened(kind, {str(key): value for key, value in content.items()}).items())
+        return list(flattened(kind, kind.of_before({str(key): value for key, value in content.items()})).items())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

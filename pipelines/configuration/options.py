@@ -279,12 +279,19 @@ class Section:
 
         Raises:
           ValueError: with the name of the first that is wrong.
+          TypeError: if a section is something else.
         """
+        types = typing.get_type_hints(type(self))
         for each in dataclasses.fields(self):
             option: Option | None = each.metadata.get("option")
+            value = getattr(self, each.name)
             if option is not None:
-                value = option.check(option.name or each.name, getattr(self, each.name))
-                object.__setattr__(self, each.name, value)
+                object.__setattr__(self, each.name, option.check(option.name or each.name, value))
+            elif not isinstance(value, types[each.name]):
+                raise TypeError(
+                    f"{each.name} must be a {types[each.name].__name__}, got {value!r:.80}: pass "
+                    f"{each.name}={types[each.name].__name__}(...), or choices by name to {type(self).__name__}.of"
+                )
 
 
 def fields_of(kind: type[Section]) -> Mapping[str, Field]:
@@ -331,17 +338,27 @@ class Configuration(Section):
 
     @classmethod
     def _made(cls, known: Mapping[str, Any], choices: Mapping[str, Any]) -> Self:
-        fields = fields_of(cls)
-        for name in choices:
-            pick("choice of a configuration", name, fields)
+        fields, sections = fields_of(cls), _sections(cls)
+        chosen: dict[str, Any] = {}
+        for name, value in choices.items():
+            if name in sections and isinstance(value, Section):
+                own = {n: field for n, field in fields.items() if field.path[0] == name}
+                chosen |= {n: functools.reduce(getattr, field.path[1:], value) for n, field in own.items()}
+            else:
+                chosen[canonical("choice of a configuration", name, cls)] = value
         tree: dict[str, Any] = {}
-        for name, value in {**known, **choices}.items():
-            *sections, own = fields[name].path
+        for name, value in {**known, **chosen}.items():
+            *path, last = fields[name].path
             inner = tree
-            for each in sections:
+            for each in path:
                 inner = inner.setdefault(each, {})
-            inner[own] = value
+            inner[last] = value
         return _built(cls, tree)
+
+    @classmethod
+    def of_before(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of a file under the names that choices have now; for those that have been renamed."""
+        return values
 
     def flat(self) -> dict[str, Any]:
         """Name to value of every choice."""
@@ -369,7 +386,7 @@ class Configuration(Section):
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a configuration is a JSON object, got {type(values).__name__}: see Config.to_json")
-        return cls.of(**flattened(cls, values))
+        return cls.of(**flattened(cls, cls.of_before(values)))
 
     def words(self, but: Collection[str] = ()) -> list[str]:
         """The options of the command line that make this configuration of the default one."""
@@ -410,6 +427,28 @@ def check_grown(
     growth.check(out, here.flat(), there.flat(), {**free, **rules}, noun, can)
 
 
+def canonical(noun: str, name: str, kind: type[Section], section: str | None = None) -> str:
+    """The name of a choice that may be called by it, by its field's name in a section, or by its option.
+
+    Args:
+      noun: what is being named, for the message.
+      name: what it is called.
+      kind: the configuration.
+      section: where it stands, if it stands in one.
+
+    Raises:
+      ValueError: if there is none, with the nearest.
+    """
+    fields = {n: f for n, f in fields_of(kind).items() if section is None or f.path[0] == section}
+    called = {flag.removeprefix("--").replace("-", "_"): n for n, f in fields.items() for flag in f.flags}
+    called |= {f.path[-1]: n for n, f in fields.items()} | {n: n for n in fields}
+    if name in called:
+        return called[name]
+    if name in _sections(kind):
+        raise ValueError(f"{noun} {name!r} is a section: give it a table of choices")
+    return called[pick(noun, name, fields)]
+
+
 def flattened(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """Name to value of what may have a table for each section, or be flat, or both.
 
@@ -421,10 +460,10 @@ def flattened(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         own: dict[str, Any] = {key: value}
         if key in sections and isinstance(value, Mapping):
-            called: dict[Any, str] = {
-                field.path[-1]: name for name, field in fields_of(kind).items() if field.path[0] == key
+            own = {
+                canonical(f"choice of [{key}]", str(name).replace("-", "_"), kind, key): inner
+                for name, inner in value.items()
             }
-            own = {called.get(name) or name: inner for name, inner in value.items()}
         for name, inner in own.items():
             if name in found:
                 raise ValueError(f"{name} is given twice: give it once")

@@ -129,6 +129,9 @@ def claim(
             return False
         record = read(out, kind)
         check(record["config"])
+        kept = files.kept_config(out / kind.marker)
+        if kept is not None and kept != record["config"]:
+            check(kept)  # what was edited by hand cannot make another run of what is there
         identity.check(record.get("identity", {}), pinned, where, out)
         return True
 

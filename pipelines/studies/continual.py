@@ -271,6 +271,8 @@ def run(
     tasks = {seed: scenario(config.replace(first_seed=seed, seeds=1)) for seed in _seeds(config)}
     first = tasks[config.first_seed]
     content, pinned = json.loads(config.to_json()), first.identity()
+    for name in config.methods:  # their mistakes show before the directory is there
+        build(config, name, first, num_steps=1)
 
     def check(there: Any) -> None:
         saved = continual_config.of_values(there)

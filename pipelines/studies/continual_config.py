@@ -1,6 +1,7 @@
 """Every choice of a run over several tasks."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,7 +73,7 @@ class Continual(Configuration):
     )
     energy: float = number(0.95, "fot: share of the inputs' energy to keep.", heading="Methods and model")
     energy_step: float = number(0.0, "fot: added to it at the end of every task.", heading="Methods and model")
-    rule: str = text("norm", "fot: norm or squared.", heading="Methods and model")
+    rule: str = choice("norm", ("norm", "squared"), "fot: norm or squared.", heading="Methods and model")
     oversampling: int = count(
         1, "fot: columns of a sketch over the width of its layer.", fix="take at least one", heading="Methods and model"
     )
@@ -116,6 +117,11 @@ class Continual(Configuration):
                 "smaller one"
             )
 
+    @classmethod
+    def of_before(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Knows the name of before there were several seeds."""
+        return {"first_seed" if name == "seed" else name: value for name, value in values.items()}
+
 
 def command(config: Continual, out: Path) -> str:
     """The command line that runs a configuration in the directory `out`."""
@@ -128,7 +134,5 @@ def of_values(content: Any) -> Continual:
     Raises:
       ValueError, TypeError or AttributeError: if it is none.
     """
-    known = dict(content)
-    if "seed" in known:
-        known["first_seed"] = known.pop("seed")
-    return Continual.from_values(known)
+    found: Continual = Continual.from_values(content)
+    return found

@@ -292,6 +292,12 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     study = _joined(study, out)
     # Mistakes show in building a task, before the directory is there.
     first = TASKS[study.task](0, **study.own())
+    known = {**METHODS, **(REFERENCES if first.differentiable else {})}
+    names = [name for name, (factory, _) in known.items() if factory in study.methods]
+    if not names:
+        raise ValueError(f"methods={list(study.methods)} need gradients, and {study.task} has none: add fzoos or fedzo")
+    for name in names:
+        build(name, study, first)
     held = {
         "seeds": study.seeds * (num_bytes(first.population) + num_bytes(first.start)),
         "rounds": study.seeds * study.rounds * _ROUND,
@@ -300,10 +306,6 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
     pinned = identity_of(study)
     claim(study, out, pinned)
     tasks = [first, *(TASKS[study.task](trial, **study.own()) for trial in range(1, study.seeds))]
-    known = {**METHODS, **(REFERENCES if first.differentiable else {})}
-    names = [name for name, (factory, _) in known.items() if factory in study.methods]
-    if not names:
-        raise ValueError(f"methods={list(study.methods)} need gradients, and {study.task} has none: add fzoos or fedzo")
     at_work = run_directory.at_work(out, KIND, say, lambda there: {"config": _content(study)}, pinned)
     # Systems of 150 unknowns are solved one after the other: a second thread would only wait, which takes a core too.
     with threadpool_limits(1, user_api="blas"), at_work as work:

@@ -67,6 +67,23 @@ class Study(Configuration):
         for name in self.methods:
             pick("method", name, ALL)
 
+    @classmethod
+    def of_before(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Knows the names of before there were seeds, and the task, which is no choice.
+
+        Raises:
+          ValueError: if they are of a study of another task.
+        """
+        known = dict(values)
+        task = known.pop("task", cls.task)
+        if task != cls.task:
+            raise ValueError(f"this is a study of the task {task!r}, and not {cls.task!r}: take the command of that")
+        known |= known.pop("options", {})
+        for name, before in (("seeds", "trials"), ("client_lr", "lr")):
+            if before in known:
+                known[name] = known.pop(before)
+        return known
+
     def own(self) -> dict[str, Any]:
         """The choices of the task alone."""
         return {name: value for name, value in self.flat().items() if name not in fields_of(Study)}
@@ -132,10 +149,5 @@ def of_values(content: Any) -> Study:
     Raises:
       ValueError, TypeError or AttributeError: if they say none.
     """
-    known = dict(content)
-    kind = STUDIES[pick("task", known.pop("task"), STUDIES)]
-    known |= known.pop("options", {})
-    for name, before in (("seeds", "trials"), ("client_lr", "lr")):
-        if before in known:
-            known[name] = known.pop(before)
-    return kind.from_values(known)
+    kind: type[Study] = STUDIES[pick("task", content["task"], STUDIES)]
+    return kind.from_values(content)

@@ -74,6 +74,13 @@ def test_set_for_one_method_and_for_all(parsed):
     }
 
 
+def test_no_method_is_a_mistake_and_not_the_default():
+    for words in (["--method", ""], ["--method", ","]):
+        result = call("train", *words)
+        assert result.exit_code == 2
+        assert "methods is empty" in result.output
+
+
 def test_help_reads_well():
     assert "train" in call("--help").output
     text = call("train", "--help").output

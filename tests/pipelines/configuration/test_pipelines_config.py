@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pipelines import Config
-from pipelines.configuration.config import DataConfig, FederationConfig
+from pipelines.configuration.config import DataConfig, FederationConfig, LocalConfig
 from pipelines.configuration.options import fields_of, named
 
 FULL = Config.of(
@@ -38,6 +38,37 @@ def test_sections_and_names_make_the_same_configuration():
     assert sections == Config.of(dataset="iris", clients=6, rounds=3) == Config().replace(**sections.flat())
     with pytest.raises(ValueError, match="unknown choice of a configuration 'cliens': did you mean 'clients'"):
         Config.of(cliens=3)
+
+
+def test_choices_may_be_called_by_sections_fields_and_options():
+    config = Config.of(local=LocalConfig(batch_size=3), probability=0.5, lr=0.3, directory="saved")
+    assert config == Config.of(batch_size=3, participation=0.5, client_lr=0.3, federation="saved")
+    assert Config.from_values({"local": {"lr": 0.3}, "participation": {"probability": 0.5}}).local.client_lr == 0.3
+    assert hash(config) == hash(Config.from_json(config.to_json()))
+    assert len({Config(), Config(), config}) == 2
+
+
+def test_what_goes_with_a_choice_that_is_replaced():
+    assert Config().replace(steps=3) == Config.of(steps=3, epochs=None)
+    assert Config.of(steps=3, epochs=None).replace(epochs=2) == Config.of(epochs=2)
+    assert Config().replace(eval_every=7).report.checkpoint_every == 28
+    assert Config.of(checkpoint_every=50).replace(eval_every=10).report.checkpoint_every == 50
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Config(data={"dataset": "iris"}), "data must be a DataConfig, got .*Config.of"),
+        (lambda: Config(local=DataConfig()), "local must be a LocalConfig, got DataConfig"),
+        (lambda: Config.of(local=3), "'local' is a section: give it a table"),
+        (lambda: Config.of(methods="fedavg"), "methods must be a tuple, got 'fedavg'"),
+        (lambda: Config.from_values({"local": {"rounds": 3}}), r"unknown choice of \[local\] 'rounds'"),
+        (lambda: Config.from_values({"local": {"epochs": 3}, "epochs": 3}), "epochs is given twice"),
+    ],
+)
+def test_sections_that_are_none(make, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        make()
 
 
 def test_every_choice_is_declared_with_words_and_a_name_of_its_own():

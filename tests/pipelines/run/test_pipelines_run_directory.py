@@ -243,6 +243,11 @@ def test_an_edit_by_hand_is_taken_inside_the_configuration_where_it_could_be_one
             assert done.exit_code == 2
             assert f"was edited by hand: its configuration is taken as it is now ({field} {other}" in done.output
             assert f"{field}: {before} here, {other} there" in done.output
+            # Nor can what is there be given the name of what was edited.
+            flag = "--" + field.replace("_", "-")
+            relabelled = runs.call(name, out, flag, str(other))
+            assert relabelled.exit_code == 2
+            assert f"{field}: {other} here, {before} there" in relabelled.output
         else:  # it comes from the copy, and so does the name
             assert done.exit_code == 0, done.output
             assert "is damaged" in done.output

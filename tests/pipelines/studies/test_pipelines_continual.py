@@ -150,6 +150,12 @@ def test_a_run_and_what_it_leaves(whole):
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_mistake_in_a_method_leaves_no_directory(tmp_path):
+    with pytest.raises(ValueError, match="energy must lie in"):
+        continual.run(TINY.replace(energy=1.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_seed_is_a_run_of_its_own_and_more_may_join(whole, tmp_path):
     out, results = whole
     shutil.copytree(out, tmp_path / "run")
@@ -252,6 +258,7 @@ def test_every_method_is_built_and_ends_its_tasks_or_has_none():
         (lambda: Continual(methods=("fott",)), "did you mean 'fot'"),
         (lambda: Continual(start="unifrom"), "did you mean 'uniform'"),
         (lambda: Continual(methods=()), "methods is empty"),
+        (lambda: Continual(rule="cubed"), "unknown rule 'cubed'"),
         (lambda: Continual(tasks=0), "tasks must be an integer of at least 1"),
         (lambda: scenario(Continual(scenario="split", tasks=11)), "tasks=11, but digits has 10 classes"),
         (lambda: scenario(Continual(cohort_size=30)), "cohort_size=30"),

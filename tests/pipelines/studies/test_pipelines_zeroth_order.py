@@ -193,6 +193,18 @@ def test_methods_are_chosen_and_others_may_join_them(tmp_path):
     assert "need gradients, and metric has none" in wrong.output
 
 
+def test_a_study_is_a_configuration_file_and_mistakes_leave_no_directory(tmp_path):
+    study = tmp_path / "study"
+    assert call("synthetic", *SMALL, "--method", "fedzo", "--out", study).exit_code == 0
+    again = call("synthetic", "--config", study, "--out", study)
+    assert again.exit_code == 0, again.output
+    other = call("metric", "--config", study, "--out", tmp_path / "other")
+    assert "this is a study of the task 'synthetic', and not 'metric'" in other.output
+    wrong = call("synthetic", *SMALL, "--capacity", 3, "--out", tmp_path / "other")
+    assert wrong.exit_code == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_study_of_before_there_were_seeds_and_methods_is_read():
     content = {
         **{"task": "synthetic", "options": {"dim": 4, "function": "levy"}, "rounds": 2, "trials": 3, "lr": 0.5},
