@@ -192,7 +192,8 @@ def check_rounds(done: ArrayLike, more: int) -> None:
     """Raises OverflowError-like ValueError if a state's counter of rounds, where it can be seen, cannot go on."""
     if not checks.is_concrete(done) or (isinstance(done, jax.Array) and not done.is_fully_addressable):
         return
-    most, least = int(np.max(done)), int(np.min(done))
+    on_host = np.asarray(done)  # a reduction of a JAX array would be traced where the state is closed over
+    most, least = int(on_host.max()), int(on_host.min())
     if least < 0:
         raise ValueError(f"state.round is {least}, and no number of rounds: begin with algorithm.init(params)")
     if most + more > MOST_ROUNDS:
@@ -234,7 +235,8 @@ def _checked_ids(client_params: Callable[..., Any]) -> Callable[..., Any]:
         ids = checks.client_numbers(ids)
         if checks.is_concrete(ids) and np.size(ids):
             sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(split_tables(state)[1]) if jnp.ndim(leaf)]
-            least, most = int(np.min(ids)), int(np.max(ids))
+            on_host = np.asarray(ids)
+            least, most = int(on_host.min()), int(on_host.max())
             if least < 0 or (sizes and most >= min(sizes)):
                 of = f"0 to {min(sizes) - 1}" if sizes else "from 0 on"
                 raise ValueError(f"ids holds {least if least < 0 else most}: clients are numbered {of}")

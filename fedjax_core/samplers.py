@@ -95,7 +95,7 @@ def check_length(sampler: Sampler, start: ArrayLike, num_rounds: int) -> None:
     if not isinstance(promise, ValidSampler) or promise.num_rounds is None:
         return
     seen = checks.is_concrete(start) and getattr(start, "is_fully_addressable", True)
-    last = (int(np.max(start)) if seen else 0) + num_rounds
+    last = (int(np.asarray(start).max()) if seen else 0) + num_rounds
     if last > promise.num_rounds:
         raise ValueError(
             f"the schedule has cohorts for {promise.num_rounds} rounds, but the run goes on to round {last - 1}: give "
