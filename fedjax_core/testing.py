@@ -179,12 +179,12 @@ class Subject:
                 f"problem must be a Problem, got {type(problem).__name__}: pass testing.Problem(loss_fn, params, "
                 "population) or testing.classification()"
             )
-        self.given = problem or classification()
+        self.problem = problem or classification()
         self._make = make
         self.floats = {name: _number(name, value) for name, value in (floats or {}).items()}
         self.random, self.rows_may_stay, self.undefined_if_empty = random, rows_may_stay, undefined_if_empty
         self._traces = 0
-        sizes = np.asarray(self.given.population.sizes)
+        sizes = np.asarray(self.problem.population.sizes)
         busy = np.flatnonzero(sizes > 0)
         if len(busy) < 6:
             raise ValueError(f"problem has {len(busy)} clients with examples: give it at least 6")
@@ -217,7 +217,7 @@ class Subject:
     @cached_property
     def params(self) -> Params:
         """The first model in float64."""
-        return _as_floats(self.given.params, jnp.float64)
+        return _as_floats(self.problem.params, jnp.float64)
 
     @cached_property
     def population(self) -> Population:
@@ -225,7 +225,7 @@ class Subject:
         return self._population(jnp.float64)
 
     def _population(self, dtype: Any) -> Population:
-        given = self.given.population
+        given = self.problem.population
         return Population.from_flat(_as_floats(given.examples, dtype), np.asarray(given.offsets))
 
     def make(self, values: Mapping[str, Any] | None = None, **settings: Any) -> Algorithm:

@@ -1,1 +1,1 @@
-"""Local steps that are kept from drifting apart on unlike clients."""
+"""Local steps that are kept from drifting apart on heterogeneous clients."""

@@ -21,7 +21,7 @@ def fedavg_m(
     aggregation: str = "mean",
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:
-    """FedAvg-M: the previous global direction in every local step, which makes FedAvg robust to unlike clients.
+    """FedAvg-M: the previous global direction in every local step, which makes FedAvg robust to heterogeneous clients.
 
     Client, from y = x:  y <- y - lr (beta g_i(y) + (1 - beta) G), K times.
     Server:              G <- mean_S (x - y_i) / (lr K);  x <- x - server_lr (lr K) G.

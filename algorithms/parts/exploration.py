@@ -100,14 +100,14 @@ def loss_exploration(
             return x, optimizer.init(x), _Watch.start(steps_per_epoch)
 
         def client_step(x: fc.Params, carry: fc.PyTree, batch: fc.Batch):
-            def descend(carry: fc.PyTree):
+            def local_step(carry: fc.PyTree):
                 y, opt_state, watch = carry
                 loss, g = gradient(y, batch)
                 u, opt_state = optimizer.update(g, opt_state, y)
                 return optax.apply_updates(y, u), opt_state, watch.take(loss, batch)
 
             # A client that has stopped costs nothing more where it trains by itself.
-            carry = jax.lax.cond(carry[2].waited < patience, descend, lambda carry: carry, carry)
+            carry = jax.lax.cond(carry[2].waited < patience, local_step, lambda carry: carry, carry)
             return carry, jnp.zeros(())
 
         def client_final(x: fc.Params, carry: fc.PyTree):

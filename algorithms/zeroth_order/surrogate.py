@@ -133,7 +133,7 @@ def nearest(history: History, x: fc.Array, *, count: int) -> Neighbors:
 class _Search(NamedTuple):
     """A search for a maximum between left and right: the three best points so far, the best first, float[3] both.
 
-    `next` is where to look now, `by_parabola` whether it is the vertex through the three, `move` and `before` are how
+    `next` is where to look now, `by_parabola` whether it is the vertex through the three, `moved` and `before` are how
     far the last two points lay from the best.
     """
 
@@ -143,7 +143,7 @@ class _Search(NamedTuple):
     values: fc.Array
     next: fc.Array
     by_parabola: fc.Array
-    move: fc.Array
+    moved: fc.Array
     before: fc.Array
     steps: fc.Array
 
@@ -205,8 +205,8 @@ def fit_lengthscale(
                 right=right,
                 points=points[best],
                 values=values[best],
-                move=jnp.abs(new - x),
-                before=state.move,
+                moved=jnp.abs(new - x),
+                before=state.moved,
                 steps=state.steps + 1,
             )
         )

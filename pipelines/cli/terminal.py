@@ -22,7 +22,7 @@ from pipelines.common.progress import Progression, Reporter
 from pipelines.data import cache
 
 UNEXPECTED = 4
-"""Exit code of an error that is nobody's mistake that we know of, and of words that could not be written."""
+"""Exit code of an unexpected error, and of output that could not be written."""
 UNWRITABLE = 5
 """Exit code where the directory of a run cannot be written to."""
 _NARROWEST = 40
@@ -31,7 +31,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 class Group(click.Group):
-    """Commands whose unexpected errors are told in a sentence; the traceback is kept in a file."""
+    """Commands that report an unexpected error in a sentence; the traceback is kept in a file."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""

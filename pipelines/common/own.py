@@ -121,7 +121,7 @@ def signature(kind: str, name: str) -> list[inspect.Parameter]:
 
 
 @contextmanager
-def telling(kind: str, name: str) -> Iterator[None]:
+def explain_errors(kind: str, name: str) -> Iterator[None]:
     """Turns what a user's own code raises into one sentence with its place; other errors it leaves as they are."""
     try:
         yield

@@ -196,7 +196,7 @@ def build(
             raise ValueError(
                 f"{name} needs {key}, which has no default: give it with --set {own.short(name)}.{key}=..."
             )
-    with own.telling("method", name):
+    with own.explain_errors("method", name):
         built = method.factory(loss_fn, client_optimizer, **grouped(method.factory, {**asked, **options}))
     for part in ("init", "round", "params") if own.is_own(name) else ():
         if not callable(getattr(built, part, None)):

@@ -57,7 +57,7 @@ def load(
     known = inspect.signature(read).parameters
     for option in options:
         pick(f"option of data set {name}", option, [key for key in known if key not in _PLACE])
-    with own.telling("data set", name):
+    with own.explain_errors("data set", name):
         return check(read(**{key: value for key, value in place.items() if key in known}, **options))
 
 

@@ -46,9 +46,9 @@ def build(name: str, dataset: Dataset) -> Model:
             "dataset": dataset,
         }
         arguments = own.arguments("model", name, known)
-        with own.telling("model", name):
+        with own.explain_errors("model", name):
             made = found(**arguments)
-    with own.telling("model", name):
+    with own.explain_errors("model", name):
         model = _as_model(name, made, _example(dataset))
         _check(name, model, dataset)
     return model

@@ -247,7 +247,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         # Their shapes only, until it is known that there is room for what has them.
         keys=jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(len(seeds), jnp.int32))),
     )
-    with own.telling("model", config.model):
+    with own.explain_errors("model", config.model):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
     scalars = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     if scalars > LIMIT:
@@ -269,7 +269,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
                 "one round to the device: leave out --staged"
             )
         # Tracing one round finds what does not fit together, without compiling.
-        with own.telling("method", name), own.telling("model", config.model):
+        with own.explain_errors("method", name), own.explain_errors("model", config.model):
             try:
                 traced = jax.eval_shape(
                     partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys

@@ -57,7 +57,10 @@ class Study(Configuration):
         1.0, "Of the features; longer than the way that a client goes in a round.", heading="FZooS", **_POSITIVE
     )
     correction_decay: float = number(
-        1.0, "How fast corrections fade in a round; 0 keeps them, for very unlike clients.", low=0, heading="FZooS"
+        1.0,
+        "How fast corrections fade in a round; 0 keeps them, for very heterogeneous clients.",
+        low=0,
+        heading="FZooS",
     )
     capacity: int = count(1000, "Queries that a client remembers.", fix="take at least one", heading="FZooS")
 

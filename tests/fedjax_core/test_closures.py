@@ -1,4 +1,4 @@
-"""A compiled function may close over states, cohorts and populations: what can be looked at is looked at on the host."""
+"""A compiled function may close over states, cohorts and populations: what can be checked is checked on the host."""
 
 import jax
 import jax.numpy as jnp

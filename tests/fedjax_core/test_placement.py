@@ -145,7 +145,7 @@ def test_a_mesh_that_cannot_be(arguments, message):
         ([5, 5, 5, 5], 4, 5),
         ([3], 1, 3),
         ([0] * 68, 2, 0),
-        (list(range(1, 41)), 2, 410),  # as cards
+        (list(range(1, 41)), 2, 410),
     ],
 )
 def test_devices_have_about_the_same_number_of_steps(steps, devices, most):
