@@ -80,7 +80,7 @@ PAGES = {
 
 def configuration(model: str, alpha: float, rounds: int, chosen: dict[str, dict[str, Any]]) -> Config:
     """The final runs: a method to its settings."""
-    return Config.of(
+    return Config(
         dataset="fashion_mnist",
         clients=100,
         alpha=alpha,

@@ -103,7 +103,7 @@ def main() -> None:
         row = result["models"][name] = a_round(name, 1 if name == "resnet18_gn" else args.repeats)
         print(f"FedAvg, {name:12s} {row['median_s']:6.2f} s", flush=True)
     for name in args.methods:
-        experiment = setup.prepare(Config.of(dataset="digits", model="logistic_regression", methods=(name,), seeds=1))
+        experiment = setup.prepare(Config(dataset="digits", model="logistic_regression", methods=(name,), seeds=1))
         state = jax.eval_shape(experiment.algorithms[name].init, experiment.model.init(jax.random.key(0)))
         cohort = jax.eval_shape(lambda p: p.cohort(np.arange(10)), experiment.population)
         row = result["methods"][name] = compile_seconds(

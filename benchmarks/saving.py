@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12_000)
     parser.add_argument("--every", type=int, default=1000, help="rounds of a line")
     options = parser.parse_args()
-    config = Config.of(
+    config = Config(
         dataset="iris",
         model="logistic_regression",
         clients=6,

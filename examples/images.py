@@ -39,7 +39,7 @@ except ValueError as error:
 
 # Who holds what: each class is divided in proportions from Dirichlet(alpha), and every client keeps a fifth of its
 # examples for its own test. `fedjax-core federate` draws such a federation; `fedjax-core list` names other partitions.
-config = Config.of(dataset=dataset.name, clients=args.clients, partition="dirichlet", alpha=args.alpha, test_share=0.2)
+config = Config(dataset=dataset.name, clients=args.clients, partition="dirichlet", alpha=args.alpha, test_share=0.2)
 clients = federations.build(config, dataset)
 train, own_tests = clients.population("train"), clients.population("test")
 test = jax.tree.map(jnp.asarray, dataset.test)

@@ -34,7 +34,7 @@ except ValueError as error:
     parser.error(str(error))
 
 # Roles of at least 20 windows of text; the last tenth of what a role says is its test.
-config = Config.of(dataset=dataset.name, partition="natural", clients=args.clients, min_size=20)
+config = Config(dataset=dataset.name, partition="natural", clients=args.clients, min_size=20)
 roles = federations.build(config, dataset)
 train, tests = roles.host_population("train"), roles.population("test")
 

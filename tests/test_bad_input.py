@@ -104,7 +104,7 @@ def mesh(size):
 TABLE = [
     # names
     ("unknown method", lambda: methods.describe("fedavgg"), ["fedavgg", "fedavg"]),
-    ("unknown model", lambda: setup.prepare(config.Config.of(model="mpl", x64=True)), ["mpl", "mlp"]),
+    ("unknown model", lambda: setup.prepare(config.Config(model="mpl", x64=True)), ["mpl", "mlp"]),
     ("unknown data set", lambda: datasets.load("digitz"), ["digitz", "digits"]),
     # staged populations
     ("rows out of range", lambda: HostPopulation.from_sizes(examples(), [2], [0, 4]), ["rows", "4", "0 to 3"]),
@@ -245,7 +245,7 @@ TABLE = [
     ("negative number of maps", lambda: algorithms.fedlex(softmax_loss, SGD, num_maps=-1), ["num_maps", "-1", "or 0"]),
     (
         "exploration of a staged population",
-        lambda: setup.prepare(config.Config.of(methods=("fedlex",), staged=True, x64=True)),
+        lambda: setup.prepare(config.Config(methods=("fedlex",), staged=True, x64=True)),
         ["fedlex", "staged=True", "leave out --staged"],
     ),
     ("energy of 0", lambda: fot(energy=0.0), ["energy", "0", "(0, 1]"]),
@@ -325,10 +325,10 @@ def test_bad_input_is_named_with_its_value_and_its_fix(mistake, words):
 
 
 def test_a_run_directory_of_another_configuration(tmp_path):
-    train.claim(tmp_path, config.Config.of(rounds=5))
-    train.claim(tmp_path, config.Config.of(rounds=5))
+    train.claim(tmp_path, config.Config(rounds=5))
+    train.claim(tmp_path, config.Config(rounds=5))
     with pytest.raises(ValueError, match="batch_size") as caught:
-        train.claim(tmp_path, config.Config.of(rounds=5, batch_size=7))
+        train.claim(tmp_path, config.Config(rounds=5, batch_size=7))
     assert "7" in str(caught.value)
     assert "10" in str(caught.value)
 

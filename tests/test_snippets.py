@@ -148,7 +148,7 @@ def finished(tmp_path_factory):
     """A folder with the run `runs/mine`."""
     folder = tmp_path_factory.mktemp("snippets")
     run = {"dataset": "digits", "model": "logistic_regression", "clients": 10, "rounds": 2, "seeds": 1}
-    config = Config.of(**run, methods=("fedavg", "scaffold"), validation_share=0.1, keep_best=True)
+    config = Config(**run, methods=("fedavg", "scaffold"), validation_share=0.1, keep_best=True)
     train(config, folder / "runs" / "mine")
     return folder
 

@@ -149,7 +149,7 @@ def train(
         if cache:
             terminal.keep_compiled()
         chosen = _choices(typed, config_path)
-        config = Config.of(**chosen)
+        config = Config(**chosen)
         if options.shown(config, write_config, print_config):
             return
         explicit = set(chosen)
@@ -323,7 +323,7 @@ def federate(
     typed = options.given(ctx, Config)
     with terminal.warnings_as_lines(), usage_errors(ctx):
         filed = {} if config_path is None else config_file.read(config_path)
-        config = Config.of(**{name: value for name, value in _beside(typed, filed).items() if name in values})
+        config = Config(**{name: value for name, value in _beside(typed, filed).items() if name in values})
         out = out or Path("federations") / config.federation_slug()
         files.check_directory(out)
         terminal.check_jax()

@@ -292,7 +292,7 @@ def _first_seed(name: str, value: Any) -> int:
 class Config(Configuration):
     """Configuration of a run. Equal configurations give equal numbers.
 
-    Config.of(dataset="iris", clients=6, cohort_size=3, rounds=20)
+    Config(dataset="iris", clients=6, cohort_size=3, rounds=20)
     Config(data=DataConfig(dataset="iris"), rounds=20)
     """
 
@@ -335,6 +335,19 @@ class Config(Configuration):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __init__(self, **choices: Any) -> None:
+        """Any choice by its name, whatever section it is in, or sections as a whole; the others have their defaults.
+
+        Raises:
+          ValueError: if there is no choice of a name, with the nearest that there is, or something is wrong with one.
+          TypeError: if a section is something else.
+        """
+        parts = self._parts(choices.items())
+        for each in dataclasses.fields(self):
+            usual = each.default_factory() if callable(each.default_factory) else each.default
+            object.__setattr__(self, each.name, parts.get(each.name, usual))
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is wrong with choices beside each other."""

@@ -12,14 +12,14 @@
         rounds: int = count(200, "Number of rounds.", fix="run at least one")
 
 A field has a default, the text that the help shows, and a check. Every choice has a name of its own in the whole of a
-configuration, so that a command line, a flat file or `Config.of(client_lr=0.1)` need not say which section it is in.
+configuration, so that a command line, a flat file or `Config(client_lr=0.1)` need not say which section it is in.
 """
 
 import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -285,13 +285,18 @@ class Section:
         for each in dataclasses.fields(self):
             option: Option | None = each.metadata.get("option")
             value = getattr(self, each.name)
-            if option is not None:
+            if option is None:
+                _check_section(each.name, value, types[each.name])
+            else:
                 object.__setattr__(self, each.name, option.check(option.name or each.name, value))
-            elif not isinstance(value, types[each.name]):
-                raise TypeError(
-                    f"{each.name} must be a {types[each.name].__name__}, got {value!r:.80}: pass "
-                    f"{each.name}={types[each.name].__name__}(...), or choices by name to {type(self).__name__}.of"
-                )
+
+
+def _check_section(name: str, value: Any, kind: type[Section]) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, got {value!r:.80}: pass {name}={kind.__name__}(...), or its choices by "
+            "their names"
+        )
 
 
 def fields_of(kind: type[Section]) -> Mapping[str, Field]:
@@ -326,7 +331,7 @@ class Configuration(Section):
         Raises:
           ValueError: if there is no choice of a name, with the nearest that there is, or something is wrong with one.
         """
-        return cls._made({}, choices)
+        return cls(**cls._parts(choices.items()))
 
     def replace(self, **choices: Any) -> Self:
         """This configuration with other choices, by their names.
@@ -334,26 +339,30 @@ class Configuration(Section):
         Raises:
           ValueError: as `of`.
         """
-        return self._made(self.flat(), choices)
+        own = [(each.name, getattr(self, each.name)) for each in dataclasses.fields(self)]
+        return type(self)(**self._parts([*own, *choices.items()]))
 
     @classmethod
-    def _made(cls, known: Mapping[str, Any], choices: Mapping[str, Any]) -> Self:
-        fields, sections = fields_of(cls), _sections(cls)
-        chosen: dict[str, Any] = {}
-        for name, value in choices.items():
-            if name in sections and isinstance(value, Section):
-                own = {n: field for n, field in fields.items() if field.path[0] == name}
-                chosen |= {n: functools.reduce(getattr, field.path[1:], value) for n, field in own.items()}
-            else:
-                chosen[canonical("choice of a configuration", name, cls)] = value
-        tree: dict[str, Any] = {}
-        for name, value in {**known, **chosen}.items():
-            *path, last = fields[name].path
-            inner = tree
-            for each in path:
-                inner = inner.setdefault(each, {})
-            inner[last] = value
-        return _built(cls, tree)
+    def _parts(cls, choices: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """Name to value of the fields that these choices make, sections among them; later ones go before earlier.
+
+        Raises:
+          ValueError: if there is no choice of a name.
+          TypeError: if a section is something else.
+        """
+        fields, sections, types = fields_of(cls), _sections(cls), typing.get_type_hints(cls)
+        found: dict[str, Any] = {}
+        within: dict[str, dict[str, Any]] = {}
+        for name, value in choices:
+            if name in sections and (isinstance(value, Section) or name not in fields):
+                _check_section(name, value, types[name])
+                found[name], within[name] = value, {}
+                continue
+            *path, last = fields[canonical("choice of a configuration", name, cls)].path
+            (within.setdefault(path[0], {}) if path else found)[last] = value
+        for name, own in within.items():
+            found[name] = dataclasses.replace(found[name], **own) if name in found else types[name](**own)
+        return found
 
     @classmethod
     def of_before(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -473,12 +482,6 @@ def flattened(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sections(kind: type[Section]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(field.path[0] for field in fields_of(kind).values() if len(field.path) > 1))
-
-
-def _built(kind: type[Any], tree: Mapping[str, Any]) -> Any:
-    types = typing.get_type_hints(kind)
-    sections = {each.name for each in dataclasses.fields(kind) if "option" not in each.metadata}
-    return kind(**{k: _built(types[k], value) if k in sections else value for k, value in tree.items()})
 
 
 def _words(field: Field, value: Any) -> list[str]:

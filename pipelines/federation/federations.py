@@ -1,7 +1,7 @@
 """A federation: who trains on which examples, who is tested on which, and what each client does to its inputs.
 
     dataset = data.load("fashion_mnist", data_dir=...)
-    federation = build(Config.of(dataset="fashion_mnist", clients=100, alpha=0.1), dataset)
+    federation = build(Config(dataset="fashion_mnist", clients=100, alpha=0.1), dataset)
     federation.population("train")
 
 It is a pure function of the configuration and the data set. Saved in a directory it can be shared: the digest of the
@@ -218,7 +218,7 @@ def load(directory: str | Path, dataset: Dataset) -> Federation:
                 f"{folder}: {name} holds row {assignment.rows.max()}, but {dataset.name} has {total} examples there: "
                 "load the data set that the federation was made of"
             )
-    config = Config.of(**content["config"])
+    config = Config(**content["config"])
     federation = Federation(_skewed(config, dataset, parts), parts)
     if federation.digest() != content["digest"]:
         raise ValueError(

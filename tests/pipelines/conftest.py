@@ -13,7 +13,7 @@ from pipelines.run.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SMALL = Config.of(
+SMALL = Config(
     dataset="iris",
     clients=6,
     cohort_size=3,

@@ -47,13 +47,13 @@ def test_the_defaults_are_those_of_config(parsed):
     "config",
     [
         Config(),
-        Config.of(methods=("scaffold", "fedprox"), settings={"fedprox": {"mu": 0.01}, "scaffold": {"client_lr": 0.3}}),
-        Config.of(dataset="wine", hidden=(8, 4), epochs=None, steps=7, x64=True, lanes=2, mesh=1, target=0.8),
-        Config.of(
+        Config(methods=("scaffold", "fedprox"), settings={"fedprox": {"mu": 0.01}, "scaffold": {"client_lr": 0.3}}),
+        Config(dataset="wine", hidden=(8, 4), epochs=None, steps=7, x64=True, lanes=2, mesh=1, target=0.8),
+        Config(
             sampler="markov", turn_on=0.2, turn_off=0.7, client_lr_decay=0.99, partition="shards", shards_per_client=3
         ),
-        Config.of(eval_every=10, checkpoint_every=50, first_seed=3, partition_seed=2, min_size=1, weights="examples"),
-        Config.of(settings={"fedadam": {"tau": 1e-9}, "scaffold": {"option": "I"}}),
+        Config(eval_every=10, checkpoint_every=50, first_seed=3, partition_seed=2, min_size=1, weights="examples"),
+        Config(settings={"fedadam": {"tau": 1e-9}, "scaffold": {"option": "I"}}),
     ],
 )
 def test_the_printed_command_runs_the_same_configuration(config, parsed):
@@ -287,7 +287,7 @@ def test_a_saved_federation_is_trained_on(tmp_path, parsed):
     assert call("federate", *SKEWED, "--out", saved).exit_code == 0
     config, _ = parsed("--federation", saved)
     digest = federations.read(saved)[1]
-    assert config == Config.of(
+    assert config == Config(
         dataset="iris", clients=6, min_size=2, new_clients=2, test_share=0.25, federation=str(saved),
         federation_digest=digest,
     )  # fmt: skip

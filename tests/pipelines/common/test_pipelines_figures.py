@@ -82,7 +82,7 @@ def fake_histories(names, rng, seeds=2, evaluations=4, clients=6):
 
 @pytest.fixture(scope="module")
 def experiment():
-    config = Config.of(
+    config = Config(
         dataset="iris", clients=6, cohort_size=3, min_size=2, model="logistic_regression", seeds=2, rounds=4
     )
     return SimpleNamespace(config=config, federation=setup.federate(config), dataset=datasets.load("iris"))

@@ -15,7 +15,7 @@ from pipelines.studies import zeroth_order
 from pipelines.studies.zeroth_order_config import Synthetic
 
 # It ends between two evaluations of a longer run.
-SHORT = Config.of(
+SHORT = Config(
     dataset="iris",
     clients=6,
     cohort_size=3,

@@ -189,7 +189,7 @@ def here(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-SMALL = Config.of(
+SMALL = Config(
     dataset="data:load",
     clients=6,
     cohort_size=3,

@@ -6,7 +6,7 @@ from pipelines import Config
 from pipelines.configuration.config import DataConfig, FederationConfig, LocalConfig
 from pipelines.configuration.options import fields_of, named
 
-FULL = Config.of(
+FULL = Config(
     dataset="wine",
     methods=("fedprox", "fedavg"),
     settings={"fedprox": {"mu": "0.5", "client_lr": 1}},
@@ -35,33 +35,34 @@ def test_the_flat_json_of_before_there_were_sections_is_read_and_has_its_name():
 
 def test_sections_and_names_make_the_same_configuration():
     sections = Config(data=DataConfig(dataset="iris"), federation=FederationConfig(clients=6), rounds=3)
-    assert sections == Config.of(dataset="iris", clients=6, rounds=3) == Config().replace(**sections.flat())
+    assert sections == Config(dataset="iris", clients=6, rounds=3) == Config().replace(**sections.flat())
     with pytest.raises(ValueError, match="unknown choice of a configuration 'cliens': did you mean 'clients'"):
-        Config.of(cliens=3)
+        Config(cliens=3)
 
 
 def test_choices_may_be_called_by_sections_fields_and_options():
-    config = Config.of(local=LocalConfig(batch_size=3), probability=0.5, lr=0.3, directory="saved")
-    assert config == Config.of(batch_size=3, participation=0.5, client_lr=0.3, federation="saved")
+    config = Config(local=LocalConfig(batch_size=3), probability=0.5, lr=0.3, directory="saved")
+    assert config == Config(batch_size=3, participation=0.5, client_lr=0.3, federation="saved")
     assert Config.from_values({"local": {"lr": 0.3}, "participation": {"probability": 0.5}}).local.client_lr == 0.3
     assert hash(config) == hash(Config.from_json(config.to_json()))
     assert len({Config(), Config(), config}) == 2
 
 
 def test_what_goes_with_a_choice_that_is_replaced():
-    assert Config().replace(steps=3) == Config.of(steps=3, epochs=None)
-    assert Config.of(steps=3, epochs=None).replace(epochs=2) == Config.of(epochs=2)
+    assert Config().replace(steps=3) == Config(steps=3, epochs=None)
+    assert Config(steps=3, epochs=None).replace(epochs=2) == Config(epochs=2)
     assert Config().replace(eval_every=7).report.checkpoint_every == 28
-    assert Config.of(checkpoint_every=50).replace(eval_every=10).report.checkpoint_every == 50
+    assert Config(checkpoint_every=50).replace(eval_every=10).report.checkpoint_every == 50
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Config(data={"dataset": "iris"}), "data must be a DataConfig, got .*Config.of"),
+        (lambda: Config(data={"dataset": "iris"}), "data must be a DataConfig, got .*or its choices by"),
         (lambda: Config(local=DataConfig()), "local must be a LocalConfig, got DataConfig"),
-        (lambda: Config.of(local=3), "'local' is a section: give it a table"),
-        (lambda: Config.of(methods="fedavg"), "methods must be a tuple, got 'fedavg'"),
+        (lambda: Config(local=3), "local must be a LocalConfig, got 3"),
+        (lambda: Config.from_values({"local": 3}), "local must be a LocalConfig, got 3"),
+        (lambda: Config(methods="fedavg"), "methods must be a tuple, got 'fedavg'"),
         (lambda: Config.from_values({"local": {"rounds": 3}}), r"unknown choice of \[local\] 'rounds'"),
         (lambda: Config.from_values({"local": {"epochs": 3}, "epochs": 3}), "epochs is given twice"),
     ],
@@ -103,7 +104,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
             value = usual[name] * 2
             value = value / 4 if isinstance(value, float) and value > 1 else value
             value = value + 1 if value == 0 else value
-        base = Config.of(validation_share=0.2) if name in held else Config()
+        base = Config(validation_share=0.2) if name in held else Config()
         changed = base.replace(**{name: value})
         assert list(changed.differences(base)) == [name]
         slugs.add(changed.slug())
@@ -111,7 +112,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
     machine = {"lanes": 3, "mesh": 4, "model_parallel": 2, "convolution": "dots", "memory": 2.5}
     assert set(machine) == set(named(Config, "machine"))
     for name, value in machine.items():  # the same run on another machine
-        moved = Config.of(mesh=2).replace(**{name: value})
+        moved = Config(mesh=2).replace(**{name: value})
         assert not moved.differences(Config())
         assert moved.slug() == Config().slug()
         assert f"--{name.replace('_', '-')} {value}" in moved.command("out")
@@ -134,7 +135,7 @@ def test_settings_are_typed_and_split():
 
 
 def test_equal_settings_written_differently_are_equal():
-    assert Config.of(settings={"fedavg": {"server_lr": "1"}}) == Config.of(settings={"fedavg": {"server_lr": 1.0}})
+    assert Config(settings={"fedavg": {"server_lr": "1"}}) == Config(settings={"fedavg": {"server_lr": 1.0}})
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_equal_settings_written_differently_are_equal():
 )
 def test_mistakes_are_named(values, message):
     with pytest.raises(ValueError, match=message):
-        Config.of(**values)
+        Config(**values)
 
 
 def test_an_unknown_field_of_a_file_is_named():

@@ -10,7 +10,7 @@ from pipelines import Config
 from pipelines.cli import catalog, commands
 from pipelines.configuration import config_file
 
-ODD = Config.of(
+ODD = Config(
     dataset="wine",
     data_dir='/data/😀 "é"',
     clients=None,

@@ -115,7 +115,7 @@ def test_options_in_tuples_are_set_by_their_own_names():
 
 def test_fzoos_fits_the_default_model():
     """The paper's options would remember ten times as much, 14 GB for the default run, and end in NaN."""
-    config = Config.of(methods=("fzoos",))
+    config = Config(methods=("fzoos",))
     with jax.enable_x64(False):
         experiment = setup.prepare(config)
         assert sum(setup.predicted_memory(experiment, "fzoos").values()) < 3e9

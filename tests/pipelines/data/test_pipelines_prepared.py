@@ -214,7 +214,7 @@ def test_texts_with_labels_become_padded_rows(tmp_path):
 
 def classified(**changes):
     """A round of FedAvg on texts with the command line's transformer, traced; and the experiment."""
-    config = Config.of(
+    config = Config(
         model="transformer",
         methods=("fedavg",),
         clients=2,

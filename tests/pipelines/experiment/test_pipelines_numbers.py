@@ -19,8 +19,8 @@ def prepared(small):
 
 @pytest.mark.parametrize(("every", "made"), [(2, 26), (5, 25), (1, 25), (7, 28), (40, 40), (2**31 - 1, 2**31 - 1)])
 def test_checkpoints_go_by_evaluations_unless_both_are_given(every, made):
-    assert Config.of(eval_every=every).report.checkpoint_every == made
-    assert Config.from_json(Config.of(eval_every=every).to_json()).report.checkpoint_every == made
+    assert Config(eval_every=every).report.checkpoint_every == made
+    assert Config.from_json(Config(eval_every=every).to_json()).report.checkpoint_every == made
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.longdouble])
@@ -123,7 +123,7 @@ def test_state_of_clients_can_be_staged(small, monkeypatch):
     ],
 )
 def test_options_that_mean_nothing_are_told(fields, given, said):
-    told = setup.unused(Config.of(**fields), given)
+    told = setup.unused(Config(**fields), given)
     assert len(told) == len(said)
     for line, beginning in zip(told, said, strict=True):
         assert line.startswith(beginning)
@@ -140,7 +140,7 @@ def test_options_that_mean_nothing_are_told(fields, given, said):
 )
 def test_words_are_checked_whether_they_are_used_or_not(fields, said):
     with pytest.raises(ValueError, match=said):
-        Config.of(**fields)
+        Config(**fields)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_every_sampler_draws_from_the_population(name, small):
 def test_every_model_fits_some_data(name, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "tokens", tokens)
     sequence = name in ("char_lstm", "transformer")
-    config = Config.of(
+    config = Config(
         dataset="tokens" if sequence else "digits",
         partition="iid",
         clients=5,

@@ -15,7 +15,7 @@ from pipelines.experiment import setup
 from pipelines.federation import federations, portrait
 from pipelines.run import train
 
-IRIS = Config.of(dataset="iris", clients=6, min_size=2)
+IRIS = Config(dataset="iris", clients=6, min_size=2)
 
 
 def built(**changes):
@@ -75,7 +75,7 @@ def test_both_kinds_of_population_hold_the_same_examples():
 
 
 def test_natural_clients_are_tested_on_their_own_groups_and_unseen_groups_are_new_clients():
-    config = Config.of(dataset="groups", partition="natural", clients=None, min_size=1)
+    config = Config(dataset="groups", partition="natural", clients=None, min_size=1)
     found = federations.build(config, by_group([0, 0, 5, 8, 9, 9]))
     np.testing.assert_array_equal(found.parts["test"].assignment.sizes, [2, 0, 0, 0, 0, 1, 0, 0])
     np.testing.assert_array_equal(found.parts["new"].assignment.sizes, [1, 2])
@@ -197,7 +197,7 @@ shares_runs = pytest.mark.xdist_group("runs on a federation")  # in one process,
 def runs(tmp_path_factory):
     """The same run with everything on the device and staged; with new clients and test parts."""
     folder = tmp_path_factory.mktemp("runs")
-    config = Config.of(
+    config = Config(
         dataset="iris", clients=8, new_clients=2, test_share=0.25, validation_share=0.2, min_size=2, partition="iid",
         cohort_size=3, model="logistic_regression", methods=("scaffold",), rounds=6, eval_every=2, checkpoint_every=2,
         seeds=2, epochs=1,

@@ -21,7 +21,7 @@ VALIDATING = {"validation_share": 0.3, "methods": ("fedavg",), "eval_every": 1, 
 
 
 def config_of(**options) -> Config:
-    return Config.of(validation_share=0.1, **options)
+    return Config(validation_share=0.1, **options)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_when_a_seed_stops_and_what_its_best_model_is(options, accuracy, best, e
 )
 def test_what_cannot_be(options, words):
     with pytest.raises(ValueError, match=words):
-        Config.of(**options)
+        Config(**options)
 
 
 def test_an_empty_validation_part_is_refused(small):

@@ -18,7 +18,7 @@ from pipelines.results import logs
 from pipelines.results.history import after
 from pipelines.run import train
 
-CONFIG = Config.of(rounds=6, eval_every=2, checkpoint_every=2, seeds=2, validation_share=0.1, patience=1)
+CONFIG = Config(rounds=6, eval_every=2, checkpoint_every=2, seeds=2, validation_share=0.1, patience=1)
 
 
 def measured(evaluations: int):

@@ -18,7 +18,7 @@ from pipelines.run import description, train
 rng = np.random.default_rng(0)
 X = rng.normal(size=(90, 4)).astype(np.float32)
 MINE = sources.from_arrays(X, (X[:, 0] > 0).astype(np.int32), name="mine")
-OWN = Config.of(
+OWN = Config(
     dataset="mine",
     clients=5,
     cohort_size=3,

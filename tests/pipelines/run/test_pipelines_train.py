@@ -155,7 +155,7 @@ def test_the_second_signal_is_not_caught():
     assert len(said) == 1
 
 
-DIVERGING = Config.of(
+DIVERGING = Config(
     dataset="wine",
     clients=5,
     cohort_size=3,
