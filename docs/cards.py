@@ -6,6 +6,7 @@ Between `<!-- card: fedavg -->` and `<!-- end of card -->` a page repeats the up
 
 import inspect
 import re
+from collections.abc import Callable
 from itertools import pairwise
 
 import algorithms
@@ -13,7 +14,6 @@ import algorithms
 WIDTH = 88
 LABEL = re.compile(r" *([A-Za-z][^:;]*: {2,})?")
 SECTION = re.compile(r"(Args|Returns|Raises|Yields|Attributes):$")
-CARD = re.compile(r"<!-- card: (\w+) -->\n.*?<!-- end of card -->", flags=re.S)
 
 
 def is_aligned(paragraph: str) -> bool:
@@ -85,9 +85,16 @@ def rule(name: str) -> str:
 
 def renewed(page: str) -> str:
     """A page with the cards as they are now."""
-    return CARD.sub(
+    return filled(page, "card", rule)
+
+
+def filled(page: str, kind: str, made: Callable[[str], str]) -> str:
+    """A page with `made(NAME)` between every `<!-- kind: NAME -->` and `<!-- end of kind -->`."""
+    return re.sub(
+        rf"<!-- {kind}: (\w+) -->\n.*?<!-- end of {kind} -->",
         lambda found: (
-            f"<!-- card: {found[1]} -->\n\n{rule(found[1])}\n\n<!-- end of card -->"
+            f"<!-- {kind}: {found[1]} -->\n\n{made(found[1])}\n\n<!-- end of {kind} -->"
         ),
         page,
+        flags=re.S,
     )

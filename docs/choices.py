@@ -4,9 +4,9 @@ Between `<!-- choices: Config -->` and `<!-- end of choices -->` a page has the 
 `python docs/build.py --write` brings that up to date, and a test compares.
 """
 
-import re
 from itertools import groupby
 
+import cards
 from pipelines.cli.options import default_of
 from pipelines.configuration.config import Config
 from pipelines.configuration.options import Section, fields_of
@@ -16,7 +16,6 @@ from pipelines.studies.zeroth_order_config import Attack, Metric, Synthetic
 KINDS: dict[str, type[Section]] = {
     kind.__name__: kind for kind in (Config, Continual, Synthetic, Attack, Metric)
 }
-CHOICES = re.compile(r"<!-- choices: (\w+) -->\n.*?<!-- end of choices -->", flags=re.S)
 
 
 def tables(kind: type[Section]) -> str:
@@ -48,10 +47,4 @@ def tables(kind: type[Section]) -> str:
 
 def renewed(page: str) -> str:
     """A page with the tables as they are now."""
-    return CHOICES.sub(
-        lambda found: (
-            f"<!-- choices: {found[1]} -->\n\n{tables(KINDS[found[1]])}\n\n"
-            "<!-- end of choices -->"
-        ),
-        page,
-    )
+    return cards.filled(page, "choices", lambda name: tables(KINDS[name]))

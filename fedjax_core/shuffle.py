@@ -23,6 +23,7 @@ def seed(key: Key) -> Array:
     return keys.words(key)
 
 
+@partial(jax.jit, inline=True)  # traced once for all rounds and methods, and no call in the compiled program
 def permute(seed: Array, index: Array, size: Array) -> Array:
     """Image of `index` under a pseudo-random permutation of 0..size-1.
 
@@ -38,11 +39,6 @@ def permute(seed: Array, index: Array, size: Array) -> Array:
     Returns:
       int32[...], each in [0, size).
     """
-    return _permute(seed, index, size)
-
-
-@partial(jax.jit, inline=True)  # traced once for all rounds and methods, and no call in the compiled program
-def _permute(seed: Array, index: Array, size: Array) -> Array:
     # Hidden from the compiler: for a size known to be 1 the processor's, of jaxlib 0.10, fails on what it simplifies.
     size = jax.lax.optimization_barrier(jnp.maximum(size, 1).astype(jnp.uint32))
     rounds = jnp.arange(NUM_SWAPS, dtype=jnp.uint32)

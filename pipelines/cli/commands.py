@@ -454,8 +454,7 @@ def continual(
     logging.getLogger("absl").setLevel(logging.ERROR)
     processes.cores_as_devices()
     with terminal.warnings_as_lines(), terminal.stops(ctx), usage_errors(ctx):
-        filed = {} if config_path is None else config_file.read(config_path, Continual)
-        config = Continual.of(**{**filed, **options.given(ctx, Continual)})
+        config = options.asked(ctx, Continual, config_path)
         if options.shown(config, write_config, print_config):
             return
         out = out or Path("runs") / slug(config)

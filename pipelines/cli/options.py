@@ -1,10 +1,9 @@
 """The options of the command line, made of what configurations declare (`pipelines.configuration.options`)."""
 
 import dataclasses
-import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -15,6 +14,8 @@ from pipelines.configuration import config_file
 from pipelines.configuration.options import Configuration, Field, Section, fields_of
 
 Decorator = Callable[[Any], Any]
+
+_Kind = TypeVar("_Kind", bound=Configuration)
 
 
 class Option(click.Option):
@@ -66,7 +67,7 @@ def given(ctx: click.Context, kind: type[Section]) -> dict[str, Any]:
         if name in ctx.params and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
             value = ctx.params[name]
             parse = field.option.parse
-            if _is_repeated(field) and parse is not None:  # several may be given at once too
+            if field.is_repeated and parse is not None:  # several may be given at once too
                 value = tuple(each for text in value for each in parse(text))
             found[name] = value
     return found
@@ -107,6 +108,12 @@ def several(*decorators: Decorator) -> Decorator:
         return command
 
     return decorate
+
+
+def asked(ctx: click.Context, kind: type[_Kind], config_path: Path | None) -> _Kind:
+    """The configuration of the options that are given and of a file, which they go before."""
+    filed = {} if config_path is None else config_file.read(config_path, kind)
+    return kind(**{**filed, **given(ctx, kind)})
 
 
 def shown(config: Configuration, write_config: Path | None, print_config: bool) -> bool:
@@ -164,7 +171,7 @@ def _choice(field: Field) -> Decorator:
     }
     if kind is bool:
         settings |= {"is_flag": True}
-    elif _is_repeated(field):
+    elif field.is_repeated:
         settings |= {"multiple": True}
     elif option.parse is not None or option.none:
         settings |= {"type": _Parsed(field)}
@@ -175,16 +182,11 @@ def _choice(field: Field) -> Decorator:
     return click.option(*field.flags, field.name, cls=Option, heading=field.heading, **settings)
 
 
-def _is_repeated(field: Field) -> bool:
-    """Whether the option is given once for each of several values."""
-    return typing.get_args(field.kind)[:1] == (str,) or typing.get_origin(field.kind) is Mapping
-
-
 def default_of(field: Field) -> str:
     """The default of a choice in words; an empty string for None and switches."""
     default = field.default
     if field.option.shown or default is None or isinstance(default, bool | dataclasses._MISSING_TYPE):
         return field.option.shown
     if isinstance(default, tuple):
-        return (", " if _is_repeated(field) else ",").join(map(str, default))
+        return (", " if field.is_repeated else ",").join(map(str, default))
     return str(default)

@@ -7,7 +7,6 @@ import click
 
 from pipelines.cli import options, terminal
 from pipelines.common import files, processes, progress
-from pipelines.configuration import config_file
 from pipelines.experiment import memory
 from pipelines.studies.zeroth_order_config import STUDIES, Study
 
@@ -58,8 +57,7 @@ def _compare(
 
     processes.cores_as_devices()
     with terminal.warnings_as_lines(), terminal.stops(ctx), terminal.usage_errors(ctx):
-        filed = {} if config_path is None else config_file.read(config_path, kind)
-        study = kind.of(**{**filed, **options.given(ctx, kind)})
+        study = options.asked(ctx, kind, config_path)
         if options.shown(study, write_config, print_config):
             return
         out = out or Path("runs") / zeroth_order.slug(study)

@@ -1,11 +1,8 @@
 """What a run is: every choice that can change a number, as plain values that survive JSON."""
 
 import dataclasses
-import json
-import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -288,7 +285,7 @@ def _first_seed(name: str, value: Any) -> int:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Config(Configuration):
     """Configuration of a run. Equal configurations give equal numbers.
 
@@ -297,6 +294,7 @@ class Config(Configuration):
     """
 
     heading: ClassVar[str] = "Methods and model"
+    command_name: ClassVar[str] = "train"
 
     data: DataConfig = field(default_factory=DataConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
@@ -308,16 +306,13 @@ class Config(Configuration):
         completes=("method",),
         shown="fedavg, scaffold, fedadam",
     )
-    settings: Mapping[str, Mapping[str, Value]] = field(
-        default_factory=dict,
-        metadata=declared(
-            None,
-            _settings,
-            "Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and "
-            "client_lr_decay. May be given several times.",
-            flags=("--set",),
-            metavar="[METHOD.]NAME=VALUE",
-        ).metadata,
+    settings: Mapping[str, Mapping[str, Value]] = declared(
+        dict,
+        _settings,
+        "Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and client_lr_decay. "
+        "May be given several times.",
+        flags=("--set",),
+        metavar="[METHOD.]NAME=VALUE",
     )
     model: str = text(
         "mlp",
@@ -335,19 +330,6 @@ class Config(Configuration):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-
-    def __init__(self, **choices: Any) -> None:
-        """Any choice by its name, whatever section it is in, or sections as a whole; the others have their defaults.
-
-        Raises:
-          ValueError: if there is no choice of a name, with the nearest that there is, or something is wrong with one.
-          TypeError: if a section is something else.
-        """
-        parts = self._parts(choices.items())
-        for each in dataclasses.fields(self):
-            usual = each.default_factory() if callable(each.default_factory) else each.default
-            object.__setattr__(self, each.name, parts.get(each.name, usual))
-        self.__post_init__()
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is wrong with choices beside each other."""
@@ -386,7 +368,8 @@ class Config(Configuration):
         multiple of those between evaluations are chosen anew.
 
         Raises:
-          ValueError: as `of`.
+          ValueError: as the constructor.
+          TypeError: likewise.
         """
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
             if choices.get(one) is not None:
@@ -432,24 +415,21 @@ class Config(Configuration):
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Choices that differ and make another run: name to (here, there)."""
-        pairs = {name: (value, other.flat()[name]) for name, value in self.flat().items()}
+        here, there = self.flat(), other.flat()
         free = named(Config, "place", "machine")
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in free}
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name] and name not in free}
 
-    def command(self, out: str) -> str:
-        """The command line that runs this configuration in the directory `out`."""
+    def words(self, but: Collection[str] = ()) -> list[str]:
+        """The options of the command line that make this configuration of the default one."""
         saved = self.federation.directory is not None  # it says what the federation is
-        but = ["settings", *(FEDERATION_FIELDS if saved else ())]
         settings = [
             word for m, chosen in self.settings.items() for k, v in chosen.items() for word in ("--set", f"{m}.{k}={v}")
         ]
-        return shlex.join(["fedjax-core", "train", *self.words(but), *settings, "--out", out])
+        return [*super().words([*but, "settings", *(FEDERATION_FIELDS if saved else ())]), *settings]
 
     def slug(self) -> str:
         """A short readable name, the same for the same configuration and for no other."""
-        but = named(Config, "place", "machine")
-        values = {name: value for name, value in self.flat().items() if name not in but}
-        digest = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        digest = growth.digest(self.flat(), named(Config, "place", "machine"))
         return f"{self.federation_slug()}-{own.file_name(self.model)}-{digest}"
 
     def federation_slug(self) -> str:

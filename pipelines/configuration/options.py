@@ -18,6 +18,7 @@ configuration, so that a command line, a flat file or `Config(client_lr=0.1)` ne
 import dataclasses
 import functools
 import json
+import shlex
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ Role = Literal["result", "machine", "place", "report"]
 """What a choice can change: "result", the numbers of a run; "machine", their last bits, for it says how the hardware is
 used; "place", nothing, it says where something lies; "report", nothing but what is written about the numbers."""
 
-LIMIT = 2**31 - 1
+LIMIT = checks.LARGEST_INT
 """The largest number of anything that is counted: devices count clients, examples, steps and rounds in 32 bits."""
 
 
@@ -74,8 +75,11 @@ class Option:
 
 
 def declared(default: Any, check: Check, help: str, **option: Any) -> Any:
-    """A field that is an option, see `Option`."""
-    return dataclasses.field(default=default, metadata={"option": Option(help, check, **option)})
+    """A field that is an option, see `Option`; its default, or what makes it."""
+    metadata = {"option": Option(help, check, **option)}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 # The kinds of choices.
@@ -85,7 +89,7 @@ def count(default: int | None, help: str, *, fix: str, optional: bool = False, *
     """An integer from 1 to `LIMIT`; None if that is the default or it is optional."""
 
     def check(name: str, value: Any) -> int | None:
-        return None if value is None and (optional or default is None) else positive(name, value, fix)
+        return None if value is None and (optional or default is None) else checks.positive_int(name, value, fix)
 
     return declared(default, check, help, **{"metavar": "N"} | option)
 
@@ -96,7 +100,7 @@ def natural(default: int, help: str, *, fix: str, **option: Any) -> Any:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {value!r}: {fix}")
-        return value if value == 0 else positive(name, value, fix)
+        return value if value == 0 else checks.positive_int(name, value, fix)
 
     return declared(default, check, help, **{"metavar": "N"} | option)
 
@@ -170,7 +174,7 @@ def widths(default: tuple[int, ...], help: str, *, fix: str, **option: Any) -> A
     """A list of integers of at least 1, separated by commas on the command line."""
 
     def check(name: str, value: Any) -> tuple[int, ...]:
-        return tuple(positive(f"{name}[{i}]", each, fix) for i, each in enumerate(_tuple(name, value)))
+        return tuple(checks.positive_int(f"{name}[{i}]", each, fix) for i, each in enumerate(_tuple(name, value)))
 
     return declared(default, check, help, parse=functools.partial(_list, int), **{"metavar": "N,N,..."} | option)
 
@@ -184,13 +188,6 @@ def numbers(default: tuple[float, ...] | None, help: str, **option: Any) -> Any:
         return tuple(float(finite(f"{name}[{i}]", each)) for i, each in enumerate(_tuple(name, value)))
 
     return declared(default, check, help, parse=functools.partial(_list, float), **{"metavar": "X,X,..."} | option)
-
-
-def positive(name: str, value: Any, fix: str) -> int:
-    """Returns `value` as an int from 1 to `LIMIT`, or raises ValueError that ends with `fix`."""
-    if checks.positive_int(name, value, fix) > LIMIT:
-        raise ValueError(f"{name} must be at most {LIMIT}, got {value}: devices count in 32 bits, take a smaller one")
-    return int(value)
 
 
 def finite(name: str, value: Any) -> float:
@@ -267,6 +264,11 @@ class Field(NamedTuple):
         kind = typing.get_args(self.type)[0] if isinstance(self.type, UnionType) else self.type
         return str if typing.get_origin(kind) is Literal else kind
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the option is given once for each of several values."""
+        return typing.get_args(self.kind)[:1] == (str,)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -320,24 +322,35 @@ def _fields(kind: type[Section], path: tuple[str, ...], heading: str) -> Iterato
             yield Field(option.name or each.name, (*path, each.name), types[each.name], each.default, option, own)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Configuration(Section):
-    """A section with sections, as a whole: what a command runs."""
+    """A section with sections, as a whole: what a command runs.
 
-    @classmethod
-    def of(cls, **choices: Any) -> Self:
-        """The configuration with these choices, by their names, whatever sections they are in; the others by default.
+    Attributes:
+      command_name: words of the command.
+    """
+
+    command_name: ClassVar[str] = ""
+
+    def __init__(self, **choices: Any) -> None:
+        """Any choice by its name, whatever section it is in, or sections as a whole; the others have their defaults.
 
         Raises:
           ValueError: if there is no choice of a name, with the nearest that there is, or something is wrong with one.
+          TypeError: if a section is something else.
         """
-        return cls(**cls._parts(choices.items()))
+        parts = self._parts(choices.items())
+        for each in dataclasses.fields(self):
+            usual = each.default_factory() if callable(each.default_factory) else each.default
+            object.__setattr__(self, each.name, parts.get(each.name, usual))
+        self.__post_init__()
 
     def replace(self, **choices: Any) -> Self:
         """This configuration with other choices, by their names.
 
         Raises:
-          ValueError: as `of`.
+          ValueError: as the constructor.
+          TypeError: likewise.
         """
         own = [(each.name, getattr(self, each.name)) for each in dataclasses.fields(self)]
         return type(self)(**self._parts([*own, *choices.items()]))
@@ -395,20 +408,25 @@ class Configuration(Section):
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a configuration is a JSON object, got {type(values).__name__}: see Config.to_json")
-        return cls.of(**flattened(cls, cls.of_before(values)))
+        return cls(**flattened(cls, cls.of_before(values)))
 
     def words(self, but: Collection[str] = ()) -> list[str]:
         """The options of the command line that make this configuration of the default one."""
         found = []
-        usual = type(self)().flat()
+        fields, usual = fields_of(type(self)), type(self)().flat()
         for name, value in self.flat().items():
-            if name not in but and value != usual[name] and not fields_of(type(self))[name].option.hidden:
-                found += _words(fields_of(type(self))[name], value)
+            if name not in but and value != usual[name] and not fields[name].option.hidden:
+                found += _words(fields[name], value)
         return found
+
+    def command(self, out: str | Path) -> str:
+        """The command line that runs this configuration in the directory `out`."""
+        return shlex.join(["fedjax-core", *self.command_name.split(), *self.words(), "--out", str(out)])
 
     def with_role(self, *roles: Role) -> dict[str, Any]:
         """The choices of these roles, name to value."""
-        return {name: value for name, value in self.flat().items() if name in named(type(self), *roles)}
+        flat = self.flat()
+        return {name: flat[name] for name in named(type(self), *roles)}
 
 
 def named(kind: type[Section], *roles: Role) -> tuple[str, ...]:
@@ -490,7 +508,7 @@ def _words(field: Field, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag] if value else []
     if isinstance(value, tuple):
-        if typing.get_args(field.kind)[:1] == (str,):
+        if field.is_repeated:
             return [word for each in value for word in (flag, each)]
         return [flag, ",".join(map(str, value))]
     return [] if value is None else [flag, str(value)]

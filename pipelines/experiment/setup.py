@@ -322,11 +322,12 @@ def unused(config: Config, given: Collection[str]) -> list[str]:
         reading += [("feature_skew", "severity", tuple(skew.SKEWS))]
     if not own.is_own(config.model):
         reading += [("model", "hidden", ("mlp",))]
+    chosen = config.flat()
     return [
-        f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {config.flat()[by]}: it is for "
+        f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {chosen[by]}: it is for "
         f"{', '.join(names)}"
         for by, field, names in reading
-        if field in given and config.flat()[by] not in names
+        if field in given and chosen[by] not in names
     ]
 
 

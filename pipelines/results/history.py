@@ -19,7 +19,6 @@ from fedjax_core import Metrics
 
 History = dict[str, np.ndarray]
 
-_COUNTS = ("uploaded", "downloaded")
 _BASE = ("loss", "update_norm", "uploaded", "downloaded", "participants")
 
 

@@ -21,7 +21,6 @@ directory is read, and given the rest when a run goes on in it.
 import errno
 import os
 import secrets
-import shlex
 import signal
 import sys
 import threading
@@ -254,16 +253,6 @@ def versions() -> dict[str, str]:
     """Versions that can change a number, and the device."""
     found = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {"python": ".".join(map(str, sys.version_info[:3])), **found, "device": jax.devices()[0].device_kind}
-
-
-def command_line(words: list[str], values: Mapping[str, Any], usual: Mapping[str, Any], out: Path) -> str:
-    """A command with an option for each value that is not the usual one, lists with commas."""
-    words = ["fedjax-core", *words]
-    for name, value in values.items():
-        if value != usual.get(name):
-            text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-            words += ["--" + name.replace("_", "-"), text]
-    return shlex.join([*words, "--out", str(out)])
 
 
 def _changed(record: Record, machine: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -119,14 +119,18 @@ def measures(accuracy: np.ndarray, untrained: np.ndarray) -> dict[str, float]:
     }
 
 
-def scenario(config: Continual) -> Scenario:
+def scenario(config: Continual, dataset: Dataset | None = None) -> Scenario:
     """The tasks of a configuration, of its first seed.
+
+    Args:
+      config: the configuration.
+      dataset: the data set that it names; loaded unless given.
 
     Raises:
       ValueError: as `pipelines.data.datasets.load` and the partitions; if the data set has no label per example, or
         fewer classes than tasks; if the cohort is larger than the population.
     """
-    dataset = datasets.load(config.dataset, config.data_dir)
+    dataset = dataset or datasets.load(config.dataset, config.data_dir)
     if dataset.is_sequence or dataset.vocabulary_size is not None:
         raise ValueError(f"dataset {config.dataset!r} is text: choose a data set of images or measurements")
     samplers.uniform(config.clients, config.cohort_size)
@@ -268,7 +272,8 @@ def run(
     out = Path(out)
     config = _joined(config, out)
     # All seeds have the same shapes, but for tasks whose sizes are drawn.
-    tasks = {seed: scenario(config.replace(first_seed=seed, seeds=1)) for seed in _seeds(config)}
+    dataset = datasets.load(config.dataset, config.data_dir)
+    tasks = {seed: scenario(config.replace(first_seed=seed, seeds=1), dataset) for seed in _seeds(config)}
     first = tasks[config.first_seed]
     content, pinned = json.loads(config.to_json()), first.identity()
     for name in config.methods:  # their mistakes show before the directory is there
@@ -495,7 +500,7 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
     def stop_if_asked(done: int) -> None:
         if stop := work.stop():
             where = f"after round {done} of {called}, which is saved" if done else f"before {called} began"
-            raise interruption(stop, where, continual_config.command(config, work.out))
+            raise interruption(stop, where, config.command(work.out))
 
     saved = checkpoint.restore_latest(folder, trainer.shapes, f"the state of {name}", run=work.run)
     state = trainer.initial(init_key) if saved is None else jax.tree.map(jnp.asarray, saved.state)
@@ -550,7 +555,7 @@ def slug(config: Continual) -> str:
     """A short readable name of a run, the same with more methods or seeds and for no other."""
     name = Path(config.dataset).stem or "data"
     but = {*_GROWS, *named(Continual, "place", "machine", "report")}
-    return f"continual-{config.scenario}-{name}-{growth.digest(json.loads(json.dumps(config.flat())), but)}"
+    return f"continual-{config.scenario}-{name}-{growth.digest(config.flat(), but)}"
 
 
 def _joined(config: Continual, out: Path) -> Continual:

@@ -1,9 +1,7 @@
 """Every choice of a run over several tasks."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.common.names import pick
@@ -24,11 +22,12 @@ SCENARIOS = ("permuted", "split")
 METHODS = ("fot", "fedavg", "ewc", "fedprox", "joint")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Continual(Configuration):
     """Configuration of a run over several tasks; the defaults make a run of seconds."""
 
     heading: ClassVar[str] = "Tasks"
+    command_name: ClassVar[str] = "continual"
 
     scenario: str = choice(
         "permuted",
@@ -121,11 +120,6 @@ class Continual(Configuration):
     def of_before(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Knows the name of before there were several seeds."""
         return {"first_seed" if name == "seed" else name: value for name, value in values.items()}
-
-
-def command(config: Continual, out: Path) -> str:
-    """The command line that runs a configuration in the directory `out`."""
-    return shlex.join(["fedjax-core", "continual", *config.words(), "--out", str(out)])
 
 
 def of_values(content: Any) -> Continual:

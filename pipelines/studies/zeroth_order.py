@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import os
-import shlex
 import warnings
 import zipfile
 import zlib
@@ -272,11 +271,6 @@ def identity_of(study: Study) -> dict[str, str]:
     return identity.of(dataset, [assignment.digest()])
 
 
-def command(study: Study, out: Path) -> str:
-    """The command line that runs a study in the directory `out`."""
-    return shlex.join(["fedjax-core", "zeroth-order", study.task, *study.words(), "--out", str(out)])
-
-
 def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, np.ndarray]]:
     """Runs what is not yet there of a study, and writes its report into the directory `out`.
 
@@ -338,7 +332,7 @@ def _trials(
         if stop := work.stop():
             begun = f"after {done} of {len(parts)} trials of {name}, which are saved"
             where = begun if done else f"before {name} began"
-            raise run_directory.interruption(stop, where, command(study, work.out))
+            raise run_directory.interruption(stop, where, study.command(work.out))
         # Calls return before they are done, so that all devices are at work; the first result is waited for.
         results = [
             run(*jax.device_put((tasks[trial].population, tasks[trial].start, jax.random.key(trial)), device))
@@ -460,7 +454,7 @@ def slug(study: Study) -> str:
     values = study.flat()
     kind = str(values.get("function") or values.get("score") or values.get("dataset") or "")
     but = {*_GROWS, *named(type(study), "place", "report")}
-    return f"{study.task}-{kind}-{growth.digest(json.loads(json.dumps(values)), but)}"
+    return f"{study.task}-{kind}-{growth.digest(values, but)}"
 
 
 def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:

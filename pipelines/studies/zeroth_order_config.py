@@ -16,7 +16,7 @@ _SCORE_NAMES = ("precision", "recall", "f1", "jaccard")
 _POSITIVE: dict[str, Any] = {"low": 0, "low_open": True}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Study(Configuration):
     """What is compared; a task is a study with choices of its own.
 
@@ -95,11 +95,12 @@ class Study(Configuration):
 _SIZE: dict[str, Any] = {"fix": "take at least one", "heading": "Task"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Synthetic(Study):
     """Synthetic functions whose clients differ."""
 
     task: ClassVar[str] = "synthetic"
+    command_name: ClassVar[str] = "zeroth-order synthetic"
 
     function: str = choice("quadratic", _FUNCTION_NAMES, "quadratic, ackley or levy.", heading="Task")
     dim: int = count(300, "Dimensions.", **_SIZE)
@@ -107,11 +108,12 @@ class Synthetic(Study):
     heterogeneity: float = number(0.5, "How much clients differ.", heading="Task")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Attack(Study):
     """A black-box attack on the classifiers of all clients."""
 
     task: ClassVar[str] = "attack"
+    command_name: ClassVar[str] = "zeroth-order attack"
 
     dataset: str = text("digits", "Images: digits, mnist or fashion_mnist.", completes=("data set",), heading="Task")
     data_dir: str | None = text(
@@ -123,11 +125,12 @@ class Attack(Study):
     hidden: int = count(32, "Width of the classifiers' hidden layer.", **_SIZE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Metric(Study):
     """A macro-averaged score of a perceptron as a function of its weights."""
 
     task: ClassVar[str] = "metric"
+    command_name: ClassVar[str] = "zeroth-order metric"
 
     score: str = choice("f1", _SCORE_NAMES, "precision, recall, f1 or jaccard.", heading="Task")
     dataset: str = text("digits", "A data set that is taken as a table.", completes=("data set",), heading="Task")
