@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import Population
+from fedjax_core.testing import softmax_loss  # noqa: F401 (one of the problems)
 
 # The quadratic test problem Q3: f_i(x) = 0.5 (x - b_i)' A_i (x - b_i).
 Q3_A = np.array([[[1, 0], [0, 2]], [[2, 0.5], [0.5, 1]], [[3, 0], [0, 0.5]]], np.float64)
@@ -25,11 +26,6 @@ def q3_population(copies=(1, 1, 1)):
     return Population.from_clients(
         [{"A": np.repeat(Q3_A[i : i + 1], n, 0), "b": np.repeat(Q3_B[i : i + 1], n, 0)} for i, n in enumerate(copies)]
     )
-
-
-def softmax_loss(params, batch, key):
-    logits = batch["x"] @ params["w"] + params["b"]
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], 1)[:, 0]
 
 
 def softmax_features(params, batch, key):
