@@ -1,27 +1,37 @@
-"""Rounds of large models on one accelerator: native against dot convolutions, lanes, and single against bfloat16.
+"""Rounds on one accelerator: lanes, native against dot convolutions, single against bfloat16, pfl's whole protocol.
 
-    python benchmarks/accelerator.py [--workloads resnet transformer] [--precisions float32 bfloat16] [--small]
+    python benchmarks/accelerator.py [--only mlp cnn ...] [--seconds 2] [--protocol] [--small]
 
-resnet: FL-Simulator's protocol, ResNet-18 with group normalization on images of CIFAR-10's shape, 10 of 100 clients a
-round with 500 images each, batches of 50, 5 epochs: 500 local steps. FL-Simulator publishes 15.86 s a round on a V100.
-transformer: a causal decoder of about 110 million parameters (12 layers, width 768, 16,000 tokens), 4 clients of 80
-sequences of 512 tokens a round, batches of 16, one epoch: 20 local steps.
+The workloads are those of `benchmarks/peers` (whose peers run on the same card with `python -m benchmarks.peers`), and
+some of them again with a cohort of 64 clients, which shows what lanes are worth: name "cnn/64". All combinations are
+compiled side by side, in a process that has ended before anything is timed, then timed one after another. Compiling is
+what takes the time on a GPU: give `--only` and `--compile-limit` where it is short.
+
+fl-simulator: ResNet-18 with group normalization, 10 of 100 clients a round with 500 images each, batches of 50, 5
+epochs: 500 local steps. FL-Simulator publishes 15.86 s a round on a V100. gpt: a causal decoder of about 110 million
+parameters, 4 clients of 80 sequences of 512 tokens, batches of 16: 20 local steps.
 
 With bfloat16 a step computes in it (parameters and inputs are cast at its start), while the parameters that clients
-keep and the server averages stay in single precision. Every combination is a process of its own, because one that runs
-out of memory would take the others along; that is a row of the table. Speed is given as a share of the matrix product's
-in the same precision, measured in the same process. `--small` shrinks everything to a few minutes on a processor, to
-see that it runs; it says nothing about speed.
+keep and the server averages stay in single precision. Products in single precision are those of the backend's default:
+TF32 on a GPU, whose speed for large matrices is measured beside and is what shares refer to. `--protocol` runs the
+1,500 rounds of pfl's CIFAR-10 benchmark with an evaluation of 10,000 images after every tenth, in the fastest of its
+combinations. `--small` shrinks everything to what a processor does in a minute, to see that it runs; it says nothing
+about speed.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,39 +41,62 @@ import numpy as np
 import optax
 
 import algorithms
-import models
 from benchmarks import _measure
-from benchmarks.peers import workloads
+from benchmarks.peers import jax_models, workloads
+from benchmarks.peers.workloads import Workload
 from fedjax_core import Plan, Population, out_of_memory
 
-PUBLISHED = {"resnet": "FL-Simulator on a V100: 15.86 s a round"}
-LANES = {"resnet": (1, 2, 5, 10), "transformer": (1, 2, 4)}
-CONVOLUTIONS = {"resnet": ("native", "dots"), "transformer": ("-",)}
-# clients, cohort, examples of a client, batch, epochs
-FEDERATION = {"resnet": (100, 10, 500, 50, 5), "transformer": (8, 4, 80, 16, 1)}
-SMALL_FEDERATION = {"resnet": (4, 2, 10, 5, 1), "transformer": (4, 2, 4, 2, 1)}
-TRANSFORMER = {"vocab_size": 16_000, "max_len": 512, "num_layers": 12, "dim": 768, "num_heads": 12}
-SMALL_TRANSFORMER = {"vocab_size": 50, "max_len": 16, "num_layers": 2, "dim": 32, "num_heads": 2}
+PUBLISHED = {"fl-simulator": "FL-Simulator on a V100: 15.86 s a round"}
+WIDE = 64
+IMAGES = ("cnn", "resnet", "pfl-cifar10", "fl-simulator")
 
 
-def make(name: str, convolution: str, small: bool):
-    """(model, its loss, examples of all clients, operations of the products of an example's gradient)."""
-    num_clients, _, each, _, _ = (SMALL_FEDERATION if small else FEDERATION)[name]
-    rng, total = np.random.default_rng(0), num_clients * each
-    if name == "resnet":
-        width = 4 if small else 64
-        model = models.resnet18_gn((32, 32, 3), 10, width=width, convolution=convolution)
-        examples = {"x": rng.normal(size=(total, 32, 32, 3)).astype(np.float32)}
-        examples["y"] = rng.integers(0, 10, total).astype(np.int32)
-        work = workloads.flops_per_example(workloads.WORKLOADS["resnet"], width=width)
-        return model, models.losses.cross_entropy(model), examples, work
-    shape = SMALL_TRANSFORMER if small else TRANSFORMER
-    model = models.transformer(**shape)
-    tokens = rng.integers(0, shape["vocab_size"], (total, shape["max_len"] + 1)).astype(np.int32)
-    examples = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
-    text = workloads.WORKLOADS["transformer"]._replace(shape=(shape["max_len"],), num_classes=shape["vocab_size"])
-    work = workloads.flops_per_example(text, width=shape["dim"], blocks=shape["num_layers"])
-    return model, models.losses.sequence_cross_entropy(model), examples, work
+class Case(NamedTuple):
+    """One combination.
+
+    Attributes:
+      workload: name of a workload of the peers; "/64" behind it asks for a cohort of 64 clients.
+      lanes: clients trained at the same time.
+      convolution: "native" or "dots"; "-" for a model without any.
+      precision: "float32" or "bfloat16".
+    """
+
+    workload: str
+    lanes: int
+    convolution: str
+    precision: str = "float32"
+
+
+def cases(names: list[str]) -> list[Case]:
+    """The combinations of some workloads."""
+    every = []
+    for name in names:
+        base = name.split("/")[0]
+        kinds = ("native", "dots") if base in IMAGES else ("-",)
+        lanes = {"gpt": (1, 2, 4), "pfl-cifar10": (1, 10, 50), "fl-simulator": (1, 2, 5, 10)}.get(name, (1, 10))
+        if name.endswith("/64"):
+            lanes = (1, 4, 16, 64)
+        every += [Case(name, number, kind) for kind in kinds for number in lanes]
+        if name in ("gpt", "fl-simulator"):
+            every += [Case(name, number, kinds[0], "bfloat16") for number in lanes]
+    return every
+
+
+NAMES = [
+    *("logistic", "mlp", "cnn", "lstm", "transformer", "resnet", "pfl-cifar10", "fl-simulator", "gpt"),
+    *("mlp/64", "cnn/64", "transformer/64"),
+]
+
+
+def setting(name: str, small: bool) -> Workload:
+    """The workload of a name."""
+    base, *wide = name.split("/")
+    workload = workloads.ALL[base]
+    if wide:
+        workload = workload._replace(cohort_size=WIDE)
+    if small:
+        workload = workload._replace(mean_size=2 * workload.batch_size, num_clients=12, cohort_size=4)
+    return workload
 
 
 def in_precision(loss_fn, dtype):
@@ -79,96 +112,225 @@ def in_precision(loss_fn, dtype):
 
 
 def peak(dtype) -> float:
-    """Operations a second of a large product in this precision."""
-    size, times = 8192, 8
-    a = jnp.ones((size, size), dtype)
+    """Operations a second of a large product of random matrices in this precision."""
+    size, times = (8192, 8) if jax.default_backend() != "cpu" else (512, 1)
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
 
     @jax.jit
-    def run(a):
-        return jax.lax.fori_loop(0, times, lambda _, b: (a @ b) * dtype(1 / size), a)
+    def run(a, b):
+        return jax.lax.fori_loop(0, times, lambda _, x: (x @ b) * dtype(size**-0.5), a)
 
-    jax.block_until_ready(run(a))
-    return times * 2 * size**3 / min(_measure.take_turns({"product": partial(run, a)}, 5)["product"])
+    jax.block_until_ready(run(a, b))
+    return times * 2 * size**3 / min(_measure.take_turns({"product": partial(run, a, b)}, 5)["product"])
 
 
-def measure(name: str, convolution: str, lanes: int, precision: str, repeats: int, small: bool) -> dict:
-    """One combination: seconds, share of the peak, memory; or what went wrong."""
-    num_clients, cohort_size, each, batch_size, epochs = (SMALL_FEDERATION if small else FEDERATION)[name]
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]
-    model, loss_fn, examples, work = make(name, convolution, small)
-    population = Population.from_sizes(examples, [each] * num_clients)
+class Federation(NamedTuple):
+    """A workload's clients on the device, and where its model starts."""
+
+    workload: Workload
+    population: Population
+    parameters: workloads.Parameters
+
+
+def federation(name: str, small: bool) -> Federation:
+    workload = setting(name, small)
+    x, y, offsets = workloads.make_federation(workload)
+    population = Population.from_flat({"x": jnp.asarray(x), "y": jnp.asarray(y)}, offsets)
+    return Federation(workload, population, workloads.initial_parameters(workload))
+
+
+def method(case: Case, workload: Workload):
+    """(The case's FedAvg, its model)."""
+    model = jax_models.make_model(workload, dropout=True, convolution=case.convolution)
+    loss_fn = jax_models.make_loss(workload, model)
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[case.precision]
     fedavg = algorithms.fedavg(
-        in_precision(loss_fn, dtype),
-        optax.sgd(0.01),
-        batch_size=batch_size,
-        num_epochs=epochs,
-        plan=Plan(lanes=min(lanes, cohort_size)),
+        loss_fn if case.precision == "float32" else in_precision(loss_fn, dtype),
+        optax.sgd(workload.learning_rate),
+        batch_size=workload.batch_size,
+        num_epochs=workload.num_epochs,
+        weights="examples",
+        plan=Plan(lanes=min(case.lanes, workload.cohort_size)),
     )
-    params, round_fn = model.init(jax.random.key(0)), jax.jit(fedavg.round)
-    row = {"parameters": models.num_parameters(params)}
-    state, rng, seconds = fedavg.init(params), np.random.default_rng(1), []
+    return fedavg, model
+
+
+def compiled(case: Case, clients: Federation) -> tuple[Callable, dict]:
+    """The compiled round of a case, and what its compiler says: seconds (beside the others), bytes."""
+    workload, population, parameters = clients
+    fedavg, model = method(case, workload)
+    state = fedavg.init(jax_models.load(model, parameters))
+    cohort = population.cohort(workloads.cohorts(workload, 1)[0])
+    start = time.perf_counter()
+    program = jax.jit(fedavg.round).lower(state, cohort, jax.random.key(0)).compile()
+    row = {"compile_s": time.perf_counter() - start}
+    memory = program.memory_analysis()
+    if memory is not None:
+        row["temporary_mib"] = memory.temp_size_in_bytes / 2**20
+    return program, row
+
+
+def measure(case: Case, clients: Federation, program: Callable, seconds: float) -> dict:
+    """Times rounds of a case; memory that does not suffice is said."""
+    workload, population, parameters = clients
+    fedavg, model = method(case, workload)
+    state = fedavg.init(jax_models.load(model, parameters))
+    ids = workloads.cohorts(workload, 50)
+    times = []
     try:
-        for t in range(1 + repeats):
-            cohort = population.cohort(rng.choice(num_clients, cohort_size, replace=False))
+        for t, chosen in enumerate(ids):
+            cohort = population.cohort(chosen)
             begin = time.perf_counter()
-            state, metrics = jax.block_until_ready(round_fn(state, cohort, jax.random.key(t)))
-            seconds.append(time.perf_counter() - begin)
+            state, metrics = jax.block_until_ready(program(state, cohort, jax.random.key(t)))
+            times.append(time.perf_counter() - begin)
+            if len(times) > 3 and sum(times[1:]) > seconds:
+                break
     except Exception as error:
         if not out_of_memory(error):
             raise
-        return row | {"error": "out of memory"}
-    row |= {"first_round_s": seconds[0], "round": _measure.summary(seconds[1:]), "loss": float(metrics.loss)}
-    steps = cohort_size * epochs * -(-each // batch_size)
-    row["ms_per_step"] = 1e3 * row["round"]["median_s"] / steps
-    stats = jax.devices()[0].memory_stats() or {}
-    row["peak_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30
-    if not small:
-        rate = work * cohort_size * epochs * each / row["round"]["median_s"]
-        row |= {"tflops": rate / 1e12, "share_of_peak": rate / peak(dtype)}
-    return row
+        return {"error": "out of memory"}
+    done = list(zip(ids, times, strict=False))[1:]
+    steps = [workloads.local_steps(workload, chosen) for chosen, _ in done]
+    rates = [workloads.flops(workload, chosen) / spent for chosen, spent in done]
+    return {
+        "round": _measure.summary(times[1:]),
+        "seconds": times[1:],
+        "ms_per_local_step": 1e3 * float(np.median(np.divide(times[1:], steps))),
+        "tflops": float(np.median(rates)) / 1e12,
+        "loss": float(metrics.loss),
+    }
+
+
+def whole_protocol(case: Case, clients: Federation, rounds: int) -> dict:
+    """Seconds of pfl's whole benchmark, compilation apart: rounds called one by one, evaluation after every tenth."""
+    workload, population, parameters = clients
+    fedavg, model = method(case, workload)
+    round_fn = jax.jit(fedavg.round, donate_argnums=0)
+    x, y, _ = workloads.make_federation(workload._replace(num_clients=10_000 // workload.mean_size))
+    held_out = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+
+    @jax.jit
+    def evaluate(params, held_out):
+        return jnp.mean(jnp.argmax(model.apply(params, held_out["x"]), axis=1) == held_out["y"])
+
+    def run(number: int):
+        state, accuracies = fedavg.init(jax_models.load(model, parameters)), []
+        for t, chosen in enumerate(workloads.cohorts(workload, number)):
+            state, _ = round_fn(state, population.cohort(chosen), jax.random.key(t))
+            if t % 10 == 0:
+                accuracies.append(evaluate(state.params, held_out))
+        return jax.block_until_ready(accuracies)
+
+    run(2)
+    start = time.perf_counter()
+    accuracies = run(rounds)
+    return {
+        "case": case._asdict(),
+        "rounds": rounds,
+        "seconds": time.perf_counter() - start,
+        "last_accuracy": float(accuracies[-1]),
+    }
+
+
+def compile_only(every: list[Case], clients: dict[str, Federation], threads: int | None) -> None:
+    """Compiles side by side into the compilation cache, and prints the number of each case that is there."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = {pool.submit(compiled, case, clients[case.workload]): number for number, case in enumerate(every)}
+        for future in as_completed(waiting):
+            if future.exception() is None:
+                print(json.dumps({"case": waiting[future]} | future.result()[1]), flush=True)
+
+
+def compile_beside(cache: str, arguments: list[str], limit: float) -> dict[int, dict]:
+    """Runs `compile_only` in a process of its own, which is stopped after `limit` seconds, so that nothing compiles
+    any more when the first round is timed; what the compiler said of the cases that were done, by their numbers."""
+    command = [sys.executable, __file__, *arguments, "--compile-only"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryFile("w+") as said:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, env=environment, stdout=said, timeout=limit, check=False)
+        said.seek(0)
+        rows = [json.loads(line) for line in said if line.startswith('{"case"')]
+    return {row.pop("case"): row for row in rows}
+
+
+def told(case: Case, row: dict) -> str:
+    text = f"{case.workload:14s} {case.convolution:6s} {case.precision:8s} {case.lanes:2d} lanes: "
+    if "error" in row:
+        return text + row["error"]
+    text += (
+        f"{row['round']['median_s'] * 1e3:10.2f} ms a round, {row['ms_per_local_step']:8.3f} ms a step, "
+        f"{row['tflops']:7.2f} TFLOP/s"
+    )
+    text += f" ({row['share_of_product']:.0%}), {row.get('temporary_mib', 0):7.0f} MiB"
+    return text + f", compiled in {row['compile_s']:.0f} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=list(FEDERATION), default=list(FEDERATION))
-    parser.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of rounds of a combination, after the first (1.5)")
+    parser.add_argument("--protocol", action="store_true", help="pfl's 1,500 rounds too")
+    parser.add_argument("--convolutions", nargs="+", default=["native", "dots", "-"])
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--lanes", nargs="+", type=int, help="only these numbers of lanes")
+    parser.add_argument("--compile-limit", type=float, default=1e6, help="seconds for all compilations together")
+    parser.add_argument("--cache", help="folder of compiled programs (default: a new one)")
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=None, help="that compile (default: as Python chooses)")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--save", default=None, help="name of the results (accelerator, or accelerator_small)")
-    parser.add_argument("--one", nargs=4, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        name, convolution, lanes, precision = args.one
-        row = measure(name, convolution, int(lanes), precision, args.repeats, args.small)
-        print(json.dumps({"machine": _measure.machine(), "row": row}))
+    every = [
+        case
+        for case in cases(args.only)
+        if case.convolution in args.convolutions
+        and case.precision in args.precisions
+        and (args.lanes is None or case.lanes in args.lanes)
+    ]
+    if args.compile_only:
+        compile_only(every, {name: federation(name, args.small) for name in args.only}, args.threads)
         return
-    result = {"machine": None, "published": PUBLISHED, "small": args.small, "rows": []}
+    cache = args.cache or tempfile.mkdtemp()
+    start = time.perf_counter()
+    known = compile_beside(cache, sys.argv[1:], args.compile_limit)
+    compiling = time.perf_counter() - start
+    jax.config.update("jax_compilation_cache_dir", cache)
+    products = {"float32": peak(jnp.float32), "bfloat16": peak(jnp.bfloat16)}
     save = args.save or ("accelerator_small" if args.small else "accelerator")
-    for name in args.workloads:
-        for convolution, precision, lanes in product(CONVOLUTIONS[name], args.precisions, LANES[name]):
-            what = {"workload": name, "convolution": convolution, "precision": precision, "lanes": lanes}
-            one = [name, convolution, str(lanes), precision]
-            flags = ["--repeats", str(args.repeats), *(["--small"] if args.small else [])]
-            done = subprocess.run(
-                [sys.executable, __file__, *flags, "--one", *one], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                lines = done.stderr.strip().splitlines()
-                row = {"error": lines[-1] if lines else f"ended with {done.returncode}"}
-            else:
-                answer = json.loads(done.stdout.splitlines()[-1])
-                result["machine"], row = answer["machine"], answer["row"]
-            result["rows"].append(what | row)
-            told = row.get("error") or (
-                f"{row['round']['median_s']:.3f} s a round, {row['ms_per_step']:.2f} ms a step, "
-                f"{row['peak_memory_gib']:.1f} GiB"
-            )
-            if "tflops" in row:
-                told += f", {row['tflops']:.2f} TFLOP/s, {100 * row['share_of_peak']:.0f} % of the matrix product's"
-            print(f"{name:11s} {convolution:6s} {precision:8s} {lanes:2d} lanes: {told}", flush=True)
+    result = {
+        "machine": _measure.machine(),
+        "published": PUBLISHED,
+        "small": args.small,
+        "products_tflops": {name: rate / 1e12 for name, rate in products.items()},
+        "compiling_side_by_side_s": compiling,
+        "rows": [],
+    }
+    print(f"compiled {len(known)} of {len(every)} rounds in {compiling:.0f} s")
+    print(result["machine"], result["products_tflops"], flush=True)
+    clients = {name: federation(name, args.small) for name in args.only}
+    for number, case in enumerate(every):
+        try:
+            if number not in known:
+                raise TimeoutError(f"not compiled after {args.compile_limit:.0f} s")
+            program, row = compiled(case, clients[case.workload])  # from the cache
+            row = known[number] | row | {"compile_s": known[number]["compile_s"]}
+            row |= measure(case, clients[case.workload], program, args.seconds)
+        except Exception as error:  # one that the compiler refuses must not take the others along
+            row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        if "tflops" in row:
+            row["share_of_product"] = row["tflops"] * 1e12 / products[case.precision]
+        result["rows"].append(case._asdict() | row)
+        print(told(case, row), flush=True)
+        _measure.save(save, result)
+    if args.protocol:
+        done = [row for row in result["rows"] if row["workload"] == "pfl-cifar10" and "round" in row]
+        if done:
+            best = min(done, key=lambda row: row["round"]["median_s"])
+            case = Case(*(best[field] for field in Case._fields))
+            result["protocol"] = whole_protocol(case, clients["pfl-cifar10"], 20 if args.small else 1500)
+            print(json.dumps(result["protocol"]), flush=True)
             _measure.save(save, result)
-        if name in PUBLISHED and not args.small:
-            print(PUBLISHED[name])
 
 
 if __name__ == "__main__":

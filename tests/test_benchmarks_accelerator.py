@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import models
 from benchmarks import accelerator
+from benchmarks.peers import jax_models, workloads
 from tests.flops import count_flops
 
 
@@ -16,20 +18,39 @@ def _single_precision():
         yield
 
 
-def test_a_combination_is_measured():
-    row = accelerator.measure("transformer", "-", 2, "bfloat16", 1, True)
+def test_a_combination_is_compiled_and_measured():
+    case = accelerator.Case("mlp", 2, "-", "bfloat16")
+    clients = accelerator.federation("mlp", small=True)
+    program, said = accelerator.compiled(case, clients)
+    row = accelerator.measure(case, clients, program, seconds=0)
+    assert said["compile_s"] > 0
     assert np.isfinite(row["loss"])
-    assert row["round"]["repeats"] == 1
-    assert row["parameters"] < 1e5
+    assert row["round"]["repeats"] >= 3
+    assert row["tflops"] > 0
 
 
-@pytest.mark.parametrize("name", ["resnet", "transformer"])
+def test_every_name_has_its_combinations():
+    for name in accelerator.NAMES:
+        every = accelerator.cases([name])
+        assert len(set(every)) == len(every) > 1
+        assert {case.convolution for case in every} == (
+            {"native", "dots"} if accelerator.setting(name, False).kind in accelerator.IMAGES else {"-"}
+        )
+    assert accelerator.setting("cnn/64", small=False).cohort_size == 64
+
+
+@pytest.mark.parametrize("name", workloads.FOR_ACCELERATORS)
 def test_operations_are_those_of_the_model(name):
-    model, loss_fn, examples, work = accelerator.make(name, "dots", True)
+    workload = workloads.ALL[name]
+    model = jax_models.make_model(workload, dropout=False, convolution="dots")
+    loss_fn = jax_models.make_loss(workload, model)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    one = {k: v[:1] for k, v in examples.items()}
-    closed = jax.make_jaxpr(jax.grad(lambda params: loss_fn(params, one, None).mean()))(params)
-    assert count_flops(closed.jaxpr) == work
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    assert shapes == workloads.parameter_shapes(workload)
+    x = jax.ShapeDtypeStruct((1, *workload.shape), jnp.int32 if workload.is_text else jnp.float32)
+    y = jax.ShapeDtypeStruct((1, *workload.shape) if workload.is_text else (1,), jnp.int32)
+    closed = jax.make_jaxpr(jax.grad(lambda p, x, y: loss_fn(p, {"x": x, "y": y}, None).mean()))(params, x, y)
+    assert count_flops(closed.jaxpr) == workloads.flops_per_example(workload)
 
 
 def test_the_step_computes_in_the_precision_asked_for_and_parameters_keep_theirs():
@@ -45,6 +66,9 @@ def test_the_step_computes_in_the_precision_asked_for_and_parameters_keep_theirs
 
 
 def test_the_transformer_has_the_size_that_is_told():
-    model = models.transformer(**accelerator.TRANSFORMER)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    assert 105e6 < models.num_parameters(shapes) < 115e6
+    assert 105e6 < workloads.num_parameters(workloads.ALL["gpt"]) < 115e6
+
+
+def test_fl_simulators_round_has_500_local_steps():
+    workload = workloads.ALL["fl-simulator"]
+    assert workloads.local_steps(workload, workloads.cohorts(workload, 1)[0]) == 500

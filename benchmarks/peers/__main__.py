@@ -3,10 +3,12 @@
     python -m benchmarks.peers --setup      # once: an environment with pinned versions for each peer
     python -m benchmarks.peers              # all of it, 25 minutes on two cores; prints a table and draws a plot
 
-Peers: a plain loop in PyTorch, pfl, Flower in its simulation, FedJAX, and this library's round written naively. Every
-pair of a workload and a peer runs in a process of its own, one at a time. What is measured is kept in
-results/peers.json after every pair; the same command goes on where it was interrupted. `docs/benchmarks.md` says what
-is the same for all and what is not.
+    python -m benchmarks.peers --only cnn fl-simulator --peers torch torch_graphs pfl fedjax ours    # on a GPU
+
+Peers: a plain loop in PyTorch, the same with each step as a CUDA graph (on a GPU), pfl, Flower in its simulation,
+FedJAX, and this library's round written naively. Every pair of a workload and a peer runs in a process of its own, one
+at a time. What is measured is kept in results/peers.json after every pair; the same command goes on where it was
+interrupted. `docs/benchmarks.md` says what is the same for all and what is not.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from benchmarks.peers.environments import ROOT
 # The environment of each peer; None is the one that this program runs in.
 PEERS = {
     "torch": "torch",
+    "torch_graphs": "torch",
     "pfl": "pfl",
     "flower": "flower",
     "fedjax": "fedjax",
@@ -44,8 +47,11 @@ def main() -> None:
     parser.add_argument("--setup", action="store_true", help="install what is missing, and stop")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-peers", help="where (default: .venv-peers)")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environments, 3.11 was used")
-    parser.add_argument("--only", nargs="+", choices=workloads.WORKLOADS, default=list(workloads.WORKLOADS))
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--only", nargs="+", choices=workloads.ALL, default=list(workloads.WORKLOADS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[name for name in PEERS if name != "torch_graphs"])
+    parser.add_argument("--here", action="store_true", help="all peers are installed for this interpreter")
+    parser.add_argument("--no-check", action="store_true", help="without the round on which all must agree")
+    parser.add_argument("--no-peaks", action="store_true", help="without the speed of matrix products beside")
     parser.add_argument("--seconds", type=float, default=6, help="of rounds after the first, for each pair (6)")
     parser.add_argument("--limit", type=float, default=100, help="seconds after which a process is stopped (100)")
     parser.add_argument("--rounds", type=int, help="after the first (default: the workload's own number)")
@@ -73,13 +79,15 @@ def main() -> None:
                 "flops_per_example": workloads.flops_per_example(workload),
                 "cells": {},
             }
-        result["peaks"].append(measure_peak(options, f"before {name}"))
+        if not options.no_peaks:
+            result["peaks"].append(measure_peak(options, f"before {name}"))
         for peer in pending:
             print(f"{name}, {peer} ...", end=" ", flush=True)
             entry["cells"][peer] = cell = measure(workload, peer, options)
             _measure.save(options.save, result)
             print(cell["error"] or f"{cell['median_s']:.4g} s a round")
-        result["peaks"].append(measure_peak(options, f"after {name}"))
+        if not options.no_peaks:
+            result["peaks"].append(measure_peak(options, f"after {name}"))
         _measure.save(options.save, result)
     report.write(result, options.save)
 
@@ -92,7 +100,7 @@ def set_up(options: argparse.Namespace) -> None:
 
 def settings(name: str, options: argparse.Namespace, backend: str) -> workloads.Workload:
     """The workload as it is run here."""
-    workload = workloads.WORKLOADS[name]
+    workload = workloads.ALL[name]
     if backend == "cpu" and not options.full:
         workload = workload._replace(mean_size=workload.cpu_mean_size, cohort_size=workload.cpu_cohort_size)
     return workload._replace(rounds=options.rounds or workload.rounds)
@@ -119,12 +127,16 @@ def is_done(result: dict, workload: workloads.Workload, peer: str) -> bool:
 
 def interpreter(peer: str, options: argparse.Namespace) -> str:
     environment = PEERS[peer]
-    return sys.executable if environment is None else str(environments.python_of(options.environments, environment))
+    return (
+        sys.executable
+        if environment is None or options.here
+        else str(environments.python_of(options.environments, environment))
+    )
 
 
 def measure(workload: workloads.Workload, peer: str, options: argparse.Namespace) -> dict:
     """Times the rounds of one peer, and lets it do the round on which all must agree."""
-    error = environments.problem(options.environments, PEERS[peer]) if PEERS[peer] else ""
+    error = environments.problem(options.environments, PEERS[peer]) if PEERS[peer] and not options.here else ""
     if error:
         return {"error": error}
     request = {
@@ -157,7 +169,7 @@ def measure(workload: workloads.Workload, peer: str, options: argparse.Namespace
     ids = workloads.cohorts(workload, len(rounds))[1:]
     speeds = [workloads.flops(workload, i) / e["seconds"] / 1e9 for i, e in zip(ids, later, strict=True)]
     cell["gflops"] = float(np.median(speeds))
-    if not error:
+    if not error and not options.no_check:
         events, error = run_worker(peer, request | {"check": True}, options)
         cell["check_moved"] = next((event["moved"] for event in events if event["event"] == "round"), None)
         cell["error"] = error and f"in the check: {error}"
@@ -175,7 +187,8 @@ def run_worker(peer: str, request: dict, options: argparse.Namespace) -> tuple[l
             stderr=complaints,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
             start_new_session=True,  # so that a peer's own processes end with it
         )
 

@@ -20,7 +20,7 @@ app = ClientApp()
 def _loaded() -> tuple[Task, torch.nn.Module, torch.device]:
     task = make_task(json.loads(os.environ[REQUEST]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return task, torch_models.make_model(task.workload, task.dropout).to(device), device
+    return task, torch_models.prepare(torch_models.make_model(task.workload, task.dropout), device), device
 
 
 @cache
@@ -36,12 +36,13 @@ def train(message: Message, context: Context) -> Message:
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     workload = task.workload
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=workload.learning_rate)
-    if task.shuffled:
-        order = torch.randperm(len(y), device=x.device)
-        x, y = x[order], y[order]
-    for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
-        optimizer.zero_grad()
-        torch_models.loss(model, batch_x, batch_y).backward()
-        optimizer.step()
+    for _ in range(workload.num_epochs):
+        if task.shuffled:
+            order = torch.randperm(len(y), device=x.device)
+            x, y = x[order], y[order]
+        for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
+            optimizer.zero_grad()
+            torch_models.loss(model, batch_x, batch_y).backward()
+            optimizer.step()
     reply = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(y)})}
     return Message(content=RecordDict(reply), reply_to=message)

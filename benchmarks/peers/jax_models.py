@@ -46,16 +46,22 @@ def pfl_cnn(num_classes: int, dropout: bool, convolution: str) -> Model:
 
 def make_model(workload: Workload, dropout: bool, convolution: str = "auto") -> Model:
     """The model; `convolution` as in `models.convolution.convolution`."""
-    if workload.name == "pfl-cifar10":
+    if workload.kind == "pfl-cifar10":
         return pfl_cnn(workload.num_classes, dropout, convolution)
-    if workload.name == "lstm":
+    if workload.kind == "lstm":
         return models.char_lstm(workload.num_classes)
-    if workload.name == "transformer":
-        return models.transformer(workload.num_classes, workload.shape[0], num_layers=2, dim=128, num_heads=4)
-    if workload.name in ("cnn", "resnet"):
-        factory = models.cnn if workload.name == "cnn" else models.resnet18_gn
+    if workload.kind == "transformer":
+        return models.transformer(
+            workload.num_classes, workload.shape[0], num_layers=2, dim=128, num_heads=workload.num_heads
+        )
+    if workload.kind == "gpt":
+        return models.transformer(
+            workload.num_classes, workload.shape[0], num_layers=12, dim=768, num_heads=workload.num_heads
+        )
+    if workload.kind in ("cnn", "resnet"):
+        factory = models.cnn if workload.kind == "cnn" else models.resnet18_gn
         return factory(workload.shape, workload.num_classes, convolution=convolution)
-    factory = models.logistic_regression if workload.name == "logistic" else models.mlp
+    factory = models.logistic_regression if workload.kind == "logistic" else models.mlp
     return factory(workload.shape, workload.num_classes)
 
 

@@ -29,7 +29,7 @@ def run(task: Task, recorder: Recorder) -> None:
         client_optimizer=fedjax.optimizers.sgd(workload.learning_rate),
         server_optimizer=fedjax.optimizers.sgd(1.0),
         client_batch_hparams=fedjax.ShuffleRepeatBatchHParams(
-            batch_size=workload.batch_size, num_epochs=1, skip_shuffle=not task.shuffled
+            batch_size=workload.batch_size, num_epochs=workload.num_epochs, skip_shuffle=not task.shuffled
         ),
     )
     data = fedjax.InMemoryFederatedData(

@@ -29,6 +29,12 @@ def run(task: Task, recorder: Recorder) -> None:
         return {"x": x, "y": y}
 
     def local_training(params, client, size, key):
+        def epoch(params, key):
+            return local_epoch(params, client, size, key), None
+
+        return jax.lax.scan(epoch, params, jax.random.split(key, workload.num_epochs))[0]
+
+    def local_epoch(params, client, size, key):
         shuffle_key, loss_key = jax.random.split(key)
         place = jnp.arange(num_batches * batch_size)
         if task.shuffled:
@@ -66,6 +72,6 @@ def run(task: Task, recorder: Recorder) -> None:
     for t, ids in enumerate(task.cohorts):
         params = round_fn(params, take(data, ids), sizes[ids].astype(np.float32), jax.random.key(t))
         jax.block_until_ready(params)
-        executed = int(num_batches) * len(ids)
+        executed = int(num_batches) * workload.num_epochs * len(ids)
         if not recorder.round_done(partial(jax_models.unload, params), lambda: executed):  # noqa: B023 (called at once)
             break

@@ -41,6 +41,7 @@ def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
         jax_models.make_loss(workload, model),
         optax.sgd(workload.learning_rate),
         batch_size=workload.batch_size,
+        num_epochs=workload.num_epochs,
         order="shuffled" if task.shuffled else "sequential",
         weights="examples",
         plan=plan,
@@ -63,7 +64,7 @@ def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
 def executed_steps(task: Task, plan: Plan) -> Callable[[Cohort], int]:
     """How many steps the plan executes for a cohort, idle ones included, counted with clients that do nothing."""
     idle = ClientProgram(lambda *_: (), lambda shared, carry, batch: (carry, jnp.zeros(())), lambda *_: ((), ()))
-    work = local_work(task.workload.batch_size, order="sequential")
+    work = local_work(task.workload.batch_size, num_epochs=task.workload.num_epochs, order="sequential")
     # Spelled out, because for clients that do nothing a plan left open is another one.
     plan = Plan(lanes=plan.lanes or default_lanes() * plan.num_devices, mesh=plan.mesh)
     run = jax.jit(lambda c: for_each_client(idle, (), c, jax.random.key(0), work=work, plan=plan).executed_steps)

@@ -42,7 +42,7 @@ def run(task: Task, recorder: Recorder) -> None:
     torch_models.load(module, task.parameters)
     module.loss = lambda x, y: torch_models.loss(module, x, y)
     module.metrics = lambda x, y: {}  # asked for in rounds with an evaluation, of which there is none
-    module.to(device)
+    torch_models.prepare(module, device)
     trained = [p for p in module.parameters() if p.requires_grad]
     model = PyTorchModel(
         model=module,
@@ -76,7 +76,7 @@ def run(task: Task, recorder: Recorder) -> None:
         model,
         NNTrainHyperParams(
             local_batch_size=workload.batch_size,
-            local_num_epochs=1,
+            local_num_epochs=workload.num_epochs,
             local_learning_rate=workload.learning_rate,
         ),
         callbacks=[_Watch(task, recorder, module)],

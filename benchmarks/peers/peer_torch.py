@@ -13,7 +13,7 @@ def run(task: Task, recorder: Recorder) -> None:
     workload, federation = task.workload, task.federation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = torch_models.make_model(workload, task.dropout).to(device)
+    model = torch_models.prepare(torch_models.make_model(workload, task.dropout), device)
     torch_models.load(model, task.parameters)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=workload.learning_rate)
@@ -28,14 +28,15 @@ def run(task: Task, recorder: Recorder) -> None:
         for i, weight in zip(ids, weights / weights.sum(), strict=True):
             with torch.no_grad():
                 torch._foreach_copy_(trained, start)
-            x, y = clients[i]
-            if task.shuffled:
-                order = torch.randperm(len(y), device=device)
-                x, y = x[order], y[order]
-            for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
-                optimizer.zero_grad()
-                torch_models.loss(model, batch_x, batch_y).backward()
-                optimizer.step()
+            for _ in range(workload.num_epochs):
+                x, y = clients[i]
+                if task.shuffled:
+                    order = torch.randperm(len(y), device=device)
+                    x, y = x[order], y[order]
+                for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
+                    optimizer.zero_grad()
+                    torch_models.loss(model, batch_x, batch_y).backward()
+                    optimizer.step()
             with torch.no_grad():
                 torch._foreach_add_(total, trained, alpha=float(weight))
         with torch.no_grad():

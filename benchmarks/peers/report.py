@@ -1,5 +1,6 @@
 """The table, the goals and the plot of a run of the peers."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ PICTURES = Path(__file__).resolve().parent.parent.parent / "docs" / "peers"
 
 LABELS = {
     "torch": "PyTorch loop",
+    "torch_graphs": "PyTorch, CUDA graphs",
     "pfl": "pfl",
     "flower": "Flower",
     "fedjax": "FedJAX",
@@ -26,6 +28,8 @@ TITLES = {
     "resnet": "ResNet-18-GN",
     "transformer": "transformer",
     "pfl-cifar10": "pfl's CIFAR-10",
+    "fl-simulator": "FL-Simulator's ResNet-18-GN",
+    "gpt": "transformer of 110M",
 }
 MARKERS = "os^Dvx"
 OURS = ("ours", "ours_one")
@@ -43,8 +47,9 @@ GOALS = {
 
 
 def peak(result: dict) -> float:
-    """GFLOP/s of the fastest matrix product of any library in the run."""
-    return max(value for peaks in result["peaks"] for key in ("numpy", "jax", "torch") if (value := peaks[key]))
+    """GFLOP/s of the fastest matrix product of any library in the run; not a number if none was measured."""
+    every = [value for peaks in result["peaks"] for key in ("numpy", "jax", "torch") if (value := peaks[key])]
+    return max(every, default=float("nan"))
 
 
 def times_as_fast(cells: dict, peer: str, own: str = "ours") -> float | None:
@@ -102,7 +107,7 @@ def table(name: str, entry: dict, top: float) -> list[str]:
             seconds(float(np.median(np.divide(cell["seconds"], cell["steps"])))),
             f"{cell['useful_step_share']:.0%}",
             f"{cell['peak_memory_mib']:,.0f} MiB" if "peak_memory_mib" in cell else "-",
-            f"{cell['gflops']:.3g} ({cell['gflops'] / top:.0%})",
+            f"{cell['gflops']:,.0f}" + ("" if math.isnan(top) else f" ({cell['gflops'] / top:.0%})"),
             "-" if differs is None else f"{differs:.0e}",
             "" if peer in OURS or factor is None else f"{factor:.2f}x",
         ]
@@ -141,14 +146,15 @@ def verdict(cells: dict, goal: float, peers: tuple[str, ...], own: str) -> str:
 def markdown(result: dict) -> str:
     machine, top = result["machine"], peak(result)
     fastest_each = [max(peaks[key] or 0 for key in ("numpy", "jax", "torch")) for peaks in result["peaks"]]
-    lines = [
-        f"{machine['device']}, {machine['cores']} cores, Python {machine['python']}, JAX {machine['jax']}. "
-        f"Peak of float32 matrix products in this run: {top:.0f} GFLOP/s, at its slowest {min(fastest_each):.0f}.",
-        "",
-    ]
+    lines = [f"{machine['device']}, {machine['cores']} cores, Python {machine['python']}, JAX {machine['jax']}."]
+    if fastest_each:
+        lines[0] += (
+            f" Peak of float32 matrix products in this run: {top:.0f} GFLOP/s, at its slowest {min(fastest_each):.0f}."
+        )
+    lines.append("")
     for name, entry in result["workloads"].items():
         lines += table(name, entry, top)
-    return "\n".join([*lines, *goals(result)])
+    return "\n".join([*lines, *(goals(result) if machine["backend"] == "cpu" else [])])
 
 
 def plot(result: dict, path: Path) -> None:

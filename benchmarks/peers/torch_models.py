@@ -99,14 +99,20 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        self.embed, self.position = nn.Embedding(workload.num_classes, 128), nn.Embedding(workload.shape[0], 128)
-        self.block_0, self.block_1 = Block(128, 4), Block(128, 4)
-        self.norm = nn.LayerNorm(128)
-        self.head = nn.Linear(128, workload.num_classes)
+        names = layers(workload)
+        width = names["head"].arrays["kernel"][0]
+        self.embed, self.position = nn.Embedding(workload.num_classes, width), nn.Embedding(workload.shape[0], width)
+        self.num_blocks = sum(name.endswith("/up") for name in names)
+        for i in range(self.num_blocks):
+            setattr(self, f"block_{i}", Block(width, workload.num_heads))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, workload.num_classes)
 
     def forward(self, x):
         y = self.embed(x) + self.position.weight[: x.shape[1]]
-        return self.head(self.norm(self.block_1(self.block_0(y))))
+        for i in range(self.num_blocks):
+            y = getattr(self, f"block_{i}")(y)
+        return self.head(self.norm(y))
 
 
 class ResidualBlock(nn.Module):
@@ -144,10 +150,10 @@ class ResNet(nn.Module):
 
 def make_model(workload: Workload, dropout: bool) -> nn.Module:
     """The model with parameters of its own, on the CPU."""
-    if workload.name == "pfl-cifar10":
+    if workload.kind == "pfl-cifar10":
         return PflCNN(workload, dropout)
-    kinds = {"cnn": CNN, "lstm": LSTM, "transformer": Transformer, "resnet": ResNet}
-    return kinds.get(workload.name, MLP)(workload)
+    kinds = {"cnn": CNN, "lstm": LSTM, "transformer": Transformer, "gpt": Transformer, "resnet": ResNet}
+    return kinds.get(workload.kind, MLP)(workload)
 
 
 def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -155,10 +161,24 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
+def prepare(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device, set up for its fastest single precision.
+
+    On a GPU that is TF32 products, which JAX takes too unless told otherwise, and images with their channels last.
+    """
+    if device.type != "cuda":
+        return model.to(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return model.to(device, memory_format=torch.channels_last)
+
+
 def as_tensors(x, y, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """A client's examples as the models take them."""
-    x = torch.from_numpy(x).long() if x.dtype.kind == "i" else torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-    return x.to(device), torch.from_numpy(y).long().to(device)
+    x, y = torch.from_numpy(x), torch.from_numpy(y).long().to(device)
+    if not x.is_floating_point():
+        return x.long().to(device), y
+    x = x.to(device).permute(0, 3, 1, 2)  # on a GPU channels stay last in memory
+    return (x if device.type == "cuda" else x.contiguous()), y
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def peak_memory_mib() -> float:
 
 def make_task(request: dict) -> Task:
     """The task that a request asks for."""
-    workload = workloads.WORKLOADS[request["workload"]]
+    workload = workloads.ALL[request["workload"]]
     workload = workload._replace(mean_size=request["mean_size"], cohort_size=request["cohort_size"])
     if request["check"]:
         workload = workloads.check_version(workload)

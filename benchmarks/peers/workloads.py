@@ -13,7 +13,7 @@ Parameters = dict[str, np.ndarray]
 
 
 class Workload(NamedTuple):
-    """One federated workload; training is one local epoch of plain SGD, then the mean weighted by sizes.
+    """One federated workload; training is local epochs of plain SGD, then the mean weighted by sizes.
 
     Attributes:
       name: its name, and that of its model.
@@ -29,6 +29,9 @@ class Workload(NamedTuple):
       batch_size: examples of a local step; a client's last batch is smaller.
       rounds: rounds to measure after the first.
       multiple: sizes are rounded up to a multiple of this.
+      num_epochs: local epochs.
+      num_heads: of a transformer.
+      model: the workload whose model it is; its own if empty.
     """
 
     name: str
@@ -44,6 +47,14 @@ class Workload(NamedTuple):
     batch_size: int = 20
     rounds: int = 8
     multiple: int = 1
+    num_epochs: int = 1
+    num_heads: int = 4
+    model: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Which model it trains."""
+        return self.model or self.name
 
     @property
     def is_text(self) -> bool:
@@ -78,6 +89,34 @@ WORKLOADS = {
 }
 
 
+FOR_ACCELERATORS = {
+    workload.name: workload
+    for workload in (
+        # FL-Simulator's protocol: 10 of 100 clients with 500 images each, batches of 50, 5 epochs: 500 local steps.
+        Workload(
+            "fl-simulator", (32, 32, 3), 10, 0.05, 500, sigma=0, batch_size=50, rounds=5, num_epochs=5, model="resnet"
+        ),
+        # A causal decoder of 110 million parameters on 4 clients of 80 sequences: 20 local steps.
+        Workload(
+            "gpt",
+            (512,),
+            16_000,
+            0.05,
+            80,
+            sigma=0,
+            num_clients=8,
+            cohort_size=4,
+            batch_size=16,
+            rounds=5,
+            num_heads=12,
+        ),
+    )
+}
+"""Too large for a CPU."""
+
+ALL = WORKLOADS | FOR_ACCELERATORS
+
+
 def check_version(workload: Workload) -> Workload:
     """A small, unequal federation of whole batches, on which all peers must agree (FedJAX fills up a last batch)."""
     batch = workload.batch_size
@@ -106,7 +145,7 @@ def client_sizes(workload: Workload) -> np.ndarray:
 
 def local_steps(workload: Workload, ids: np.ndarray) -> int:
     """Local steps that the clients `ids` need together."""
-    return int((-(-client_sizes(workload)[ids] // workload.batch_size)).sum())
+    return workload.num_epochs * int((-(-client_sizes(workload)[ids] // workload.batch_size)).sum())
 
 
 def cohorts(workload: Workload, rounds: int) -> np.ndarray:
@@ -150,7 +189,7 @@ class Layer(NamedTuple):
 
 def layers(workload: Workload, **size: int) -> dict[str, Layer]:
     """The workload's model by path of its layers; `size` is for a transformer or ResNet of another width or depth."""
-    return _MODELS[workload.name](workload, **size)
+    return _MODELS[workload.kind](workload, **size)
 
 
 def parameter_shapes(workload: Workload) -> dict[str, tuple[int, ...]]:
@@ -172,7 +211,7 @@ def flops_per_example(workload: Workload, **size: int) -> int:
 
 def flops(workload: Workload, ids: np.ndarray) -> int:
     """Floating-point operations of a round: those of the real examples, padding does not count."""
-    return int(client_sizes(workload)[ids].sum()) * flops_per_example(workload)
+    return workload.num_epochs * int(client_sizes(workload)[ids].sum()) * flops_per_example(workload)
 
 
 def initial_parameters(workload: Workload) -> Parameters:
@@ -286,6 +325,10 @@ def _resnet(workload: Workload, width: int = 64) -> dict[str, Layer]:
     return model | {"head": _dense(inputs, workload.num_classes)}
 
 
+def _gpt(workload: Workload) -> dict[str, Layer]:
+    return _transformer(workload, width=768, blocks=12)
+
+
 _MODELS = {
     "logistic": _logistic,
     "mlp": _mlp,
@@ -294,4 +337,5 @@ _MODELS = {
     "resnet": _resnet,
     "transformer": _transformer,
     "pfl-cifar10": _pfl_cnn,
+    "gpt": _gpt,
 }
