@@ -177,8 +177,9 @@ def plot(result: dict, path: Path) -> None:
                     continue
                 at = row + 0.8 * ((place + 0.5) / len(peers) - 0.5)
                 low, middle, high = np.percentile(ratios, [25, 50, 75])
-                axis.plot([low, high], [at, at], color=figures.COLORS[place % len(figures.COLORS)], linewidth=1.2)
-                axis.plot(middle, at, MARKERS[place], color=figures.COLORS[place % len(figures.COLORS)], markersize=6, label=LABELS[peer])
+                color = figures.COLORS[place % len(figures.COLORS)]
+                axis.plot([low, high], [at, at], color=color, linewidth=1.2)
+                axis.plot(middle, at, MARKERS[place], color=color, markersize=6, label=LABELS[peer])
         axis.axvline(1, color="0.2", linewidth=1)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
