@@ -67,6 +67,7 @@ from fedjax_core.gradients import (
 )
 from fedjax_core.lanes import num_bytes
 from fedjax_core.lengths import Measured, first_length, measured, per_length
+from fedjax_core.partition import Hole, combine, leaf_paths, partition
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
@@ -108,6 +109,7 @@ __all__ = [
     "Counter",
     "Descent",
     "Examples",
+    "Hole",
     "HostPopulation",
     "Interrupted",
     "Key",
@@ -138,6 +140,7 @@ __all__ = [
     "client_statistics",
     "client_table",
     "client_weights",
+    "combine",
     "continue_rounds",
     "continue_staged",
     "evaluate",
@@ -157,6 +160,7 @@ __all__ = [
     "join_tables",
     "kept_by_client",
     "keys",
+    "leaf_paths",
     "linalg",
     "local_descent",
     "local_training",
@@ -172,6 +176,7 @@ __all__ = [
     "optimizer_at",
     "optimizer_step",
     "out_of_memory",
+    "partition",
     "per_length",
     "place",
     "replicated",
