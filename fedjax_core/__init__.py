@@ -5,7 +5,7 @@ Knows no paper, no data set and no neural-network library.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fedjax_core import checks, keys, linalg, masks, samplers, shuffle, sums, testing
+from fedjax_core import checks, keys, linalg, masks, messages, samplers, shuffle, sums, testing
 from fedjax_core.aggregation import (
     Aggregator,
     Stacked,
@@ -67,6 +67,7 @@ from fedjax_core.gradients import (
 )
 from fedjax_core.lanes import num_bytes
 from fedjax_core.lengths import Measured, first_length, measured, per_length
+from fedjax_core.messages import Part, PartState, Pass, with_part
 from fedjax_core.partition import Hole, combine, leaf_paths, partition
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
@@ -121,6 +122,9 @@ __all__ = [
     "Metrics",
     "ModelState",
     "Params",
+    "Part",
+    "PartState",
+    "Pass",
     "Plan",
     "Population",
     "PyTree",
@@ -169,6 +173,7 @@ __all__ = [
     "masks",
     "mean_over_participants",
     "measured",
+    "messages",
     "metric_values",
     "needed_memory",
     "num_bytes",
@@ -196,4 +201,5 @@ __all__ = [
     "value_and_grad",
     "weighted_mean",
     "weighted_sum",
+    "with_part",
 ]

@@ -24,10 +24,13 @@ class Aggregator(NamedTuple):
       lift: `lift(upload, weight) -> summand`, any pytree; linear in nothing, applied once per participant.
       finish: `finish(total) -> result`, where total is the sum of the summands (zeros if no client took part), in their
         dtypes. However many there are, the sum is as good as its dtype: it is taken in float32 at least.
+      mean_of: if the result is the weighted mean of a function of the uploads, this function, so that another rule can
+        take the place of the mean (`fedjax_core.messages`); else None.
     """
 
     lift: Callable[[PyTree, Array], PyTree]
     finish: Callable[[PyTree], PyTree]
+    mean_of: Callable[[PyTree], PyTree] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,16 +50,24 @@ class _Widened:
         wide = [sums.widen(leaf) for leaf in leaves]
         return cls([weight.astype(leaf.dtype) * leaf for leaf in wide], counted, treedef, dtypes)
 
-    def narrowed(self, divisor: Array | None = None) -> PyTree:
+    def narrowed(self, divisor: Array | None = None, finish: Callable[[PyTree], PyTree] | None = None) -> PyTree:
         values = self.values if divisor is None else [leaf / divisor.astype(leaf.dtype) for leaf in self.values]
+        if finish is not None:
+            values = jax.tree.leaves(finish(jax.tree.unflatten(self.treedef, values)))
         return jax.tree.unflatten(
             self.treedef, [leaf.astype(dtype) for leaf, dtype in zip(values, self.dtypes, strict=True)]
         )
 
 
-def weighted_sum() -> Aggregator:
-    """Sum of weight times upload, in the dtypes of the upload; integers are summed as floats."""
-    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, ()), lambda total: total.narrowed())
+def weighted_sum(finish: Callable[[PyTree], PyTree] | None = None) -> Aggregator:
+    """Sum of weight times upload, in the dtypes of the upload; integers are summed as floats.
+
+    Args:
+      finish: `finish(total) -> total` of the same structure and shapes, before it is cast to the dtypes of the upload.
+    """
+    return Aggregator(
+        lambda upload, weight: _Widened.lift(upload, weight, ()), lambda total: total.narrowed(finish=finish)
+    )
 
 
 def weighted_mean() -> Aggregator:
@@ -68,7 +79,7 @@ def weighted_mean() -> Aggregator:
     def finish(total: _Widened) -> PyTree:
         return total.narrowed(jnp.where(total.weight > 0, total.weight, 1))
 
-    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish)
+    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish, lambda upload: upload)
 
 
 class Stacked(NamedTuple):
@@ -89,7 +100,9 @@ def stacked(rule: Callable[[PyTree, Array], PyTree] = lambda uploads, weights: u
 
 def mapped(function: Callable[[PyTree], PyTree], aggregator: Aggregator) -> Aggregator:
     """Aggregates `function(upload)`, computed on the server, instead of the upload."""
-    return Aggregator(lambda upload, weight: aggregator.lift(function(upload), weight), aggregator.finish)
+    inner = aggregator.mean_of
+    mean_of = None if inner is None else lambda upload: inner(function(upload))
+    return Aggregator(lambda upload, weight: aggregator.lift(function(upload), weight), aggregator.finish, mean_of)
 
 
 def client_weights(weights: Weights, cohort: Cohort) -> Array:

@@ -99,6 +99,14 @@ def for_each_client(
     """
     if not isinstance(cohort, Cohort):
         raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
+    if cohort.route is not None:
+        from fedjax_core.messages import Pass  # which runs passes by this function
+
+        options = {"work": work, "weights": weights, "plan": plan}
+        routed: ClientResults = cohort.route(
+            Pass(program, shared, client_inputs, cohort, key, options, aggregator or weighted_mean())
+        )
+        return routed
     replacement = _REPLACEMENT.get()
     if replacement is not None:
         return replacement(
@@ -179,6 +187,18 @@ def for_each_client(
         uploaded=jnp.int32(num_scalars(upload)),
         downloaded=jnp.int32(num_scalars(shared)),
     )
+
+
+def upload_of(program: ClientProgram, shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
+    """Shapes and dtypes of what a client uploads."""
+
+    def upload(shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
+        own = jax.tree.map(lambda leaf: leaf[0], client_inputs)
+        with as_client(jnp.int32(0)):
+            carry = execution.strip_weak_type(program.init(shared, own, key))
+            return execution.strip_weak_type(program.final(shared, carry)[0])
+
+    return jax.eval_shape(upload, shared, client_inputs, keys.one(key))
 
 
 _REPLACEMENT: ContextVar[Callable[..., ClientResults] | None] = ContextVar("replacement", default=None)

@@ -1,7 +1,7 @@
 """Clients' examples, stored flat, and the cohorts drawn from them."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import SupportsIndex
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks
-from fedjax_core.types import Array, ArrayLike, Examples
+from fedjax_core.types import Array, ArrayLike, Examples, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +34,8 @@ class Cohort:
       population_size: `num_clients` as a number known while tracing, with which everything that is given per client is
         compared; None in a cohort put together by hand, where nothing is compared.
       table_size: rows that tables of per-client state have where they go with this cohort; None likewise.
+      route: where passes over these clients go through on their way, or None (`fedjax_core.messages`). It is there
+        only while a round is traced.
     """
 
     ids: Array
@@ -45,6 +47,7 @@ class Cohort:
     num_examples: Array
     population_size: int | None = field(default=None, metadata={"static": True})
     table_size: int | None = field(default=None, metadata={"static": True})
+    route: Callable[..., PyTree] | None = field(default=None, metadata={"static": True})
 
     @property
     def mask(self) -> Array:

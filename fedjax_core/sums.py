@@ -59,6 +59,13 @@ def total(values: Array) -> Array:
     return jnp.sum(values, axis=0)
 
 
+def in_order(rows: Array) -> Array:
+    """Sum over the first axis, [...] of [n, ...], added one after the other as a device adds up its clients."""
+    dtype = accumulator(rows.dtype) if jnp.issubdtype(rows.dtype, jnp.inexact) else rows.dtype
+    first = start(rows.shape[1:], dtype, few=rows.shape[0] <= FEW)
+    return value(jax.lax.scan(lambda so_far, row: (add(so_far, row), None), first, rows)[0])
+
+
 def weighted(weights: Array, rows: PyTree) -> PyTree:
     """sum_i weights[i] rows[i], in the dtype to sum in: leaves [C, ...] become [...]; weights float[C]."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import algorithms
+from algorithms import messages
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedjax_core", "algorithms", "models", "pipelines")
@@ -254,8 +255,16 @@ def test_methods_carry_their_paper_card(name: str):
     )
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("name", sorted(messages.__all__))
+def test_parts_carry_their_paper(name: str):
+    card = inspect.getdoc(getattr(messages, name)) or ""
+    assert card.split("\n\n")[-1].startswith("Paper: "), f"the card of {name} must end with a paragraph `Paper: ...`"
+
+
 def test_algorithms_are_listed_in_order():
     assert list(algorithms.__all__) == sorted(algorithms.__all__)
+    assert list(messages.__all__) == sorted(messages.__all__)
 
 
 def tracked_files() -> list[Path]:

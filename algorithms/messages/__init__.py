@@ -1,0 +1,18 @@
+"""Parts for any method (`fedjax_core.messages.with_part`): codecs, aggregation rules, attacks, privacy."""
+
+from algorithms.messages.attacks import alie, inner_product_manipulation, sign_flip
+from algorithms.messages.codecs import stochastic_rounding, top_k
+from algorithms.messages.privacy import client_level_dp
+from algorithms.messages.rules import coordinate_median, krum, trimmed_mean
+
+__all__ = [
+    "alie",
+    "client_level_dp",
+    "coordinate_median",
+    "inner_product_manipulation",
+    "krum",
+    "sign_flip",
+    "stochastic_rounding",
+    "top_k",
+    "trimmed_mean",
+]

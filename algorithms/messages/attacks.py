@@ -1,0 +1,95 @@
+"""Attacks: what malicious clients send instead of what they trained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import norm
+
+import fedjax_core as fc
+from fedjax_core.messages import Part, Pass
+
+
+def sign_flip(malicious: Any, *, factor: fc.Scalar = 1.0) -> Part:
+    """Every malicious client sends -factor times its own upload.
+
+    Args:
+      malicious: bool[num_clients].
+      factor: 1, or 10 for "reverse".
+
+    Paper: Karimireddy, He, Jaggi, "Learning from History for Byzantine Robust Optimization", 2021.
+    """
+    return _attack("sign_flip", malicious, lambda own, mean, sd, n, f: -factor * own)
+
+
+def alie(malicious: Any, *, z: fc.Scalar | None = None) -> Part:
+    """A little is enough: all malicious clients send mu - z sd of the honest uploads, which hides in their spread.
+
+    z = PhiInv((n - f - s) / (n - f)),  s = floor(n / 2 + 1) - f, of n participants and f malicious ones
+
+    Args:
+      malicious: bool[num_clients].
+      z: instead of that.
+
+    Differences: released notebooks of other papers use Phi(p) where PhiInv(p) is meant.
+
+    Paper: Baruch, Baruch, Goldberg, "A Little Is Enough: Circumventing Defenses For Distributed Learning", 2019.
+    """
+
+    def sent(own: fc.Array, mean: fc.Array, sd: fc.Array, n: fc.Array, f: fc.Array) -> fc.Array:
+        needed = jnp.floor(n / 2 + 1) - f
+        share = jnp.clip((n - f - needed) / jnp.maximum(n - f, 1), 1e-6, 1 - 1e-6)
+        deviations = norm.ppf(share) if z is None else z
+        return mean - deviations * sd
+
+    return _attack("alie", malicious, sent)
+
+
+def inner_product_manipulation(malicious: Any, *, epsilon: fc.Scalar = 0.1) -> Part:
+    """All malicious clients send -epsilon times the mean of the honest uploads.
+
+    Against the mean the sign of the result flips exactly when epsilon > (n - f) / f.
+
+    Args:
+      malicious: bool[num_clients].
+      epsilon: 0.1 is small, 10 is large.
+
+    Paper: Xie, Koyejo, Gupta, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation", 2019.
+    """
+    return _attack("inner_product_manipulation", malicious, lambda own, mean, sd, n, f: -epsilon * mean)
+
+
+def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
+    """`sent(own, mean, sd, n, f)` in the place of the uploads of malicious clients, for each leaf.
+
+    own [C, ...] are all uploads, mean and sd [...] those of the honest ones (with n - f - 1), n counts participants and
+    f the malicious ones among them; what is returned is [...] or [C, ...].
+    """
+    nobody = fc.checks.is_concrete(malicious) and not np.any(malicious)
+
+    def around(state: Any, asked: Pass, key: fc.Key) -> Any:
+        if nobody:  # uploads need not be stacked
+            return asked.run(), (), jnp.int32(0)
+        bad = asked.cohort.per_client("malicious", jnp.asarray(malicious, bool)) & asked.cohort.mask
+        honest = asked.cohort.mask & ~bad
+
+        def change(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
+            count = jnp.sum(honest)
+
+            def attacked(leaf: fc.Array) -> fc.Array:
+                rows = [-1, *[1] * (leaf.ndim - 1)]
+                mask = honest.reshape(rows)
+                wide = fc.sums.widen(leaf)
+                mean = fc.sums.total(jnp.where(mask, wide, 0)) / jnp.maximum(count, 1)
+                squares = fc.sums.total(jnp.where(mask, jnp.square(wide - mean), 0))
+                sd = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+                other = sent(wide, mean, sd, jnp.sum(asked.cohort.mask), jnp.sum(bad))
+                return jnp.where(bad.reshape(rows), other.astype(leaf.dtype), leaf)
+
+            return jax.tree.map(attacked, uploads)
+
+        return asked.changed(change).run(), (), jnp.sum(bad, dtype=jnp.int32)
+
+    return Part(around, name=name)

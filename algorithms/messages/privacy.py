@@ -1,0 +1,70 @@
+"""Privacy of clients: what a single client can change, and noise that hides it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import fedjax_core as fc
+from fedjax_core import messages
+from fedjax_core.messages import Part, Pass
+
+
+class PrivacyInfo(NamedTuple):
+    """What was clipped.
+
+    Attributes:
+      clipped: float[], share of the participants whose upload was longer than the clip.
+    """
+
+    clipped: fc.Array
+
+
+def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: fc.Scalar) -> Part:
+    """DP-FedAvg: clipped uploads, their sum with Gaussian noise, over a number of clients that is fixed beforehand.
+
+    u_i <- u_i min(1, S / ||u_i||);  result = (sum_i u_i + N(0, z^2 S^2 I)) / (q N)
+
+    Sampled by independent coin flips of rate q (`samplers.bernoulli`), a client changes the sum by at most S, whatever
+    the others do; a round without anybody is noise alone. Weights of clients do not count.
+
+    Args:
+      clip: S, the longest upload, Euclidean norm of all leaves together.
+      noise_multiplier: z.
+      expected: q N, participants to be expected.
+
+    Paper: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", 2018.
+    """
+    for name, value in (("clip", clip), ("expected", expected)):
+        fc.checks.scalar(name, value, low=0, low_open=True, finite=name != "clip")
+    fc.checks.scalar("noise_multiplier", noise_multiplier, low=0)
+    # Nothing is added where it is known that there is none: the clip may be infinite then.
+    has_noise = not fc.checks.is_concrete(noise_multiplier) or noise_multiplier > 0
+
+    def around(state: Any, asked: Pass, key: fc.Key) -> Any:
+        def clipped(upload: fc.PyTree, row: Any, key: Any) -> Any:
+            norm = fc.sums.norm(upload)
+            factor = jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+            shorter = jax.tree.map(lambda leaf: (factor.astype(leaf.dtype) * leaf).astype(leaf.dtype), upload)
+            return shorter, (norm > clip).astype(norm.dtype)
+
+        def finish(total: fc.PyTree) -> fc.PyTree:
+            noisy = _with_noise(total, noise_multiplier * clip, key) if has_noise else total
+            return jax.tree.map(lambda leaf: leaf / expected, noisy)
+
+        changed, taken = messages.before_sending(asked, clipped)
+        results, too_long = taken(changed.with_sum(finish, "client_level_dp").run())
+        return results, (), PrivacyInfo(fc.mean_over_participants(too_long, asked.cohort))
+
+    return Part(around, name="client_level_dp")
+
+
+def _with_noise(tree: fc.PyTree, deviation: fc.Scalar, key: fc.Key) -> fc.PyTree:
+    """Adds normal noise, which is drawn in float32: the same in both precisions."""
+    leaves, treedef = jax.tree.flatten(tree)
+    noise = (
+        jax.random.normal(k, leaf.shape, jnp.float32).astype(leaf.dtype)
+        for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+    )
+    noisy = [leaf + jnp.asarray(deviation, leaf.dtype) * n for leaf, n in zip(leaves, noise, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)

@@ -1,0 +1,147 @@
+"""Aggregation rules that withstand some malicious clients, in the place of a method's weighted mean."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fedjax_core as fc
+from fedjax_core.messages import Part, Pass
+
+BLOCK = 1024
+"""Columns of the uploads that go into a Gram matrix at a time."""
+
+
+def coordinate_median() -> Part:
+    """Coordinate-wise median of the participants' uploads; of an even number the mean of the two in the middle.
+
+    It needs more honest clients than malicious ones. Weights of clients do not count.
+
+    Paper: Yin, Chen, Kannan, Bartlett, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+    2018.
+    """
+
+    def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
+        n = jnp.sum(weights > 0)
+
+        def one(leaf: fc.Array) -> fc.Array:
+            ordered = _ordered(leaf, weights > 0)
+            low, high = ordered[jnp.maximum((n - 1) // 2, 0)], ordered[jnp.maximum(n // 2, 0)]
+            return jnp.where(n > 0, (low + high) / 2, 0).astype(leaf.dtype)
+
+        return jax.tree.map(one, uploads)
+
+    return _rule("coordinate_median", rule)
+
+
+def trimmed_mean(malicious: int) -> Part:
+    """Coordinate-wise mean without the `malicious` largest and smallest values of each coordinate.
+
+    Rounds with no more than twice as many participants keep the median's one or two values.
+
+    Args:
+      malicious: number b of values dropped at either end.
+
+    Paper: Yin, Chen, Kannan, Bartlett, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+    2018.
+    """
+    _check_count(malicious)
+
+    def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
+        n = jnp.sum(weights > 0)
+        dropped = jnp.minimum(malicious, jnp.maximum(n - 1, 0) // 2)
+
+        def one(leaf: fc.Array) -> fc.Array:
+            ordered = _ordered(leaf, weights > 0)
+            rank = jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+            kept = (rank >= dropped) & (rank < n - dropped)
+            total = fc.sums.total(jnp.where(kept, ordered, 0))
+            return (total / jnp.maximum(n - 2 * dropped, 1)).astype(leaf.dtype)
+
+        return jax.tree.map(one, uploads)
+
+    return _rule("trimmed_mean", rule)
+
+
+def krum(malicious: int, *, selected: int = 1) -> Part:
+    """Krum and Multi-Krum: the mean of the `selected` uploads that are nearest to their neighbours.
+
+    score_i = sum of the n - f - 2 smallest ||x_i - x_j||^2 to others;  the m lowest scores, ties by the lowest slot
+
+    Needs n > 2 f + 2 participants; with fewer the number of neighbours is 1.
+
+    Args:
+      malicious: f.
+      selected: m; 1 is Krum.
+
+    Paper: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries: Byzantine Tolerant Gradient
+    Descent", 2017.
+    """
+    _check_count(malicious)
+    fc.checks.positive_int("selected", selected, "1 is Krum")
+
+    def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
+        taking = weights > 0
+        n = jnp.sum(taking)
+        distances = squared_distances(uploads, taking)
+        others = taking[:, None] & taking[None] & ~jnp.eye(taking.shape[0], dtype=bool)
+        ordered = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+        near = jnp.arange(taking.shape[0]) < jnp.maximum(n - malicious - 2, 1)
+        scores = jnp.where(taking, jnp.sum(jnp.where(near & jnp.isfinite(ordered), ordered, 0), axis=1), jnp.inf)
+        rank = jnp.argsort(jnp.argsort(scores, stable=True), stable=True)
+        chosen = (rank < selected) & taking
+        share = chosen.astype(distances.dtype) / jnp.maximum(jnp.sum(chosen), 1)
+        return fc.sums.cast_like(fc.sums.weighted(share, uploads), jax.tree.map(lambda leaf: leaf[0], uploads))
+
+    return _rule("krum", rule)
+
+
+def squared_distances(uploads: fc.PyTree, taking: fc.Array) -> fc.Array:
+    """float[C, C], ||x_i - x_j||^2 of uploads with leaves [C, ...], from their Gram matrix about the mean.
+
+    Columns go through a loop in blocks: of what is centered no more than a block is held.
+    """
+    count = jnp.maximum(jnp.sum(taking), 1)
+
+    def centered(rows: fc.Array) -> fc.Array:
+        rows = fc.sums.widen(rows)
+        mean = fc.sums.total(jnp.where(taking[:, None], rows, 0)) / count
+        return jnp.where(taking[:, None], rows - mean, 0)
+
+    def product(rows: fc.Array) -> fc.Array:
+        return jnp.matmul(rows, rows.T, precision="highest").astype(gram.dtype)
+
+    gram = jnp.zeros((taking.shape[0],) * 2)
+    for leaf in jax.tree.leaves(uploads):
+        rows = leaf.reshape(leaf.shape[0], -1)
+        blocks, left = divmod(rows.shape[1], BLOCK)
+
+        def add(i: fc.Array, gram: fc.Array, rows: fc.Array = rows) -> fc.Array:
+            return gram + product(centered(jax.lax.dynamic_slice_in_dim(rows, i * BLOCK, BLOCK, axis=1)))
+
+        if blocks:
+            gram = jax.lax.fori_loop(0, blocks, add, gram)
+        if left:
+            gram = gram + product(centered(rows[:, -left:]))
+    squares = jnp.diagonal(gram)
+    return jnp.maximum(squares[:, None] + squares[None] - 2 * gram, 0)
+
+
+def _rule(name: str, rule: Callable[[fc.PyTree, fc.Array], fc.PyTree]) -> Part:
+    def around(state: Any, asked: Pass, key: fc.Key) -> tuple[fc.ClientResults, tuple[()], tuple[()]]:
+        return asked.with_rule(rule, name).run(), (), ()
+
+    return Part(around, name=name)
+
+
+def _ordered(leaf: fc.Array, taking: fc.Array) -> fc.Array:
+    """Sorted over the slots, those that take no part at the end."""
+    wide = fc.sums.widen(leaf)
+    mask = taking.reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.sort(jnp.where(mask, wide, jnp.inf), axis=0)
+
+
+def _check_count(malicious: int) -> None:
+    if isinstance(malicious, bool) or not isinstance(malicious, int) or malicious < 0:
+        raise ValueError(f"malicious must be an integer of at least 0, got {malicious!r}: count the malicious clients")

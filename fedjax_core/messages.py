@@ -1,0 +1,385 @@
+"""What stands between clients and server, around any method: codecs, privacy, attacks, rules, observers, clocks.
+
+    algorithm = with_part(fedavg, top_k(0.01), like=population)
+
+A method's round makes passes over its clients (`for_each_client`). A cohort may carry a route, and then each pass
+goes through it. A `Part` says what happens to a pass on its way: what the clients upload, how it is decoded and
+aggregated, what is added to the result. It may keep state, on the server or a row for every client, and each pass of
+the method's round that uploads something has its own.
+
+Parts nest. The one that was put around the method first is nearest to the clients: with_part(with_part(method, clip),
+codec) clips what is then encoded. On the server messages are decoded in the other order; then what parts make of all
+decoded uploads at once (attacks) is made, in the order of the parts, and then they are aggregated.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as extend
+import jax.numpy as jnp
+
+from fedjax_core import checks, keys, sums
+from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
+from fedjax_core.algorithm import Algorithm
+from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of
+from fedjax_core.population import Cohort, Population
+from fedjax_core.staging import HostPopulation
+from fedjax_core.types import Array, Key, Metrics, Params, PyTree
+
+
+class Pass(NamedTuple):
+    """A pass over the clients of a cohort, as a method asks for it: the arguments of `for_each_client`.
+
+    Attributes:
+      program: what each client does.
+      shared: what is sent to every participant.
+      client_inputs: leaves [C, ...], or ().
+      cohort: the clients; its route is what is left of the way to the server.
+      key: the round's key.
+      options: `work`, `weights`, `plan`.
+      aggregator: what becomes of the uploads, once they are decoded.
+      decode: `decode(message) -> upload`, on the server.
+      change: `change(uploads, weights) -> uploads` of all decoded uploads at once, leaves [C, ...], before they are
+        aggregated.
+    """
+
+    program: ClientProgram
+    shared: PyTree
+    client_inputs: PyTree
+    cohort: Cohort
+    key: Key
+    options: dict[str, Any]
+    aggregator: Aggregator | Stacked
+    decode: Callable[[PyTree], PyTree] | None = None
+    change: Callable[[PyTree, Array], PyTree] | None = None
+
+    def run(self) -> ClientResults:
+        """Goes on, to the next part or to the clients."""
+        if self.cohort.route is not None:
+            routed: ClientResults = self.cohort.route(self)
+            return routed
+        return for_each_client(
+            self.program,
+            self.shared,
+            self.cohort,
+            self.key,
+            self.client_inputs,
+            aggregator=self._whole_aggregator(),
+            **self.options,
+        )
+
+    def upload(self) -> PyTree:
+        """Shapes and dtypes of what a client sends."""
+        return upload_of(self.program, self.shared, self.client_inputs, self.key)
+
+    def decoded(self, decode: Callable[[PyTree], PyTree]) -> "Pass":
+        """The pass whose messages are decoded by this function, and then as before."""
+        before = self.decode
+        return self._replace(decode=decode if before is None else lambda message: before(decode(message)))
+
+    def changed(self, change: Callable[[PyTree, Array], PyTree]) -> "Pass":
+        """The pass of whose decoded uploads, all at once, others are made after what has been made of them before.
+
+        Args:
+          change: `change(uploads, weights) -> uploads`, leaves [C, ...], zeros in slots that take no part.
+        """
+        before = self.change
+        if before is None:
+            return self._replace(change=change)
+        return self._replace(change=lambda uploads, weights: change(before(uploads, weights), weights))
+
+    def with_rule(self, rule: Callable[[PyTree, Array], PyTree], name: str) -> "Pass":
+        """The pass whose weighted mean over the clients is another rule, `rule(uploads, weights) -> result`.
+
+        Raises:
+          TypeError: if the method does not take a weighted mean of what its clients send.
+        """
+        mean_of = self._mean_of(name)
+        return self._replace(aggregator=Stacked(lambda uploads, weights: rule(jax.vmap(mean_of)(uploads), weights)))
+
+    def with_sum(self, finish: Callable[[PyTree], PyTree], name: str) -> "Pass":
+        """The pass whose weighted mean becomes `finish(total)` of the sum, in which every participant counts once.
+
+        The sum is in the dtypes that sums are taken in, the result in those of the uploads, and no more than the sum is
+        ever held.
+
+        Raises:
+          TypeError: if the method does not take a weighted mean of what its clients send.
+        """
+        mean_of, sum_of = self._mean_of(name), weighted_sum(finish)
+        aggregator = Aggregator(lambda upload, weight: sum_of.lift(mean_of(upload), weight), sum_of.finish)
+        return self._replace(aggregator=aggregator, options=self.options | {"weights": "uniform"})
+
+    def _mean_of(self, name: str) -> Callable[[PyTree], PyTree]:
+        if not isinstance(self.aggregator, Aggregator) or self.aggregator.mean_of is None:
+            raise TypeError(
+                f"{name} takes the place of a weighted mean, and this method aggregates its uploads in another way: "
+                "take a method that averages"
+            )
+        return self.aggregator.mean_of
+
+    def _whole_aggregator(self) -> Aggregator | Stacked:
+        """The aggregation of what is sent: decoded, changed, aggregated."""
+        decode, change, inner, mask = self.decode, self.change, self.aggregator, self.cohort.mask
+        if change is None and isinstance(inner, Aggregator):
+            return inner if decode is None else mapped(decode, inner)
+
+        def finish(sent: PyTree, weights: Array) -> PyTree:
+            uploads = sent if decode is None else jax.vmap(decode)(sent)
+            uploads = uploads if change is None else change(uploads, weights)
+            if isinstance(inner, Stacked):
+                return inner.finish(uploads, weights)
+
+            def total(leaf: Array) -> Array:
+                taking = mask.reshape(-1, *[1] * (leaf.ndim - 1))
+                return sums.in_order(jnp.where(taking, leaf, 0))  # the same to the bit where nothing was changed
+
+            return inner.finish(jax.tree.map(total, jax.vmap(inner.lift)(uploads, weights)))
+
+        return Stacked(finish)
+
+
+class Message(NamedTuple):
+    """What a client sends, where its size is not that of its arrays: sparse, packed or quantised.
+
+    Attributes:
+      payload: any pytree of arrays.
+      bytes: its true size.
+    """
+
+    payload: PyTree
+    bytes: Any
+
+
+Around = Callable[[Any, Pass, Key], tuple[ClientResults, Any, Any]]
+
+
+class Part(NamedTuple):
+    """What happens to the passes of a method on their way to the server and back.
+
+    Attributes:
+      around: `around(state, pass, key) -> (results, state, info)`: sends the pass on with `pass.run()`, changed as it
+        may be. info is a pytree of arrays that the metrics show.
+      init: `init(upload, num_clients) -> state` of one pass, from the shapes of what a client uploads; a
+        `ClientTable` in it has a row for every client. No state unless given.
+      name: in errors and metrics.
+    """
+
+    around: Around
+    init: Callable[[PyTree, int], Any] = lambda upload, num_clients: ()
+    name: str = "part"
+
+
+class PartState(NamedTuple):
+    """The state of a method with a part around it.
+
+    Attributes:
+      method: the state of the method.
+      passes: of each of its passes that upload something, the state of the part.
+    """
+
+    method: Any
+    passes: tuple[Any, ...]
+
+    @property
+    def round(self) -> Array:
+        """int32[], number of rounds done, which the method counts."""
+        counted: Array = self.method.round
+        return counted
+
+
+class PartMetrics(NamedTuple):
+    """The own metrics of a method with a part around it.
+
+    Attributes:
+      method: those of the method.
+      passes: of each of its passes that upload something, what the part tells.
+    """
+
+    method: Any
+    passes: tuple[Any, ...]
+
+
+def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopulation) -> Algorithm:
+    """The method with a part between its clients and its server.
+
+    Args:
+      algorithm: any method; its round must not have been compiled by itself, see below.
+      part: what happens to the passes of its rounds.
+      like: the population, or one with as many clients and examples of the same shapes.
+
+    Its state is a `PartState`, its own metrics are `PartMetrics`. Events of a method beside its rounds (`end_task`,
+    `explore`) go past the part.
+
+    Raises (the functions that are returned):
+      TypeError: if the round that is wrapped has been given to `jax.jit` before, for the part could not take part in
+        what is compiled already. Wrap first: jax.jit(with_part(...).round).
+    """
+    checks.function("part.around", part.around, "Part(around)")
+
+    def init(params: Params) -> PartState:
+        state = algorithm.init(params)
+        uploads = _uploads(algorithm, state, like, part.name)
+        passes = tuple(part.init(upload, like.num_clients) for upload in uploads)
+        return PartState(state, passes)
+
+    def round(state: PartState, cohort: Cohort, key: Key) -> tuple[PartState, Metrics]:
+        route = _Route(part, state.passes, key)
+        new, metrics = algorithm.round(state.method, through(cohort, route), key)
+        states, infos = route.end()
+        metrics = metrics._replace(extra=PartMetrics(metrics.extra, infos))
+        return PartState(new, states), metrics
+
+    def event(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda state, cohort, key: state._replace(method=run(state.method, cohort, key))
+
+    # Events of a method beside its rounds go past the part.
+    events = {name: event(getattr(algorithm, name)) for name in algorithm._fields[len(Algorithm._fields) :]}
+    return algorithm._replace(
+        init=init,
+        round=round,
+        params=lambda state: algorithm.params(state.method),
+        client_params=lambda state, ids: algorithm.client_params(state.method, ids),
+        **events,
+    )
+
+
+def through(cohort: Cohort, route: Callable[[Pass], ClientResults]) -> Cohort:
+    """The cohort whose passes go through `route(pass) -> ClientResults`, and then on to where they went before."""
+    before = cohort.route
+
+    def way(asked: Pass) -> ClientResults:
+        return route(asked._replace(cohort=replace(asked.cohort, route=before)))
+
+    return replace(cohort, route=way)
+
+
+class _Route:
+    """One part's way of the passes of one round, while the round is traced."""
+
+    def __init__(self, part: Part, states: tuple[Any, ...], key: Key) -> None:
+        self._part, self._states, self._key = part, states, key
+        self._new: list[Any] = []
+        self._infos: list[Any] = []
+        self._trace = _trace()
+
+    def __call__(self, asked: Pass) -> ClientResults:
+        if self._trace is None or self._trace != _trace():
+            raise TypeError(_COMPILED.format(self._part.name))
+        if not jax.tree.leaves(asked.upload()):
+            return asked.run()
+        number = len(self._new)
+        if number >= len(self._states):
+            raise ValueError(
+                f"the round makes more passes than the {len(self._states)} that {self._part.name} has a state for: "
+                "begin with init of the wrapped method"
+            )
+        key = jax.random.fold_in(keys.one(self._key), _TAG + number)
+        results, state, info = self._part.around(self._states[number], asked, key)
+        self._new.append(state)
+        self._infos.append(info)
+        return results
+
+    def end(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The states after the round, and what the part tells."""
+        if len(self._new) != len(self._states):
+            raise ValueError(
+                f"{len(self._new)} passes of the round went through {self._part.name}, which has a state for "
+                f"{len(self._states)}: begin with init of the wrapped method"
+            )
+        self._trace = None  # whoever keeps the cohort cannot send anything through it any more
+        return tuple(self._new), tuple(self._infos)
+
+
+_COMPILED = (
+    "the round that {} is put around was compiled (or is looped over) by itself: wrap the method first and compile "
+    "then, jax.jit(with_part(algorithm, part, like=population).round)"
+)
+_TAG = 2**30
+"""Apart from what clients and methods fold into the key of a round."""
+
+
+def _trace() -> Any:
+    """What tells one trace from another, and from no trace."""
+    return extend.get_opaque_trace_state(convention="flax")
+
+
+def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation, name: str) -> list[PyTree]:
+    """What a client uploads in each pass of a round that uploads something, as shapes and dtypes."""
+    found: list[PyTree] = []
+
+    begun: list[Any] = []
+
+    def record(asked: Pass) -> ClientResults:
+        if _trace() != begun[0]:
+            raise TypeError(_COMPILED.format(name))
+        upload = asked.upload()
+        if jax.tree.leaves(upload):
+            found.append(upload)
+        return asked.run()
+
+    def round(state: Any, population: Population, key: Key) -> Any:
+        begun.append(_trace())
+        return algorithm.round(state, through(population.cohort(jnp.arange(1)), record), key)
+
+    # Of the examples one row is enough to know their shapes.
+    examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), _dtype(leaf)), like.examples)
+    population = Population(examples, jax.ShapeDtypeStruct((like.num_clients + 1,), jnp.int32))  # type: ignore[arg-type]
+    with replaced(None):  # a plain loop could not be traced
+        jax.eval_shape(round, state, population, jax.random.key(0))
+    return found
+
+
+def _dtype(leaf: Any) -> Any:
+    """The dtype that an array of the host has on a device."""
+    return jax.dtypes.canonicalize_dtype(leaf.dtype)
+
+
+# What parts are made of.
+
+
+def before_sending(
+    asked: Pass,
+    change: Callable[[PyTree, PyTree, Key], tuple[PyTree, PyTree]],
+    rows: PyTree = (),
+    key: Key | None = None,
+) -> tuple[Pass, Callable[[ClientResults], tuple[ClientResults, PyTree]]]:
+    """The pass whose clients change their upload before they send it, each with a row of its own.
+
+    Args:
+      asked: the pass.
+      change: `change(upload, row, key) -> (upload, row)`, of one client.
+      rows: leaves [C, ...], of the clients of the cohort.
+      key: randomness of the change; a client's is `fold_in(key, client_id)`.
+
+    Returns:
+      The pass, and `taken(results) -> (results, rows)`, which takes the new rows out of its results.
+    """
+    program = asked.program
+    client_keys = keys.derive(key, jnp.maximum(asked.cohort.ids, 0)) if key is not None else ()
+
+    def init(shared: PyTree, inputs: PyTree, client_key: Key) -> PyTree:
+        own, row, change_key = inputs
+        return program.init(shared, own, client_key), row, change_key
+
+    def step(shared: PyTree, carry: PyTree, batch: Any) -> Any:
+        own, *rest = carry
+        own, loss = program.step(shared, own, batch)
+        return (own, *rest), loss
+
+    def final(shared: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
+        own, row, change_key = carry
+        upload, output = program.final(shared, own)
+        upload, row = change(upload, row, change_key)
+        return upload, (output, row)
+
+    def taken(results: ClientResults) -> tuple[ClientResults, PyTree]:
+        outputs, new = results.outputs
+        return results._replace(outputs=outputs), new
+
+    changed = asked._replace(
+        program=ClientProgram(init, step, final), client_inputs=(asked.client_inputs, rows, client_keys)
+    )
+    return changed, taken

@@ -1,0 +1,215 @@
+"""Robust rules against plain NumPy, and what malicious clients can do with each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import algorithms
+from algorithms import messages as parts
+from algorithms.messages import rules
+from fedjax_core import Population, global_algorithm, local_training
+from fedjax_core.algorithm import ModelState
+from fedjax_core.clients import ClientProgram, round_metrics
+from fedjax_core.messages import with_part
+
+N = 9
+UPLOADS = np.random.default_rng(3).normal(size=(N, 4))
+
+
+def reporting():
+    """A method whose clients send their one example, and whose model is the average of what they send."""
+    work = local_training(batch_size=1, num_steps=1)
+    program = ClientProgram(
+        init=lambda shared, own, key: {"a": jnp.zeros(3), "b": jnp.zeros(1)},
+        step=lambda shared, carry, batch: (
+            {"a": batch.examples["x"][0, :3], "b": batch.examples["x"][0, 3:]},
+            jnp.zeros(()),
+        ),
+        final=lambda shared, carry: (carry, ()),
+    )
+
+    def round(state, cohort, key):
+        results = work.run(program, (), cohort, key)
+        metrics = round_metrics(results, cohort, state.params, results.aggregate)
+        return ModelState(results.aggregate, state.round + 1), metrics
+
+    return global_algorithm(lambda params: ModelState(params, jnp.int32(0)), round)
+
+
+def result(part, uploads=UPLOADS, ids=None):
+    uploads = np.asarray(uploads, np.float64)
+    population = Population.from_sizes({"x": uploads}, [1] * len(uploads))
+    algorithm = with_part(reporting(), part, like=population)
+    state = algorithm.init({"a": jnp.zeros(3), "b": jnp.zeros(1)})
+    ids = range(len(uploads)) if ids is None else ids
+    state, _ = jax.jit(algorithm.round)(state, population.cohort(list(ids)), jax.random.key(0))
+    params = algorithm.params(state)
+    return np.concatenate([params["a"], params["b"]])
+
+
+def krum_scores(x, f):
+    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
+    return np.array([np.sort(np.delete(row, i))[: len(x) - f - 2].sum() for i, row in enumerate(distances)])
+
+
+def test_the_median():
+    np.testing.assert_allclose(result(parts.coordinate_median()), np.median(UPLOADS, axis=0), rtol=1e-12)
+    even = UPLOADS[:6]
+    np.testing.assert_allclose(result(parts.coordinate_median(), even), np.median(even, axis=0), rtol=1e-12)
+    some = [4, -1, 2, 7, -1]
+    expected = np.median(UPLOADS[[4, 2, 7]], axis=0)
+    np.testing.assert_allclose(result(parts.coordinate_median(), ids=some), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("b", [0, 1, 4])
+def test_the_trimmed_mean(b):
+    expected = np.sort(UPLOADS, axis=0)[b : N - b].mean(axis=0)
+    np.testing.assert_allclose(result(parts.trimmed_mean(b)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("f", [0, 2])
+def test_krum_returns_an_upload_and_multi_krum_the_mean_of_some(f):
+    scores = krum_scores(UPLOADS, f)
+    np.testing.assert_array_equal(result(parts.krum(f)), UPLOADS[np.argmin(scores)])
+    several = UPLOADS[np.argsort(scores, kind="stable")[:4]].mean(axis=0)
+    np.testing.assert_allclose(result(parts.krum(f, selected=4)), several, rtol=1e-12)
+    np.testing.assert_allclose(result(parts.krum(0, selected=N)), UPLOADS.mean(axis=0), rtol=1e-12)
+
+
+def test_distances_do_not_suffer_from_a_common_offset():
+    shifted = jnp.asarray(UPLOADS + 1e6)
+    expected = ((UPLOADS[:, None] - UPLOADS[None]) ** 2).sum(-1)
+    found = rules.squared_distances({"a": shifted}, jnp.ones(N, bool))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+
+
+RULES = {"median": parts.coordinate_median(), "trimmed": parts.trimmed_mean(2), "krum": parts.krum(2)}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_permutation_translation_scaling_and_equal_uploads(name):
+    rule, whole = RULES[name], result(RULES[name])
+    order = np.random.default_rng(1).permutation(N)
+    np.testing.assert_allclose(result(rule, UPLOADS[order]), whole, rtol=1e-12)
+    np.testing.assert_allclose(result(rule, UPLOADS + 5), whole + 5, rtol=1e-9)
+    np.testing.assert_allclose(result(rule, 3 * UPLOADS), 3 * whole, rtol=1e-9)
+    np.testing.assert_allclose(result(rule, np.tile(UPLOADS[:1], (N, 1))), UPLOADS[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed"])
+def test_malicious_clients_cannot_leave_the_range_of_the_honest(name):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        uploads = rng.normal(size=(N, 4))
+        uploads[:2] = rng.normal(size=(2, 4)) * 10.0 ** rng.integers(-3, 6)
+        found = result(RULES[name], uploads)
+        assert (found >= uploads[2:].min(axis=0) - 1e-12).all()
+        assert (found <= uploads[2:].max(axis=0) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_round_without_participants_gives_zeros(name):
+    np.testing.assert_array_equal(result(RULES[name], ids=[-1, -1]), np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: parts.krum(-1), "malicious must be an integer of at least 0, got -1"),
+        (lambda: parts.trimmed_mean(1.5), "malicious must be an integer"),
+        (lambda: parts.krum(1, selected=0), "selected must be an integer of at least 1"),
+    ],
+)
+def test_mistakes_are_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_attacks_are_what_their_cards_say():
+    bad = np.isin(np.arange(N), [0, 3])
+    honest, own = UPLOADS[~bad], UPLOADS[bad]
+    mean = lambda sent: np.concatenate([honest, sent]).mean(axis=0)  # noqa: E731
+    np.testing.assert_allclose(result(parts.sign_flip(bad, factor=2.0)), mean(-2 * own), rtol=1e-12)
+    mu, sd = honest.mean(axis=0), honest.std(axis=0, ddof=1)
+    np.testing.assert_allclose(result(parts.alie(bad, z=0.7)), mean(np.tile(mu - 0.7 * sd, (2, 1))), rtol=1e-10)
+    np.testing.assert_allclose(
+        result(parts.inner_product_manipulation(bad, epsilon=3.0)), mean(np.tile(-3 * mu, (2, 1))), rtol=1e-12
+    )
+    flips = (N - 2) / 2  # the sign of the mean turns exactly beyond it
+    for epsilon, sign in ((flips - 0.01, 1), (flips + 0.01, -1)):
+        found = result(parts.inner_product_manipulation(bad, epsilon=epsilon))
+        np.testing.assert_array_equal(np.sign(found), sign * np.sign(mu))
+
+
+@pytest.mark.parametrize(("n", "f", "z"), [(50, 10, 0.2533), (50, 12, 0.336)])
+def test_the_z_of_alie(n, f, z):
+    uploads = np.random.default_rng(0).normal(size=(n, 4))
+    bad = np.arange(n) < f
+    honest = uploads[~bad]
+    sent = honest.mean(axis=0) - z * honest.std(axis=0, ddof=1)
+    expected = (honest.sum(axis=0) + f * sent) / n
+    np.testing.assert_allclose(result(parts.alie(bad), uploads), expected, atol=1e-4)
+
+
+def test_client_level_privacy():
+    clip, expected = 1.5, 6.0
+    norms = np.linalg.norm(UPLOADS, axis=1, keepdims=True)
+    clipped = UPLOADS * np.minimum(1, clip / norms)
+    np.testing.assert_allclose(
+        result(parts.client_level_dp(clip, 0.0, expected=expected)), clipped.sum(axis=0) / expected, rtol=1e-12
+    )
+    without = result(parts.client_level_dp(clip, 0.0, expected=expected), ids=range(1, N))
+    whole = clipped.sum(axis=0) / expected
+    assert np.linalg.norm(whole - without) * expected <= clip * (1 + 1e-12), "the sensitivity of the sum"
+    np.testing.assert_allclose(
+        result(parts.client_level_dp(1e9, 0.0, expected=float(N))), UPLOADS.mean(axis=0), rtol=1e-12
+    )
+
+
+def test_the_noise_has_the_deviation_that_was_asked_for():
+    population = Population.from_sizes({"x": np.zeros((4, 4))}, [1] * 4)
+    algorithm = with_part(reporting(), parts.client_level_dp(2.0, 0.5, expected=4.0), like=population)
+    state = algorithm.init({"a": jnp.zeros(3), "b": jnp.zeros(1)})
+    cohort = population.cohort([0, 1, 2, 3])
+    many = jax.vmap(lambda key: algorithm.params(algorithm.round(state, cohort, key)[0]))
+    found = many(jax.random.split(jax.random.key(1), 5000))
+    values = np.concatenate([np.ravel(found["a"]), np.ravel(found["b"])])
+    assert abs(values.std() - 0.5 * 2.0 / 4.0) < 0.005
+    assert abs(values.mean()) < 0.01
+    assert optax.tree.norm(found) > 0
+
+
+def test_distances_are_the_same_in_blocks_of_columns(monkeypatch):
+    monkeypatch.setattr(rules, "BLOCK", 3)
+    taking = jnp.arange(N) != 2
+    uploads = {"a": UPLOADS.reshape(N, 2, 2), "b": UPLOADS[:, :3], "c": UPLOADS[:, 0]}
+    flat = np.concatenate([leaf.reshape(N, -1) for leaf in uploads.values()], axis=1)[np.asarray(taking)]
+    expected = ((flat[:, None] - flat[None]) ** 2).sum(-1)
+    found = rules.squared_distances(jax.tree.map(jnp.asarray, uploads), taking)
+    np.testing.assert_allclose(found[taking][:, taking], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_holds_the_uploads_and_little_more(name):
+    """The uploads of C clients, and what FedAvg itself holds: one model after another in training."""
+    clients, params = 20, [jnp.zeros((64, 64), jnp.float32)] * 6
+    population = Population.from_sizes({"x": np.ones((clients, 64), np.float32)}, [1] * clients)
+    cohort, size = population.cohort(np.arange(clients)), sum(leaf.nbytes for leaf in params)
+
+    def loss_fn(params, batch, key):
+        y = batch["x"]
+        for w in params:
+            y = jnp.tanh(y @ w)
+        return jnp.sum(jnp.square(y), axis=1)
+
+    def models_held(algorithm):
+        lowered = jax.jit(algorithm.round).lower(algorithm.init(params), cohort, jax.random.key(0))
+        return lowered.compile().memory_analysis().temp_size_in_bytes / size
+
+    with jax.enable_x64(False):
+        fedavg = algorithms.fedavg(loss_fn, optax.sgd(0.1), batch_size=1)
+        plain, robust = models_held(fedavg), models_held(with_part(fedavg, RULES[name], like=population))
+    assert plain < 8
+    assert robust < plain + clients + 1
