@@ -1,7 +1,7 @@
 """Flax models as pure functions, with their losses and metrics; nothing here knows a client or a round."""
 
-from models import capture, convolution, heads, initialization, losses, metrics
-from models._common import Model, num_parameters
+from models import attention, capture, convolution, groups, heads, initialization, losses, metrics
+from models._common import Model, Tokens, map_inputs, num_parameters
 from models.cnn import cnn
 from models.dense import logistic_regression, mlp
 from models.lstm import char_lstm
@@ -10,14 +10,18 @@ from models.transformer import transformer
 
 __all__ = [
     "Model",
+    "Tokens",
+    "attention",
     "capture",
     "char_lstm",
     "cnn",
     "convolution",
+    "groups",
     "heads",
     "initialization",
     "logistic_regression",
     "losses",
+    "map_inputs",
     "metrics",
     "mlp",
     "num_parameters",

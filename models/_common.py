@@ -10,10 +10,26 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core import Array, Key, Params, checks
+from models import groups
 
 # Layers take this as their `param_dtype`: the Python type, unlike flax's own default of jnp.float32, follows
 # jax_enable_x64, so the same model is float64 in a golden-trace test and float32 in a run.
 PARAM_DTYPE = float
+
+
+Stage = int | str | None
+"""A stage by its number or its name; None for the end."""
+
+
+def _no_stages(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("this model has no stages, so it runs only as a whole: use apply, or a model of this package")
+
+
+def _no_groups(kind: str) -> tuple[str, ...]:
+    raise ValueError(
+        f"this model does not know which of its parameters are {kind!r}: choose them by path with "
+        "fedjax_core.partition, or ask models.groups.module_paths about a flax module"
+    )
 
 
 class Model(NamedTuple):
@@ -28,11 +44,35 @@ class Model(NamedTuple):
         None means evaluation, which is deterministic.
       features: `features(params, x, key=None) -> representation [B, d]` ([B, T, d] for sequence models), what
         the head is applied to.
+      stages: names of the model's stages in order, the last of them "head"; none for a model that runs only as a whole.
+      run: `run(params, x, start=None, stop=None, key=None)`: from stage `start` to before stage `stop`, names or
+        numbers as in a slice. `run(params, x)` is `apply`, `run(params, x, 0, "head")` is `features`, and a model cut
+        at any stage gives the same bits, with the same key on both sides: `run(params, run(params, x, 0, k), k)`. What
+        stands between two stages is an array [B, ...] or, inside a transformer, `Tokens`. Only the parameters of the
+        stages that run are read. ValueError for an unknown stage, or a `stop` before `start`.
+      paths: `paths(kind) -> paths of parameters`, by the type of the module they belong to, for
+        `fedjax_core.partition`: "attention", "bias", "convolution", "dense", "embedding", "head", "norm" or "recurrent"
+        (`models.groups`). ValueError if the model has none of that kind.
     """
 
     init: Callable[[Key], Params]
     apply: Callable[..., Array]
     features: Callable[..., Array]
+    stages: tuple[str, ...] = ()
+    run: Callable[..., Any] = _no_stages
+    paths: Callable[[str], tuple[str, ...]] = _no_groups
+
+
+class Tokens(NamedTuple):
+    """What stands between the stages of a transformer.
+
+    Attributes:
+      values: float[B, T, d].
+      mask: bool[B, T], False where there is padding, which no token attends to; None without padding.
+    """
+
+    values: Array
+    mask: Array | None = None
 
 
 def num_parameters(params: Params) -> int:
@@ -47,30 +87,94 @@ def _init(module: nn.Module, shape: tuple[int, ...], dtype: type, key: Key) -> P
     return module.init(key, jnp.zeros(shape, dtype))["params"]
 
 
-def build(module: nn.Module, shape: tuple[int, ...], dtype: type, check: Callable[[Any], None]) -> Model:
-    """Wrap a flax module as a `Model`.
+class Staged(nn.Module):
+    """A flax module that is a chain of stages."""
 
-    The module has a method `features(x, train)`, a submodule `head`, and `__call__(x, train)` that composes
-    them. `shape` and `dtype` are of a batch it can be initialized on; `check` raises ValueError on an
-    unusable `x`.
+    def stages(self) -> dict[str, Callable[[Any, bool], Any]]:
+        """Name -> `stage(x, train)`, in order; the last is "head". A submodule is used in one stage only.
+
+        Dropout draws by the path of its module and the number of calls before, hence the same wherever the chain is
+        cut. Parameters are made by submodules, so that the names are known without any.
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        for stage in self.stages().values():
+            x = stage(x, train)
+        return x
+
+
+def plain(layer: Callable[[Any], Any]) -> Callable[[Any, bool], Any]:
+    """A layer that does the same in training as a stage."""
+    return lambda x, train: layer(x)
+
+
+def build(module: Staged, shape: tuple[int, ...], dtype: type, check: Callable[[Any], None]) -> Model:
+    """Wrap a `Staged` module as a `Model`.
+
+    `shape` and `dtype` are of a batch it can be initialized on; `check` raises ValueError on an unusable `x`.
     """
+    names: Any = module.apply({}, method=lambda bound: tuple(bound.stages()))
 
     def init(key: Key) -> Params:
         return _init(module, shape, dtype, key)
 
-    def run(method: str | None, params: Params, x: Array, key: Key | None) -> Array:
-        check(x)
+    def run(params: Params, x: Any, start: Stage = None, stop: Stage = None, key: Key | None = None) -> Any:
+        first, last = span(names, start, stop)
+        if first == 0:
+            check(x)
+
+        def chain(bound: Staged, x: Any) -> Any:
+            for stage in list(bound.stages().values())[first:last]:
+                x = stage(x, key is not None)
+            return x
+
         rngs = None if key is None else {"dropout": key}
-        outputs: Any = module.apply({"params": params}, x, key is not None, rngs=rngs, method=method)
-        return outputs
+        return module.apply({"params": params}, x, rngs=rngs, method=chain)
 
-    def apply(params: Params, x: Array, key: Key | None = None) -> Array:
-        return run(None, params, x, key)
+    def apply(params: Params, x: Any, key: Key | None = None) -> Array:
+        return run(params, x, key=key)
 
-    def features(params: Params, x: Array, key: Key | None = None) -> Array:
-        return run("features", params, x, key)
+    def features(params: Params, x: Any, key: Key | None = None) -> Array:
+        return run(params, x, stop="head", key=key)
 
-    return Model(init, apply, features)
+    example = jax.ShapeDtypeStruct(shape, jnp.result_type(dtype))
+    return Model(init, apply, features, names, run, groups.paths_of(module, example))
+
+
+def span(stages: tuple[str, ...], start: Stage, stop: Stage) -> tuple[int, int]:
+    """The numbers of the first stage that runs and of the first that does not any more."""
+    number = {name: i for i, name in enumerate(stages)}
+
+    def index(argument: str, stage: Stage, default: int) -> int:
+        if stage is None:
+            return default
+        if isinstance(stage, str) and stage in number:
+            return number[stage]
+        if isinstance(stage, int) and not isinstance(stage, bool) and -len(stages) <= stage <= len(stages):
+            return stage + len(stages) if stage < 0 else stage
+        raise ValueError(
+            f"{argument} must be a stage, {', '.join(stages)}, or a number up to {len(stages)}, got {stage!r}: pick one"
+        )
+
+    first, last = index("start", start, 0), index("stop", stop, len(stages))
+    if first > last:
+        raise ValueError(f"stop={stop!r} comes before start={start!r}: the stages run in the order {', '.join(stages)}")
+    return first, last
+
+
+def map_inputs(model: Model, function: Callable[[Any], Any]) -> Model:
+    """The model of `x`, from one of `function(x)`; cut at a stage, the function belongs to the first part."""
+
+    def run(params: Params, x: Any, start: Stage = None, stop: Stage = None, key: Key | None = None) -> Any:
+        first, last = span(model.stages, start, stop) if model.stages else (0, 1)
+        return model.run(params, function(x) if first == 0 < last else x, start, stop, key)
+
+    return model._replace(
+        apply=lambda params, x, key=None: model.apply(params, function(x), key),
+        features=lambda params, x, key=None: model.features(params, function(x), key),
+        run=run,
+    )
 
 
 def check_positive(name: str, value: object) -> int:

@@ -1,4 +1,6 @@
-"""What goes into the layers of a flax model, as matrices with one row for every use of a layer's weight.
+"""What goes through a model: the outputs of its stages, and the inputs of its layers.
+
+The inputs of a flax model's layers come as matrices with one row for every use of a layer's weight.
 
 A layer computes `rows @ kernel.reshape(width, -1)` and no more of the data meets its weight. The rows of a dense layer
 are its inputs, one per example and position, those of a convolution the patches under its kernel, one per example and
@@ -10,7 +12,7 @@ itself.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +20,37 @@ import jax
 import jax.numpy as jnp
 from flax.core import tracers
 
-from fedjax_core import Array, Params
+from fedjax_core import Array, Key, Params
+from models._common import Model, span
+
+
+def stage_outputs(
+    model: Model, params: Params, x: Any, stages: Sequence[str] | None = None, key: Key | None = None
+) -> dict[str, Any]:
+    """What comes out of the stages of a model, in one pass.
+
+    Args:
+      model: one with stages.
+      params: its parameters.
+      x: a batch [B, ...].
+      stages: the names of those to capture; all unless given.
+      key: means training, as in `Model.apply`.
+
+    Returns:
+      Name -> output: an array [B, ...], or `models.Tokens` inside a transformer. "head" gives what `apply` gives.
+
+    Raises:
+      ValueError: for a stage that the model does not have.
+    """
+    wanted = model.stages if stages is None else tuple(stages)
+    ends = sorted(span(model.stages, stage, None)[0] for stage in wanted)
+    outputs: dict[str, Any] = {}
+    start = 0
+    for end in ends:
+        x = model.run(params, x, start, end + 1, key)
+        outputs[model.stages[end]] = x
+        start = end + 1
+    return outputs
 
 
 def layer_inputs(apply: Callable[..., Any]) -> Callable[[Params, Any], dict[str, Array]]:

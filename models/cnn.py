@@ -6,12 +6,22 @@ from functools import partial
 import flax.linen as nn
 
 from fedjax_core import Array
-from models._common import PARAM_DTYPE, Model, build, check_image_shape, check_inputs, check_positive, check_sizes
+from models._common import (
+    PARAM_DTYPE,
+    Model,
+    Staged,
+    build,
+    check_image_shape,
+    check_inputs,
+    check_positive,
+    check_sizes,
+    plain,
+)
 from models.convolution import Backend, max_pool_2x2
 from models.convolution import convolution as select_convolution
 
 
-class _CNN(nn.Module):
+class _CNN(Staged):
     channels: tuple[int, ...]
     hidden: int
     num_classes: int
@@ -25,14 +35,16 @@ class _CNN(nn.Module):
         self.dense = nn.Dense(self.hidden, param_dtype=PARAM_DTYPE)
         self.head = nn.Dense(self.num_classes, param_dtype=PARAM_DTYPE)
 
-    def features(self, x: Array, train: bool = False) -> Array:
-        for layer in self.conv:
+    def stages(self) -> dict[str, Callable[[Array, bool], Array]]:
+        def pooled(layer: nn.Conv) -> Callable[[Array, bool], Array]:
             # ReLU is monotone, so pooling first gives the same numbers from a quarter of the work.
-            x = nn.relu(max_pool_2x2(layer(x)))
-        return nn.relu(self.dense(x.reshape(x.shape[0], -1)))
+            return lambda x, _: nn.relu(max_pool_2x2(layer(x)))
 
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        return self.head(self.features(x, train))
+        return {
+            **{f"conv_{i}": pooled(layer) for i, layer in enumerate(self.conv)},
+            "dense": lambda x, _: nn.relu(self.dense(x.reshape(x.shape[0], -1))),
+            "head": plain(self.head),
+        }
 
 
 def cnn(

@@ -1,16 +1,16 @@
 """Models without convolutions: logistic regression and the multi-layer perceptron."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
 
 from fedjax_core import Array
-from models._common import PARAM_DTYPE, Model, build, check_inputs, check_positive, check_sizes
+from models._common import PARAM_DTYPE, Model, Staged, build, check_inputs, check_positive, check_sizes, plain
 
 
-class _Perceptron(nn.Module):
+class _Perceptron(Staged):
     hidden: tuple[int, ...]
     num_classes: int
     dropout: tuple[float, ...]
@@ -22,14 +22,15 @@ class _Perceptron(nn.Module):
         kernel_init = nn.initializers.lecun_normal() if self.hidden else nn.initializers.zeros
         self.head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=PARAM_DTYPE)
 
-    def features(self, x: Array, train: bool = False) -> Array:
-        x = x.reshape(x.shape[0], -1)
-        for layer, drop in zip(self.dense, self.drop, strict=True):
-            x = drop(nn.relu(layer(x)), deterministic=not train)
-        return x
+    def stages(self) -> dict[str, Callable[[Array, bool], Array]]:
+        def hidden(layer: nn.Dense, drop: nn.Dropout) -> Callable[[Array, bool], Array]:
+            return lambda x, train: drop(nn.relu(layer(x)), deterministic=not train)
 
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        return self.head(self.features(x, train))
+        return {
+            "flatten": lambda x, _: x.reshape(x.shape[0], -1),
+            **{f"dense_{i}": hidden(*both) for i, both in enumerate(zip(self.dense, self.drop, strict=True))},
+            "head": plain(self.head),
+        }
 
 
 def logistic_regression(input_shape: Sequence[int] = (8, 8, 1), num_classes: int = 10) -> Model:

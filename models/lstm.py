@@ -1,17 +1,21 @@
 """The character model of the FedAvg and LEAF papers."""
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fedjax_core import Array
-from models._common import PARAM_DTYPE, Model, build, check_positive, check_tokens, embed
+from models._common import PARAM_DTYPE, Model, Staged, build, check_positive, check_tokens, embed, plain
 
 
 class _LSTM(nn.Module):
     """[B, T, d] -> [B, T, hidden]; gates in the order input, forget, cell, output along the last axis."""
 
     hidden: int
+    parameter_groups: ClassVar = {"recurrent": ("kernel", "recurrent", "bias")}
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -87,7 +91,7 @@ def _forget_bias(key: Array, shape: tuple[int, ...], dtype: type) -> Array:
     return jnp.concatenate([i, f + 1, g, o])
 
 
-class _CharLSTM(nn.Module):
+class _CharLSTM(Staged):
     vocab_size: int
     embed_dim: int
     hidden: int
@@ -98,14 +102,12 @@ class _CharLSTM(nn.Module):
         self.lstm = [_LSTM(self.hidden) for _ in range(self.num_layers)]
         self.head = nn.Dense(self.vocab_size, param_dtype=PARAM_DTYPE)
 
-    def features(self, x: Array, train: bool = False) -> Array:
-        y = embed(self.embed, x)
-        for layer in self.lstm:
-            y = layer(y)
-        return y
-
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        return self.head(self.features(x, train))
+    def stages(self) -> dict[str, Callable[[Array, bool], Array]]:
+        return {
+            "embed": lambda x, _: embed(self.embed, x),
+            **{f"lstm_{i}": plain(layer) for i, layer in enumerate(self.lstm)},
+            "head": plain(self.head),
+        }
 
 
 def char_lstm(vocab_size: int, embed_dim: int = 8, hidden: int = 256, num_layers: int = 2) -> Model:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fedjax_core import Array
-from models._common import PARAM_DTYPE, Model, build, check_image_shape, check_inputs, check_positive
+from models._common import PARAM_DTYPE, Model, Staged, build, check_image_shape, check_inputs, check_positive, plain
 from models.convolution import Backend
 from models.convolution import convolution as select_convolution
 
@@ -51,7 +51,7 @@ def _conv(width: int, size: int, stride: int, convolution: Callable[..., Array],
     )
 
 
-class _ResNet(nn.Module):
+class _ResNet(Staged):
     width: int
     num_groups: int
     num_classes: int
@@ -68,14 +68,13 @@ class _ResNet(nn.Module):
         self.block = blocks
         self.head = nn.Dense(self.num_classes, param_dtype=PARAM_DTYPE)
 
-    def features(self, x: Array, train: bool = False) -> Array:
-        x = nn.relu(self.stem_norm(self.stem(x)))
-        for block in self.block:
-            x = block(x)
-        return jnp.mean(x, axis=(1, 2))
-
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        return self.head(self.features(x, train))
+    def stages(self) -> dict[str, Callable[[Array, bool], Array]]:
+        return {
+            "stem": lambda x, _: nn.relu(self.stem_norm(self.stem(x))),
+            **{f"block_{i}": plain(block) for i, block in enumerate(self.block)},
+            "pool": lambda x, _: jnp.mean(x, axis=(1, 2)),
+            "head": plain(self.head),
+        }
 
 
 def resnet18_gn(

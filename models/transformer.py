@@ -1,12 +1,15 @@
 """A small transformer: a decoder that predicts the next token, or an encoder that classifies a text."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from fedjax_core import Array, checks
-from models._common import PARAM_DTYPE, Model, build, check_positive, check_tokens, embed
+from models._common import PARAM_DTYPE, Model, Staged, Tokens, build, check_positive, check_tokens, embed, plain
+from models.attention import attention, mean_of_tokens
 
 # Weights start at this standard deviation; those that write to the residual stream at this over sqrt(2
 # layers).
@@ -24,8 +27,10 @@ def _norm() -> nn.LayerNorm:
 class _Block(nn.Module):
     """[B, T, dim] -> [B, T, dim]: self-attention and a perceptron, each normalized first and added.
 
-    Position t attends to the positions s with seen[..., t, s].
+    Position t attends to the positions s with seen[..., t, s], or to all.
     """
+
+    parameter_groups: ClassVar = {"attention": ("query", "key", "value", "out")}
 
     dim: int
     num_heads: int
@@ -42,22 +47,15 @@ class _Block(nn.Module):
         self.down = _dense(self.dim, self.residual_stddev)
         self.drop = nn.Dropout(self.dropout)
 
-    def attention(self, x: Array, seen: Array) -> Array:
-        B, T, _ = x.shape
-        # Heads before tokens: moved once, where the products would each move them (benchmarks/designs.py).
-        projections = (self.query, self.key, self.value)
-        q, k, v = (f(x).reshape(B, T, self.num_heads, -1).transpose(0, 2, 1, 3) for f in projections)
-        scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
-        # A finite minimum and not -inf: exp gives 0 either way, and no inf - inf can arise in a derivative.
-        weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))
-        return self.out(jnp.einsum("bhts,bhsd->bhtd", weights, v).transpose(0, 2, 1, 3).reshape(B, T, self.dim))
+    def attention(self, x: Array, seen: Array | None) -> Array:
+        return self.out(attention(self.query(x), self.key(x), self.value(x), self.num_heads, seen))
 
-    def __call__(self, x: Array, seen: Array, train: bool) -> Array:
+    def __call__(self, x: Array, seen: Array | None, train: bool) -> Array:
         x = x + self.drop(self.attention(self.attention_norm(x), seen), deterministic=not train)
         return x + self.drop(self.down(nn.gelu(self.up(self.mlp_norm(x)))), deterministic=not train)
 
 
-class _Transformer(nn.Module):
+class _Transformer(Staged):
     vocab_size: int
     max_len: int
     num_layers: int
@@ -81,27 +79,26 @@ class _Transformer(nn.Module):
         self.drop = nn.Dropout(self.dropout)
         self.head = _dense(self.vocab_size if self.num_classes is None else self.num_classes)
 
-    def features(self, x: Array, train: bool = False) -> Array:
+    def stages(self) -> dict[str, Callable[[Any, bool], Any]]:
+        return {
+            "embed": self.embed_tokens,
+            **{f"block_{i}": partial(self.through, block) for i, block in enumerate(self.block)},
+            "norm": lambda x, _: x._replace(values=self.norm(x.values)),
+            "pool": lambda x, _: x.values if self.num_classes is None else mean_of_tokens(*x),
+            "head": plain(self.head),
+        }
+
+    def embed_tokens(self, x: Array, train: bool) -> Tokens:
         y = embed(self.embed, x) + self.position(jnp.arange(x.shape[1]))
-        y = self.drop(y, deterministic=not train)
-        T = x.shape[1]
-        real = None if self.pad_token is None else x != self.pad_token
+        mask = None if self.pad_token is None else x != self.pad_token
+        return Tokens(self.drop(y, deterministic=not train), mask)
+
+    def through(self, block: _Block, x: Tokens, train: bool) -> Tokens:
+        T = x.values.shape[1]
+        seen = None if x.mask is None else x.mask[:, None, None, :]
         if self.num_classes is None:
             seen = jnp.tril(jnp.ones((T, T), bool))
-        else:
-            seen = jnp.ones((T, T), bool) if real is None else real[:, None, None, :]
-        for block in self.block:
-            y = block(y, seen, train)
-        y = self.norm(y)
-        if self.num_classes is None:
-            return y
-        if real is None:
-            return jnp.mean(y, axis=1)
-        total = jnp.sum(jnp.where(real[..., None], y, 0), axis=1)
-        return total / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(y.dtype)
-
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        return self.head(self.features(x, train))
+        return x._replace(values=block(x.values, seen, train))
 
 
 def transformer(

@@ -152,11 +152,7 @@ def normalized(model: models.Model, statistics: Normalization | None) -> models.
         mean, std = jnp.asarray(statistics.mean, dtype), jnp.asarray(statistics.std, dtype)
         return (jnp.asarray(x, dtype) / 255 - mean) / std
 
-    return models.Model(
-        model.init,
-        lambda params, x, key=None: model.apply(params, scaled(x), key),
-        lambda params, x, key=None: model.features(params, scaled(x), key),
-    )
+    return models.map_inputs(model, scaled)
 
 
 def _check_groups(where: str, groups: np.ndarray, total: int, names: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.types import Key, Params
-from models import Model
+from models import Model, groups
 from pipelines.common import own
 from pipelines.data.dataset import Dataset, normalized
 
@@ -96,6 +96,7 @@ def _of_flax(name: str, module: nn.Module, example: Any) -> Model:
         lambda key: variables(key)["params"],
         lambda params, x, key=None: run(params, x, key),
         _no_features(name) if features is None else lambda params, x, key=None: run(params, x, key, "features"),
+        paths=groups.paths_of(module, example, **({} if flag is None else {flag: not _TRAINING[flag]})),
     )
 
 
