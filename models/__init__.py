@@ -1,7 +1,8 @@
 """Flax models as pure functions, with their losses and metrics; nothing here knows a client or a round."""
 
-from models import attention, capture, convolution, groups, heads, initialization, losses, metrics
+from models import adapters, attention, capture, convolution, groups, heads, initialization, losses, metrics
 from models._common import Model, Tokens, map_inputs, num_parameters
+from models.adapters import adapted
 from models.cnn import cnn
 from models.dense import logistic_regression, mlp
 from models.lstm import char_lstm
@@ -11,6 +12,8 @@ from models.transformer import transformer
 __all__ = [
     "Model",
     "Tokens",
+    "adapted",
+    "adapters",
     "attention",
     "capture",
     "char_lstm",

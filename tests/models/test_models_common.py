@@ -73,7 +73,7 @@ every_model = pytest.mark.parametrize("name", CASES)
 
 def test_every_factory_has_a_case():
     exported = {name for name in models.__all__ if callable(getattr(models, name))}
-    assert exported - {"Model", "Tokens", "map_inputs", "num_parameters"} == FACTORIES
+    assert exported - {"Model", "Tokens", "adapted", "map_inputs", "num_parameters"} == FACTORIES
 
 
 @every_model
@@ -145,7 +145,7 @@ def test_num_parameters_counts_arrays_and_shapes():
 
 def test_imports_no_methods_and_no_pipelines():
     allowed = {"jax", "flax", "optax", "numpy", "models", "fedjax_core"}
-    standard = {"collections", "functools", "math", "operator", "typing"}
+    standard = {"collections", "functools", "math", "operator", "typing", "zlib"}
     for path in Path(models.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
