@@ -249,7 +249,7 @@ def explored_accuracy(name, where, lr, rounds=60, shuffle=False, **settings):
 
     def late(population, key):
         start = algorithm.init(model.init(key))
-        state = algorithm.explore(start, population.cohort(jnp.arange(50)), key)
+        state = algorithm.events["explore"].run(start, population.cohort(jnp.arange(50)), key)
         if shuffle:
             found, treedef = jax.tree.flatten(where(state))
             shuffled = [jax.random.permutation(key, leaf.reshape(-1)).reshape(leaf.shape) for leaf in found]
@@ -317,7 +317,7 @@ def forgetting(name):
     method = continual.build(config, name, tasks)
     sampler = samplers.uniform(config.clients, config.cohort_size)
     run = jax.jit(continue_rounds(method, sampler, config.rounds))  # compiled once for all tasks, not once for each
-    end_task = jax.jit(method.end_task) if hasattr(method, "end_task") else None
+    end_task = jax.jit(method.events["end_task"].run) if hasattr(method, "end_task") else None
     metric_fn = metrics.classification(tasks.model)
 
     def matrix(populations, tests, key):

@@ -126,7 +126,7 @@ def tune(experiment: setup.Experiment, name: str) -> list[float]:
             return state, evaluate(experiment.metric_fn, algorithm.params(state), held_back)["accuracy"]
 
         states = setup.initial_states(experiment, algorithm, key[None])
-        states = setup.explored(algorithm, states, population, key[None])
+        states = setup.begun(algorithm, states, population, key[None])
         state = jax.tree.map(lambda leaf: leaf[0], states)
         return jax.lax.scan(evaluated, state, length=TUNING_ROUNDS // EVAL_EVERY)[1][-3:].mean()
 

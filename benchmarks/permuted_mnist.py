@@ -114,7 +114,7 @@ def predict(config: Continual, rounds: int) -> None:
         end = 0.0
         if hasattr(method, "end_task"):
             event = jax.device_put((state, population.cohort(sampler(key, 0)), key), jax.devices()[0])
-            end_task = jax.jit(continual.build(config, name, tasks).end_task).lower(*event).compile()
+            end_task = jax.jit(continual.build(config, name, tasks).events["end_task"].run).lower(*event).compile()
             begin = time.perf_counter()
             jax.block_until_ready(end_task(*event))
             end = time.perf_counter() - begin

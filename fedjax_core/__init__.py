@@ -16,14 +16,18 @@ from fedjax_core.aggregation import (
     weighted_sum,
 )
 from fedjax_core.algorithm import (
+    Adaptation,
     Algorithm,
+    Event,
     ModelState,
+    View,
     checked_round,
     federated,
     global_algorithm,
     global_client_params,
+    run_events,
 )
-from fedjax_core.batching import Batch, LocalOptions, LocalWork, local_work
+from fedjax_core.batching import Batch, LocalOptions, LocalWork, Stream, local_work, stream
 from fedjax_core.clients import (
     ClientProgram,
     ClientResults,
@@ -49,9 +53,11 @@ from fedjax_core.evaluation import (
     evaluate_clients,
     evaluate_examples,
     evaluate_personal,
+    evaluate_view,
     is_weighted,
     metric_values,
 )
+from fedjax_core.facts import FeatureFn, LayerInputsFn, LayerWidths, LogitsFn, Need, NumClients, needs
 from fedjax_core.gradients import (
     ClientOptimizer,
     Descent,
@@ -67,7 +73,7 @@ from fedjax_core.gradients import (
 )
 from fedjax_core.lanes import num_bytes
 from fedjax_core.lengths import Measured, first_length, measured, per_length
-from fedjax_core.messages import Part, PartState, Pass, with_part
+from fedjax_core.messages import Part, PartState, Pass, uploads, with_part
 from fedjax_core.partition import Hole, combine, leaf_paths, partition
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
@@ -96,6 +102,7 @@ except PackageNotFoundError:  # a source tree on the path that is not installed
     __version__ = "0+source"
 
 __all__ = [
+    "Adaptation",
     "Aggregator",
     "Algorithm",
     "Array",
@@ -109,18 +116,25 @@ __all__ = [
     "Cohort",
     "Counter",
     "Descent",
+    "Event",
     "Examples",
+    "FeatureFn",
     "Hole",
     "HostPopulation",
     "Interrupted",
     "Key",
+    "LayerInputsFn",
+    "LayerWidths",
     "LocalOptions",
     "LocalTraining",
     "LocalWork",
+    "LogitsFn",
     "LossFn",
     "Measured",
     "Metrics",
     "ModelState",
+    "Need",
+    "NumClients",
     "Params",
     "Part",
     "PartState",
@@ -131,8 +145,10 @@ __all__ = [
     "Sampler",
     "Scalar",
     "Stacked",
+    "Stream",
     "Trial",
     "ValidSampler",
+    "View",
     "Weighted",
     "Weights",
     "__version__",
@@ -151,6 +167,7 @@ __all__ = [
     "evaluate_clients",
     "evaluate_examples",
     "evaluate_personal",
+    "evaluate_view",
     "federated",
     "first_length",
     "first_part",
@@ -176,6 +193,7 @@ __all__ = [
     "messages",
     "metric_values",
     "needed_memory",
+    "needs",
     "num_bytes",
     "num_scalars",
     "optimizer_at",
@@ -186,6 +204,7 @@ __all__ = [
     "place",
     "replicated",
     "round_metrics",
+    "run_events",
     "samplers",
     "scale",
     "scatter",
@@ -195,9 +214,11 @@ __all__ = [
     "simulate_staged",
     "split_tables",
     "stacked",
+    "stream",
     "sums",
     "testing",
     "try_plans",
+    "uploads",
     "value_and_grad",
     "weighted_mean",
     "weighted_sum",

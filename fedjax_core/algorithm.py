@@ -1,15 +1,17 @@
 """A federated method as pure functions, and the checks that every one of them gets."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys
-from fedjax_core.clients import check_tables, join_tables, round_metrics, split_tables
+from fedjax_core.batching import LocalWork
+from fedjax_core.clients import ClientProgram, ClientTable, check_tables, join_tables, round_metrics, split_tables
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, ArrayLike, Counter, Key, Metrics, Params, PyTree
 
@@ -17,11 +19,59 @@ MOST_ROUNDS = 2**31 - 1
 """What the counter of a state can hold."""
 
 
+class View(NamedTuple):
+    """How a method predicts: what all clients share, what is a client's own, and the model made of both.
+
+    No more than a client's row is ever held for each client: where the body of a model is shared, evaluating a thousand
+    clients takes one body (`evaluate_view`).
+
+    Attributes:
+      shared: `shared(state)`, what is the same for all clients; the global model in the view "global".
+      model: `model(shared, row) -> params`, with which a client predicts; what is shared unless given.
+      rows: `rows(state) -> ClientTable`, each client's own part; nothing unless given.
+      adapt: what a client does with its own examples before it predicts, or None.
+    """
+
+    shared: Callable[[Any], PyTree]
+    model: Callable[[PyTree, PyTree], Params] = lambda shared, row: shared
+    rows: Callable[[Any], ClientTable | None] = lambda state: None
+    adapt: "Adaptation | None" = None
+
+
+class Adaptation(NamedTuple):
+    """A client program that is run before prediction: fine-tuning, a meta-learner's inner steps, test-time adaptation.
+
+    Attributes:
+      program: gets `view.shared(state)` as what is shared and the client's row as its input, and gives as output what
+        the view's `model(shared, row)` takes in the place of the row. It uploads nothing.
+      work: local steps and batches.
+    """
+
+    program: ClientProgram
+    work: LocalWork
+
+
+Phase = Literal["before", "task", "after"]
+
+
+class Event(NamedTuple):
+    """What a method does beside its rounds.
+
+    Attributes:
+      run: `run(state, cohort, key) -> state`.
+      when: "before" the first round, at a "task"'s end, or "after" the last round.
+    """
+
+    run: Callable[[Any, Cohort, Key], Any]
+    when: Phase
+
+
 class _Functions(NamedTuple):
-    init: Callable[[Params], Any]
+    init: Callable[..., Any]
     round: Callable[[Any, Any, Key], tuple[Any, Metrics]]
     params: Callable[[Any], Params]
-    client_params: Callable[[Any, Array], Params]
+    views: Mapping[str, View]
+    events: Mapping[str, Event]
 
 
 class ModelState(NamedTuple):
@@ -35,33 +85,93 @@ class Algorithm(_Functions):
     """A federated method as pure functions.
 
     What they are given is checked before they see it, while tracing and at no cost in the compiled round: `init` gets
-    arrays of floats (`checks.params`), and `round` a state, a cohort, tables of per-client state that have one row for
-    each client of the cohort's population, and one typed key (`keys.one`).
+    arrays of floats (`checks.params`), and `round` and events a state, a cohort, tables of per-client state that have
+    one row for each client of the cohort's population, and one typed key (`keys.one`).
 
     Attributes:
-      init: `init(params) -> state`. Every state has a field `round`, int32[], the number of rounds done.
+      init: `init(params, key=None) -> state`. Every state has a field `round`, int32[], the number of rounds done. The
+        key is for methods that draw something before the first round; others leave it alone.
       round: `round(state, cohort, key) -> (state, Metrics)`, one whole federated round.
       params: `params(state)`, the global model.
-      client_params: `client_params(state, ids)`, the model that each of the clients `ids` (int32[C]) would use,
-        leaves stacked to [C, ...]; the global model broadcast where the method has no personal part.
+      views: how the method predicts, by name. "global" is always there, the global model unless given; "personal" is
+        what each client would use itself; other names are the method's own.
+      events: what the method does beside its rounds, by name; see `run_events`.
     """
 
     __slots__ = ()
 
     def __new__(
         cls,
-        init: Callable[[Params], Any],
+        init: Callable[..., Any],
         round: Callable[[Any, Any, Key], tuple[Any, Metrics]],
         params: Callable[[Any], Params],
-        client_params: Callable[[Any, Array], Params],
+        views: Mapping[str, View] | None = None,
+        events: Mapping[str, Event] | None = None,
     ) -> "Algorithm":
         """The functions with their checks; those that have them already stay as they are."""
-        return super().__new__(cls, checked_init(init), checked_round(round), params, _checked_ids(client_params))
+        for name, view in (views or {}).items():
+            if not isinstance(view, View):
+                raise TypeError(
+                    f"views[{name!r}] must be a View, got {type(view).__name__}: pass for example View(shared, model, "
+                    "rows)"
+                )
+        checked = {}
+        for name, event in (events or {}).items():
+            if not isinstance(event, Event):
+                raise TypeError(
+                    f"events[{name!r}] must be an Event, got {type(event).__name__}: pass for example "
+                    "Event(run, 'before')"
+                )
+            checks.one_of(f"events[{name!r}].when", event.when, get_args(Phase))
+            checked[name] = event._replace(run=checked_round(event.run))
+        return super().__new__(
+            cls, checked_init(init), checked_round(round), params, {"global": View(params), **(views or {})}, checked
+        )
 
     @classmethod
-    def _make(cls, functions: Iterable[Callable[..., Any]]) -> "Algorithm":  # type: ignore[override]
+    def _make(cls, functions: Iterable[Any]) -> "Algorithm":  # type: ignore[override]
         """Also behind `_replace`: a function that is put in another's place gets the checks too."""
         return cls(*functions)
+
+    @property
+    def personal(self) -> View:
+        """The view that each client would use: "personal" where the method has it, else "global"."""
+        return self.views.get("personal", self.views["global"])
+
+    def client_params(self, state: Any, ids: ArrayLike) -> Params:
+        """The model that each of the clients `ids`, int[C], would use, leaves stacked to [C, ...].
+
+        Whole models are stacked, which is what is wanted for export; to evaluate clients take `evaluate_view`, which
+        does not. What a view adapts by examples is not adapted here.
+
+        Raises:
+          ValueError: if there is no such client.
+        """
+        ids, view = _checked_ids(ids, state), self.personal
+        shared, table = view.shared(state), view.rows(state)
+        if table is None:
+            return jax.tree.map(
+                lambda leaf: jnp.broadcast_to(leaf, (ids.shape[0], *jnp.shape(leaf))), view.model(shared, ())
+            )
+        rows = jax.tree.map(lambda leaf: leaf[ids], table.rows)
+        return jax.vmap(lambda row: view.model(shared, row))(rows)
+
+
+def run_events(algorithm: Algorithm, when: Phase, state: Any, cohort: Cohort, key: Key) -> Any:
+    """The state after all of a method's events of that time, in their order; the state itself where there is none.
+
+    Args:
+      algorithm: the method.
+      when: "before" the first round, at a "task"'s end, "after" the last round.
+      state: the method's state.
+      cohort: the clients that are asked; most methods want all of them.
+      key: randomness; the k-th event gets `fold_in(key, k)`, and one alone gets the key itself.
+    """
+    checks.one_of("when", when, get_args(Phase))
+    due = [event for event in algorithm.events.values() if event.when == when]
+    for number, event in enumerate(due):
+        state = event.run(state, cohort, key if len(due) == 1 else jax.random.fold_in(key, number))
+    return state
 
 
 def global_client_params(params: Params, ids: Array) -> Params:
@@ -70,38 +180,43 @@ def global_client_params(params: Params, ids: Array) -> Params:
 
 
 def global_algorithm(
-    init: Callable[[Params], Any],
+    init: Callable[..., Any],
     round: Callable[[Any, Any, Key], tuple[Any, Metrics]],
     params: Callable[[Any], Params] = lambda state: state.params,
 ) -> Algorithm:
     """A method without a personal part: every client would use the global model."""
-    return Algorithm(init, round, params, lambda state, ids: global_client_params(params(state), ids))
+    return Algorithm(init, round, params)
 
 
 def federated(
-    init: Callable[[Params], Any],
+    init: Callable[..., Any],
     update: Callable[[Any, Cohort, Key], Any],
     params: Callable[[Any], Params] = lambda state: state.params,
     *,
+    views: Mapping[str, View] | None = None,
+    events: Mapping[str, Event] | None = None,
     skip_empty: bool = True,
 ) -> Algorithm:
     """A method from what is its own: how its state begins, and what a round makes of it.
 
     What all methods share is done here: the counter of rounds, the metrics, and the rule that a round without
-    participants changes nothing but the counter. Every client would use the global model.
+    participants changes nothing but the counter.
 
     Args:
-      init: `init(params) -> state`, a NamedTuple with a field `params`, the model that the server moves, and a field
-        `round` that begins at 0 (`round: Counter = 0`).
+      init: `init(params) -> state` or `init(params, key) -> state`, a NamedTuple with a field `params`, the model that
+        the server moves, and a field `round` that begins at 0 (`round: Counter = 0`).
       update: `update(state, cohort, key) -> (state, results)` or `(state, results, extra)`: the state after a round,
         whose counter is not its business; the `ClientResults` of the pass whose loss and scalars the metrics report;
         and the method's own metrics.
       params: `params(state)`, the global model; the field of that name unless given.
+      views: how the method predicts, see `Algorithm`; every client by the global model unless given.
+      events: what it does beside its rounds, likewise.
       skip_empty: whether a round without participants leaves the state as it is.
     """
 
-    def begin(params: Params):
-        return init(params)._replace(round=jnp.int32(0))
+    @functools.wraps(init)  # its signature says whether it takes a key
+    def begin(params: Params, *key: Key | None):
+        return init(params, *key)._replace(round=jnp.int32(0))
 
     def round(state: PyTree, cohort: Cohort, key: Key) -> tuple[PyTree, Metrics]:
         new, results, *extra = update(state, cohort, key)
@@ -110,7 +225,7 @@ def federated(
         metrics = round_metrics(results, cohort, state.params, new.params, *extra)
         return new._replace(round=state.round + 1), metrics
 
-    return global_algorithm(begin, round, params)
+    return Algorithm(begin, round, params, views, events)
 
 
 def _unless_empty(cohort: Cohort, new: PyTree, old: PyTree) -> PyTree:
@@ -123,21 +238,52 @@ def _unless_empty(cohort: Cohort, new: PyTree, old: PyTree) -> PyTree:
 
 
 def checked_init(init: Callable[..., Any]) -> Callable[..., Any]:
-    """`init(params, ...)` on checked arrays; see `checks.params` for what is refused.
+    """`init(params, key=None)` on checked arrays; see `checks.params` for what is refused.
 
     Each array of the state becomes one of its own, so that the state can be donated (`jax.jit(algorithm.round,
     donate_argnums=0)`) and the params that it was made from are still there.
+
+    Raises (the function that is returned):
+      ValueError: if the method draws something before the first round and there is no key.
     """
     if not callable(init) or hasattr(init, "_has_checks"):
         return init
+    takes_key, needs_key = _key_parameter(init)
 
     @functools.wraps(init)
-    def checked(params: Params, *args: Any, **kwargs: Any):
+    def checked(params: Params, key: Key | None = None):
         params = checks.params(params)
-        return separate(init(params, *args, **kwargs), params)
+        if not takes_key:
+            return separate(init(params), params)
+        if key is None and needs_key:
+            raise ValueError(
+                "init(params) needs a key, for this method draws something before the first round: call init(params, "
+                "jax.random.key(0))"
+            )
+        return separate(init(params, key if key is None else keys.one(key)), params)
 
     checked._has_checks = True  # type: ignore[attr-defined]
     return checked
+
+
+_INIT = 2**31 - 1
+"""Folded into the key of a simulation for what a method draws before the first round."""
+
+
+def first_state(algorithm: Algorithm, params: Params, key: Key) -> Any:
+    """The state from which a simulation with this key begins."""
+    return checked_init(algorithm.init)(params, keys.derive(keys.one(key), jnp.int32(_INIT)))
+
+
+def _key_parameter(init: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether it has a second parameter, and whether that has no default."""
+    try:
+        parameters = inspect.signature(init).parameters.values()
+    except (TypeError, ValueError):  # it has no signature
+        return False, False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    second = [p for p in parameters if p.kind in positional][1:2]
+    return bool(second), bool(second) and second[0].default is inspect.Parameter.empty
 
 
 def separate(tree: PyTree, *others: PyTree) -> PyTree:
@@ -225,22 +371,14 @@ def check_algorithm(algorithm: object) -> None:
     )
 
 
-def _checked_ids(client_params: Callable[..., Any]) -> Callable[..., Any]:
-    """`client_params(state, ids)` with ids as an array int[C]."""
-    if not callable(client_params) or hasattr(client_params, "_has_checks"):
-        return client_params
-
-    @functools.wraps(client_params)
-    def checked(state: PyTree, ids: ArrayLike):
-        ids = checks.client_numbers(ids)
-        if checks.is_concrete(ids) and np.size(ids):
-            sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(split_tables(state)[1]) if jnp.ndim(leaf)]
-            on_host = np.asarray(ids)
-            least, most = int(on_host.min()), int(on_host.max())
-            if least < 0 or (sizes and most >= min(sizes)):
-                of = f"0 to {min(sizes) - 1}" if sizes else "from 0 on"
-                raise ValueError(f"ids holds {least if least < 0 else most}: clients are numbered {of}")
-        return client_params(state, ids)
-
-    checked._has_checks = True  # type: ignore[attr-defined]
-    return checked
+def _checked_ids(ids: ArrayLike, state: PyTree) -> Array:
+    """ids as an array int[C] of clients that are there, as far as that can be seen."""
+    ids = checks.client_numbers(ids)
+    if checks.is_concrete(ids) and np.size(ids):
+        sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(split_tables(state)[1]) if jnp.ndim(leaf)]
+        on_host = np.asarray(ids)
+        least, most = int(on_host.min()), int(on_host.max())
+        if least < 0 or (sizes and most >= min(sizes)):
+            of = f"0 to {min(sizes) - 1}" if sizes else "from 0 on"
+            raise ValueError(f"ids holds {least if least < 0 else most}: clients are numbered {of}")
+    return jnp.asarray(ids)

@@ -1,5 +1,6 @@
 """How much a client trains and which examples each of its steps sees."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypedDict
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 
 from fedjax_core import checks, keys, shuffle
 from fedjax_core.plans import Plan
-from fedjax_core.population import Cohort
-from fedjax_core.types import Array, Examples, Key, Weights
+from fedjax_core.population import Cohort, Population
+from fedjax_core.types import Array, Examples, Key, PyTree, Weights
 
 Order = Literal["shuffled", "replacement", "sequential"]
 
@@ -22,12 +23,16 @@ class Batch(NamedTuple):
       mask: bool[B]; False marks padding, which holds a copy of a real example and must not count.
       key: a key of this client and step, for dropout and the like.
       step: int32[], the client's step in this round, from 0.
+      epoch: int32[], the client's epoch in this round, from 0; with order "replacement" as many steps as an epoch has.
+      size: int32[], the client's number of examples.
     """
 
     examples: Examples
     mask: Array
     key: Key
     step: Array
+    epoch: Array
+    size: Array
 
 
 class LocalWork(NamedTuple):
@@ -174,15 +179,15 @@ def draw_batch(
     """
     lane = jnp.arange(work.batch_size, dtype=jnp.int32)
     step_key = keys.derive(key, step)
+    # Nothing is negative here: `//` and `%` would look at the signs, an operation each.
+    batch_size = jnp.int32(work.batch_size)
+    per_epoch = jax.lax.div(jnp.maximum(size, 1) - 1, batch_size) + 1  # no sum that could pass 2^31
+    epoch = jax.lax.div(step, per_epoch)
     if work.order == "replacement":
         draw_key, step_key = keys.split(step_key)
         index = jax.random.randint(draw_key, lane.shape, 0, jnp.maximum(size, 1))
         mask = jnp.ones(lane.shape, bool)
     else:
-        # Nothing is negative here: `//` and `%` would look at the signs, an operation each.
-        batch_size = jnp.int32(work.batch_size)
-        per_epoch = jax.lax.div(jnp.maximum(size, 1) - 1, batch_size) + 1  # no sum that could pass 2^31
-        epoch = jax.lax.div(step, per_epoch)
         position = (step - epoch * per_epoch) * batch_size + lane
         mask = position < size
         index = jnp.minimum(position, jnp.maximum(size - 1, 0))
@@ -191,4 +196,55 @@ def draw_batch(
             index = shuffle.permute(epoch_seed, index, size)
     rows = start + index
     batch = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), examples)
-    return Batch(batch, mask, step_key, step)
+    return Batch(batch, mask, step_key, step, epoch, size)
+
+
+class Stream(NamedTuple):
+    """Batches of other examples of the same clients, beside those that a step is given; see `stream`.
+
+    Attributes:
+      inputs: per-client input, leaves [C, ...], to be handed to the program with the client's others.
+      draw: `draw(own, step) -> Batch`, the batch of a step, int32[], from the client's row of `inputs`. Of a client
+        without examples its mask is False throughout.
+    """
+
+    inputs: PyTree
+    draw: Callable[[PyTree, Array], Batch]
+
+
+class _StreamInput(NamedTuple):
+    start: Array
+    size: Array
+    seed: Array
+    key: Key
+
+
+def stream(population: Population, cohort: Cohort, key: Key, work: LocalWork) -> Stream:
+    """A further stream of batches: the validation, unlabelled or recent examples of the clients of a cohort.
+
+    Args:
+      population: these examples, by the same client numbers; a method finds it in `cohort.public`, for instance.
+      cohort: the clients of the round.
+      key: randomness of the batches; a client's is `fold_in(key, client_id)`.
+      work: batch size and order; the number of steps is that of the pass in which batches are drawn.
+
+    Raises:
+      ValueError: if the population has another number of clients.
+    """
+    if cohort.population_size not in (None, population.num_clients):
+        raise ValueError(
+            f"the stream's population has {population.num_clients} clients, and that of the cohort "
+            f"{cohort.population_size}: give every client examples there, or none, by the same numbers"
+        )
+    others = population.checked_cohort(cohort.ids, distinct=True)
+    client_keys = keys.derive(keys.one(key), jnp.maximum(cohort.ids, 0))
+
+    def own(start: Array, size: Array, client_key: Key) -> _StreamInput:
+        seed_key, step_key = keys.split(client_key)
+        return _StreamInput(start, size, shuffle.seed(seed_key), step_key)
+
+    def draw(own: _StreamInput, step: Array) -> Batch:
+        batch = draw_batch(work, others.examples, own.start, own.size, own.seed, own.key, step)
+        return batch._replace(mask=batch.mask & (own.size > 0))
+
+    return Stream(jax.vmap(own)(others.starts, others.sizes, client_keys), draw)

@@ -1,4 +1,4 @@
-"""Evaluation of one model on all examples, and one row per client."""
+"""Evaluation of one model on all examples, of one row per client, and of what each client predicts with."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from fedjax_core import checks, masks, sums
+from fedjax_core import checks, keys, masks, sums
+from fedjax_core.algorithm import View
 from fedjax_core.batching import Batch, local_work
-from fedjax_core.clients import ClientProgram, Plan, for_each_client
-from fedjax_core.population import Population, check_population
-from fedjax_core.types import Array, Examples, Key, Params, PyTree
+from fedjax_core.clients import ClientProgram, Plan, for_each_client, gather
+from fedjax_core.population import Cohort, Population, check_population
+from fedjax_core.types import Array, ArrayLike, Examples, Key, Params, PyTree
 
 MetricFn = Callable[..., PyTree]
 """`metric_fn(params, batch) -> pytree of float[B]`, one value per example, or a `Weighted` of them.
@@ -173,21 +174,132 @@ def evaluate_personal(
                 "clients have a model each: pass algorithm.client_params(state, ids), leaves [C, ...], or use "
                 "evaluate_clients for one model"
             )
+    return _evaluate_each(
+        metric_fn, lambda shared, row: row, (), client_params, cohort, batch_size=batch_size, plan=plan
+    )
 
-    def row(leaf):
+
+def evaluate_view(
+    metric_fn: MetricFn,
+    view: View,
+    state: PyTree,
+    population: Population,
+    ids: ArrayLike | None = None,
+    *,
+    adapt_on: Population | None = None,
+    key: Key | None = None,
+    at_once: int = 16,
+    batch_size: int = 64,
+    plan: Plan | None = None,
+) -> PyTree:
+    """Means per client, each predicting as a method's view says: a pytree of float[C], NaN for an empty slot.
+
+    A client's model is put together where the client is evaluated. Of what clients share there is one, and of whole
+    models one for each lane.
+
+    Args:
+      metric_fn: one value per example, or a `Weighted`. Each batch is of one client, and the last may be padded.
+      view: for example `algorithm.personal`, or `algorithm.views["global"]`.
+      state: the method's state.
+      population: examples to evaluate on.
+      ids: int[C], the clients; all unless given.
+      adapt_on: the clients' own examples for a view that adapts before it predicts, by the same numbers. A client
+        without any predicts as it is.
+      key: randomness of adapting; a client's is `fold_in(key, client_id)`.
+      at_once: clients that are adapted together, so many of what adapting gives are held.
+      batch_size: examples per forward pass.
+      plan: execution plan.
+
+    Raises:
+      TypeError: if `view` is no View.
+      ValueError: as `evaluate`; if the view adapts and there is nothing to adapt on, or the other way round; if there
+        are no rows for the clients of the population.
+    """
+    if not isinstance(view, View):
+        raise TypeError(
+            f"view must be a View, got {type(view).__name__}: pass algorithm.personal or algorithm.views['global']"
+        )
+    check_population(population, "pass population.to_device()")
+    checks.positive_int("at_once", at_once, "adapt at least one client at a time")
+    if view.adapt is None and adapt_on is not None:
+        raise ValueError("adapt_on is given, and the view does not adapt: leave it out")
+    if view.adapt is not None and (adapt_on is None or key is None):
+        missing = "adapt_on is" if adapt_on is None else "key is"
+        raise ValueError(
+            f"{missing} missing, and the view adapts before it predicts: pass adapt_on=, the clients' training "
+            "examples, and key=jax.random.key(0)"
+        )
+    cohort = population.cohort(np.arange(population.num_clients) if ids is None else ids)
+    shared, table = view.shared(state), view.rows(state)
+    _check_arguments(metric_fn, shared, "view.shared(state)")
+
+    def rows_of(cohort: Cohort) -> PyTree:
+        return () if table is None else gather(table, cohort)
+
+    def plainly(cohort: Cohort, inputs: PyTree, model: Callable[[PyTree, PyTree], Params]) -> PyTree:
+        return _evaluate_each(metric_fn, model, shared, inputs, cohort, batch_size=batch_size, plan=plan)
+
+    if view.adapt is None or adapt_on is None or key is None:
+        return plainly(cohort, rows_of(cohort), view.model)
+    if adapt_on.num_clients != population.num_clients:
+        raise ValueError(
+            f"adapt_on has {adapt_on.num_clients} clients and population {population.num_clients}: pass the same "
+            "clients' examples"
+        )
+    program, work = view.adapt
+    own_examples, key = adapt_on, keys.one(key)
+
+    def unadapted(row: PyTree, client_key: Key) -> PyTree:
+        return program.final(shared, program.init(shared, row, client_key))[1]
+
+    def some(ids: Array) -> PyTree:
+        training, testing = own_examples.cohort(ids), population.cohort(ids)
+        rows = rows_of(testing)
+        adapted = for_each_client(program, shared, training, key, rows, work=work, plan=plan).outputs
+        client_keys = keys.derive(key, jnp.maximum(ids, 0))
+
+        def model(shared: PyTree, own: PyTree) -> Params:
+            row, adapted, has_adapted, client_key = own
+            as_it_is = unadapted(row, client_key)
+            now = jax.tree.map(lambda new, old: jnp.where(has_adapted, new, old), adapted, as_it_is)
+            return view.model(shared, now)
+
+        return plainly(testing, (rows, adapted, training.mask, client_keys), model)
+
+    count = cohort.ids.shape[0]
+    at_once = min(at_once, count)
+    filled = jnp.pad(cohort.ids, (0, -count % at_once), constant_values=-1).reshape(-1, at_once)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], jax.lax.map(some, filled))
+
+
+def _evaluate_each(
+    metric_fn: MetricFn,
+    model: Callable[[PyTree, PyTree], Params],
+    shared: PyTree,
+    rows: PyTree,
+    cohort: Cohort,
+    *,
+    batch_size: int,
+    plan: Plan | None,
+) -> PyTree:
+    """Means per client of a cohort, each with `model(shared, row)` and the rows' leaves [C, ...]."""
+    examples = cohort.examples
+
+    def one_example(leaf):
         return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
 
-    def one_model(leaf):
+    def one_row(leaf):
         return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf))
 
     # What a metric returns for one example: the shapes, and dtypes, of the totals.
     shapes = jax.eval_shape(
-        lambda params, batch: metric_values(metric_fn, params, batch),
-        jax.tree.map(one_model, client_params),
-        jax.tree.map(row, population.examples),
+        lambda shared, row, batch: metric_values(metric_fn, model(shared, row), batch),
+        shared,
+        jax.tree.map(one_row, rows),
+        jax.tree.map(one_example, examples),
     )
 
-    if checks.leading_axis(population.examples) == 0:
+    if checks.leading_axis(examples) == 0:
 
         def nothing(leaf) -> Array:
             part = jax.eval_shape(_summand, leaf)
@@ -196,12 +308,12 @@ def evaluate_personal(
 
         return jax.tree.map(nothing, shapes, is_leaf=is_weighted)
 
-    def init(shared: PyTree, params: Params, key: Key):
+    def init(shared: PyTree, row: PyTree, key: Key):
         def start(leaf):
             part = jax.eval_shape(_summand, leaf)
             return _Totals(*(sums.start(each.shape[1:], each.dtype) for each in part))
 
-        return params, jax.tree.map(start, shapes, is_leaf=is_weighted)
+        return model(shared, row), jax.tree.map(start, shapes, is_leaf=is_weighted)
 
     def step(shared: PyTree, carry: PyTree, batch: Batch):
         params, totals = carry
@@ -226,10 +338,10 @@ def evaluate_personal(
     work = local_work(batch_size=batch_size, order="sequential")
     results = for_each_client(
         ClientProgram(init, step, final),
-        (),
+        shared,
         cohort,
         jax.random.key(0),
-        client_inputs=client_params,
+        client_inputs=rows,
         work=work,
         plan=plan,
     )

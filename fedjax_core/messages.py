@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from fedjax_core import checks, keys, sums
 from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
-from fedjax_core.algorithm import Algorithm
+from fedjax_core.algorithm import Algorithm, Event
 from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of
 from fedjax_core.population import Cohort, Population
 from fedjax_core.staging import HostPopulation
@@ -210,8 +210,8 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
       part: what happens to the passes of its rounds.
       like: the population, or one with as many clients and examples of the same shapes.
 
-    Its state is a `PartState`, its own metrics are `PartMetrics`. Events of a method beside its rounds (`end_task`,
-    `explore`) go past the part.
+    Its state is a `PartState`, its own metrics are `PartMetrics`. Events of a method beside its rounds go past the
+    part.
 
     Raises (the functions that are returned):
       TypeError: if the round that is wrapped has been given to `jax.jit` before, for the part could not take part in
@@ -219,8 +219,8 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
     """
     checks.function("part.around", part.around, "Part(around)")
 
-    def init(params: Params) -> PartState:
-        state = algorithm.init(params)
+    def init(params: Params, key: Key | None = None) -> PartState:
+        state = algorithm.init(params, key)
         uploads = _uploads(algorithm, state, like, part.name)
         passes = tuple(part.init(upload, like.num_clients) for upload in uploads)
         return PartState(state, passes)
@@ -232,17 +232,23 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         metrics = metrics._replace(extra=PartMetrics(metrics.extra, infos))
         return PartState(new, states), metrics
 
-    def event(run: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda state, cohort, key: state._replace(method=run(state.method, cohort, key))
+    def of_method(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda state: function(state.method)
 
-    # Events of a method beside its rounds go past the part.
-    events = {name: event(getattr(algorithm, name)) for name in algorithm._fields[len(Algorithm._fields) :]}
-    return algorithm._replace(
-        init=init,
-        round=round,
-        params=lambda state: algorithm.params(state.method),
-        client_params=lambda state, ids: algorithm.client_params(state.method, ids),
-        **events,
+    def passing_by(event: Event) -> Event:
+        return event._replace(
+            run=lambda state, cohort, key: state._replace(method=event.run(state.method, cohort, key))
+        )
+
+    return Algorithm(
+        init,
+        round,
+        of_method(algorithm.params),
+        {
+            name: view._replace(shared=of_method(view.shared), rows=of_method(view.rows))
+            for name, view in algorithm.views.items()
+        },
+        {name: passing_by(event) for name, event in algorithm.events.items()},
     )
 
 
@@ -326,10 +332,24 @@ def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation
 
     # Of the examples one row is enough to know their shapes.
     examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), _dtype(leaf)), like.examples)
-    population = Population(examples, jax.ShapeDtypeStruct((like.num_clients + 1,), jnp.int32))  # type: ignore[arg-type]
+    offsets: Any = jax.ShapeDtypeStruct((like.num_clients + 1,), jnp.int32)
+    public = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _dtype(leaf)), like.public)
+    population = Population(examples, offsets, public)
     with replaced(None):  # a plain loop could not be traced
         jax.eval_shape(round, state, population, jax.random.key(0))
     return found
+
+
+def uploads(algorithm: Algorithm, params: Params, *, like: Population | HostPopulation) -> list[PyTree]:
+    """What a client sends in each pass of a round that sends something, as shapes and dtypes, by tracing one round.
+
+    Args:
+      algorithm: the method.
+      params: a model.
+      like: the population, or one with as many clients and examples of the same shapes.
+    """
+    state = jax.eval_shape(algorithm.init, params, jax.random.key(0))
+    return _uploads(algorithm, state, like, "uploads")
 
 
 def _dtype(leaf: Any) -> Any:

@@ -31,6 +31,7 @@ class Cohort:
       examples: leaves [total, ...]: the population's, shared and not copied, or those of the cohort alone.
       num_clients: size of the population, int32[].
       num_examples: number of examples of the population, int32[].
+      public: what the server holds beside the clients' examples, as in `Population`.
       population_size: `num_clients` as a number known while tracing, with which everything that is given per client is
         compared; None in a cohort put together by hand, where nothing is compared.
       table_size: rows that tables of per-client state have where they go with this cohort; None likewise.
@@ -45,6 +46,7 @@ class Cohort:
     examples: Examples
     num_clients: Array
     num_examples: Array
+    public: PyTree = ()
     population_size: int | None = field(default=None, metadata={"static": True})
     table_size: int | None = field(default=None, metadata={"static": True})
     route: Callable[..., PyTree] | None = field(default=None, metadata={"static": True})
@@ -93,10 +95,15 @@ class Population:
     Attributes:
       examples: leaves [total, ...]; client i owns rows offsets[i] to offsets[i + 1].
       offsets: int32[num_clients + 1].
+      public: what the server holds beside the clients' examples and gives to methods that ask for it: any pytree of
+        arrays, such as unlabelled images for distillation, a small trusted set, or the frozen part of a pretrained
+        model. Like the examples it is an argument of compiled functions and never a constant of theirs, there is one of
+        it for all seeds and lanes, and it is not in a run's checkpoints. Rounds find it in `cohort.public`.
     """
 
     examples: Examples
     offsets: Array
+    public: PyTree = ()
 
     @classmethod
     def from_flat(cls, examples: Examples, offsets: ArrayLike, *, check_finite: bool = True) -> "Population":
@@ -149,6 +156,15 @@ class Population:
         flat = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *clients)
         return cls.from_sizes(flat, np.asarray(sizes, np.int64), check_finite=check_finite)
 
+    def with_public(self, public: PyTree) -> "Population":
+        """The same clients beside public data, in the place of what there was.
+
+        Raises:
+          TypeError: if a leaf holds no numbers.
+          ValueError: if a number does not fit into 32 bits.
+        """
+        return replace(self, public=jax.tree.map(jnp.asarray, checked_public(public)))
+
     @property
     def num_clients(self) -> int:
         """Number of clients."""
@@ -193,7 +209,13 @@ class Population:
             check_ids(np.asarray(ids), self.num_clients)
             distinct = True
         found = _look_up(jnp.asarray(ids), self.offsets, self.num_clients, self.num_examples, distinct)
-        return Cohort(examples=self.examples, **found, population_size=self.num_clients, table_size=self.num_clients)
+        return Cohort(
+            examples=self.examples,
+            **found,
+            public=self.public,
+            population_size=self.num_clients,
+            table_size=self.num_clients,
+        )
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4), inline=True)  # one call where a dozen would take a millisecond on a mesh
@@ -213,6 +235,13 @@ def _look_up(ids: Array, offsets: Array, num_clients: int, num_examples: int, di
         "num_clients": jnp.int32(num_clients),
         "num_examples": jnp.int32(num_examples),
     }
+
+
+def checked_public(public: PyTree) -> PyTree:
+    """Public data, after checks."""
+    checks.numbers(public, "public")
+    checks.fits(public)
+    return public
 
 
 def repeated(ids: Array) -> Array:

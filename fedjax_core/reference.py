@@ -70,6 +70,8 @@ def for_each_client(
                 jnp.ones(len(index), bool),
                 jax.random.fold_in(step_key, step),
                 jnp.int32(step),
+                jnp.int32(step // -(-int(size) // work.batch_size)),
+                jnp.int32(size),
             )
             with as_this_client():
                 carry, loss = program.step(shared, carry, batch)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, keys
-from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
+from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state, first_state
 from fedjax_core.population import Population, check_ids, check_population, repeated
 from fedjax_core.samplers import Sampler, check_callable, check_length, check_sampler
 from fedjax_core.types import Array, Key, Metrics, Params, PyTree
@@ -89,7 +89,7 @@ def simulate(
     run_rounds = continue_rounds(algorithm, sampler, num_rounds)
 
     def run(params: Params, population: Population, key: Key) -> tuple[Any, Metrics]:
-        return run_rounds(algorithm.init(params), population, key)
+        return run_rounds(first_state(algorithm, params, key), population, key)
 
     return run
 

@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +34,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from fedjax_core import checks
-from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state
+from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state, first_state
 from fedjax_core.clients import join_tables, split_tables
 from fedjax_core.keys import derive, split, typed
 from fedjax_core.plans import auto_mesh
-from fedjax_core.population import Cohort, Population, check_client, check_ids, check_offsets, offsets_of
+from fedjax_core.population import (
+    Cohort,
+    Population,
+    check_client,
+    check_ids,
+    check_offsets,
+    checked_public,
+    offsets_of,
+)
 from fedjax_core.samplers import Sampler, check_callable, check_length, check_sampler
 from fedjax_core.types import Array, ArrayLike, Examples, Key, Metrics, Params, PyTree
 
@@ -55,11 +63,13 @@ class HostPopulation:
       offsets: int64[N + 1].
       rows: int64[offsets[-1]], or None. Client i owns examples rows[offsets[i]:offsets[i + 1]]; without `rows`,
         examples offsets[i] to offsets[i + 1]. With it a data set need not be written anew to be divided among clients.
+      public: what the server holds beside, as in `Population`; it is on the device for the whole run.
     """
 
     examples: Examples
     offsets: np.ndarray
     rows: np.ndarray | None = None
+    public: PyTree = ()
 
     @classmethod
     def from_flat(
@@ -154,7 +164,12 @@ class HostPopulation:
     def to_device(self) -> Population:
         """The same population as a `Population`, grouped by client, in device memory."""
         rows = self.rows_of(np.arange(self.num_clients))
-        return Population.from_flat(jax.tree.map(lambda leaf: leaf[rows], self.examples), self.offsets)
+        population = Population.from_flat(jax.tree.map(lambda leaf: leaf[rows], self.examples), self.offsets)
+        return population.with_public(self.public)
+
+    def with_public(self, public: PyTree) -> "HostPopulation":
+        """The same clients beside public data; see `Population.with_public`."""
+        return replace(self, public=jax.tree.map(np.asarray, checked_public(public)))
 
 
 def simulate_staged(
@@ -181,7 +196,7 @@ def simulate_staged(
         key = _one_or_row(key)
         params = checks.params(params)
         if not key.ndim:
-            return run_rounds(algorithm.init(params), population, key)
+            return run_rounds(first_state(algorithm, params, key), population, key)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             if jnp.shape(leaf)[:1] != key.shape:
                 raise ValueError(
@@ -190,7 +205,7 @@ def simulate_staged(
                     f"[{key.shape[0]}, ...] (fedjax_core.global_client_params(params, jnp.arange({key.shape[0]})) "
                     "repeats one model), or pass one key"
                 )
-        return run_rounds(jax.vmap(algorithm.init)(params), population, key)
+        return run_rounds(jax.vmap(partial(first_state, algorithm))(params, key), population, key)
 
     return run
 
@@ -229,7 +244,7 @@ def continue_staged(
     replicated = None if mesh is None else NamedSharding(auto_mesh(mesh), PartitionSpec())
     round_key_of = jax.jit(derive)
     rounds = {
-        batched: jax.jit(_round(algorithm, batched), donate_argnums=0, static_argnums=7) for batched in (False, True)
+        batched: jax.jit(_round(algorithm, batched), donate_argnums=0, static_argnums=8) for batched in (False, True)
     }
 
     def run(state: PyTree, population: HostPopulation, key: Key) -> tuple[PyTree, Metrics]:
@@ -271,6 +286,7 @@ def continue_staged(
         stage = _Stage(population, cohorts, tables, batched, replicated)
         train_key = split(key)[..., 1]
         totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), replicated)
+        public = jax.device_put(population.public, replicated)
 
         metrics: list[Metrics] = []
         so_far = _Progress(first, device, ())
@@ -288,6 +304,7 @@ def continue_staged(
                         changed,
                         totals,
                         round_key,
+                        public,
                         population.num_clients,
                     )
                     metrics.append(info)
@@ -644,11 +661,12 @@ class _Stage:
 
 
 def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
-    """`round(device, slots, examples, tables, changed, totals, key, num_clients) -> (device, changed, metrics)`.
+    """`round(device, slots, examples, tables, changed, totals, key, public, num_clients)`.
 
-    `device` is the state, without its tables if those are in host memory. Then `tables` are the cohort's rows as they
-    are there, and `changed` the rows that the round before has returned. `totals` are the population's clients and
-    examples, int32[2], and `num_clients` is the number of clients as it is known while tracing.
+    It returns (device, changed, metrics). `device` is the state, without its tables if those are in host memory. Then
+    `tables` are the cohort's rows as they are there, and `changed` the rows that the round before has returned.
+    `totals` are the population's clients and examples, int32[2], `public` is its public data, and `num_clients` is the
+    number of clients as it is known while tracing.
     """
 
     def round(
@@ -660,6 +678,7 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
         changed: PyTree,
         totals: Array,
         key: Key,
+        public: PyTree,
     ) -> tuple[PyTree, PyTree, Metrics]:
         ids, starts, sizes, rows, before = slots
         cohort = Cohort(
@@ -670,6 +689,7 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
             examples,
             num_clients=totals[0],
             num_examples=totals[1],
+            public=public,
             population_size=num_clients,
             table_size=num_clients if tables is None else ids.shape[0],
         )
@@ -686,7 +706,7 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
 
     def run(*args: Any):
         one = partial(round, args[-1])
-        return (jax.vmap(one, (0, 1, None, 0, 0, None, 0)) if batched else one)(*args[:-1])
+        return (jax.vmap(one, (0, 1, None, 0, 0, None, 0, None)) if batched else one)(*args[:-1])
 
     return run
 

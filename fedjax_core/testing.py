@@ -241,7 +241,8 @@ class Subject:
         """The method; one client after the other and examples in their order, which compiles fastest, unless told."""
         settings = {"plan": Plan(lanes=1), "order": "sequential", **settings}
         algorithm = self._make(**(self.floats if values is None else values), **settings)
-        missing = [name for name in Algorithm._fields if not callable(getattr(algorithm, name, None))]
+        missing = [name for name in Algorithm._fields[:3] if not callable(getattr(algorithm, name, None))]
+        missing += [name for name in Algorithm._fields[3:] if not hasattr(algorithm, name)]
         if missing:
             raise TypeError(
                 f"make must return an Algorithm, got {type(algorithm).__name__} without {' and '.join(missing)}: "
@@ -260,7 +261,7 @@ class Subject:
         A round is compiled once more for a state on a device by default, so all states here are alike.
         """
         algorithm = self.algorithm if values is None else self.make(values)
-        return jax.device_put(algorithm.init(_as_floats(self.params, dtype)), jax.devices()[0])
+        return jax.device_put(algorithm.init(_as_floats(self.params, dtype), self.key), jax.devices()[0])
 
     @cached_property
     def has_rows(self) -> bool:
@@ -301,7 +302,7 @@ class Subject:
         with reference.plain_loop():
             return self.rounds(
                 lambda state, ids, key: algorithm.round(state, self._cohort(ids), key),
-                algorithm.init(self.params),
+                algorithm.init(self.params, self.key),
                 cohorts,
             )
 
@@ -452,7 +453,7 @@ class Subject:
 
         def one(values: Any, state: Any, ids: Array, key: Key, population: Population) -> tuple[Any, Rounds]:
             algorithm = self.make(values, plan=None)  # all clients of all members beside each other
-            return algorithm.init(self.params), Rounds(*algorithm.round(state, population.cohort(ids), key))
+            return algorithm.init(self.params, self.key), Rounds(*algorithm.round(state, population.cohort(ids), key))
 
         all_at_once = jax.vmap(one, in_axes=(0, 0, 0, 0, None), axis_size=members)
         begun, together = jax.jit(all_at_once)(batch, _stacked(firsts), ids, keys[1], self.population)
@@ -460,7 +461,7 @@ class Subject:
             expected = self.jitted(values, firsts[member], self._cohort(ids[member]), keys[1][member])
             _same(
                 jax.tree.map(lambda leaf, m=member: leaf[m], (begun, together)),
-                (self.make(values).init(self.params), Rounds(*expected)),
+                (self.make(values).init(self.params, self.key), Rounds(*expected)),
                 "rounds at once, by vmap over seeds and hyper-parameters, differ from single rounds of each",
                 "use hyper-parameters as arrays: no float(), no Python branch on them, no number over all members",
                 rtol=1e-11,
@@ -539,21 +540,28 @@ class Subject:
         )
 
     def client_params_are_one_model_per_client(self) -> None:
-        """`client_params(state, ids)` stacks a model for each of the ids."""
+        """`client_params(state, ids)` stacks a model for each id; views have a row for every client, or none."""
+        for name, view in self.algorithm.views.items():
+            table = view.rows(self.state)
+            sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(table)} - {self.population.num_clients}
+            _require(
+                table is None or (isinstance(table, clients.ClientTable) and not sizes),
+                f"the rows of the view {name!r} are not one for each of {self.population.num_clients} clients: return "
+                "a ClientTable of the state, or None",
+            )
         rows = jax.eval_shape(self.algorithm.client_params, self.state, jnp.array([2, 0, 5]))
-        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), self.params)
-        _same_shapes(
-            rows,
-            expected,
-            "client_params(state, ids) is not one model for each of three ids, stacked",
-            "return leaves [3, ...], as fedjax_core.global_client_params(params, ids) does for one model of all",
+        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(rows)}
+        _require(
+            sizes <= {(3,)},
+            "client_params(state, ids) is not one model for each of three ids, stacked: return a model of one client "
+            "from the view's model(shared, row)",
         )
 
     def a_state_can_be_donated(self) -> None:
         """No buffer is in a state twice, nor are the caller's params in it."""
         made = {
-            "init(params)": self.algorithm.init(self.params),
-            "jit(init)(params)": jax.jit(self.algorithm.init)(self.params),
+            "init(params)": self.algorithm.init(self.params, self.key),
+            "jit(init)(params)": jax.jit(self.algorithm.init)(self.params, self.key),
             "a round": self.state,
         }
         for name, state in made.items():
@@ -591,7 +599,7 @@ class Subject:
             with clients.replaced(only_shapes):
                 return clients.split_tables(algorithm.round(state, cohort, self.key)[0])
 
-        state = algorithm.init(self.params)
+        state = algorithm.init(self.params, self.key)
         closed, shape = jax.make_jaxpr(parts, return_shape=True)(jnp.zeros(()), state, self._cohort(self.cohorts[0]))
         jaxpr, num_server = closed.jaxpr, len(jax.tree.leaves(shape[0]))
 
@@ -627,7 +635,7 @@ class Subject:
         """(a first state, `round(state, ids, key)` of shuffled examples, in two lanes on each of two devices)."""
         mesh = client_mesh(min(2, len(jax.devices())))
         algorithm = self.make(plan=Plan(lanes=2 * mesh.size, mesh=mesh), order="shuffled")
-        state = algorithm.init(self.params)
+        state = algorithm.init(self.params, self.key)
         where = shardings(state, mesh)
         jitted = jax.jit(algorithm.round, out_shardings=(where, replicated(mesh)))  # as the first, for one program
         return place(state, where), lambda state, ids, key: jitted(state, self._cohort(ids), key)

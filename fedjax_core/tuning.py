@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fedjax_core import checks
-from fedjax_core.algorithm import Algorithm
+from fedjax_core.algorithm import Algorithm, first_state
 from fedjax_core.placement import place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
@@ -87,7 +87,7 @@ def _try(
     begin = time.perf_counter()
     compile_seconds, memory = 0.0, 0
     try:
-        state = algorithm.init(jax.tree.map(jax.numpy.asarray, params))
+        state = first_state(algorithm, jax.tree.map(jax.numpy.asarray, params), key)
         if plan.mesh is not None:
             state = place(state, shardings(state, plan.mesh))
             cohort, key = place((cohort, key), replicated(plan.mesh))

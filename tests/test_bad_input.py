@@ -56,7 +56,9 @@ def fot(inputs=lambda params, batch: {"w": batch["x"]}, **settings):
 
 def end_of_task(algorithm):
     state = algorithm.init(softmax_params())
-    return jax.eval_shape(algorithm.end_task, state, population().cohort(np.array([0, 1])), jax.random.key(0))
+    return jax.eval_shape(
+        algorithm.events["end_task"].run, state, population().cohort(np.array([0, 1])), jax.random.key(0)
+    )
 
 
 def fzoos(**settings):

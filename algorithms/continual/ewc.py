@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.continual.tasks import ContinualAlgorithm
 
 
 class EWCState(NamedTuple):
@@ -27,7 +26,7 @@ def ewc(
     lam: fc.Scalar = 1.0,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
-) -> ContinualAlgorithm:
+) -> fc.Algorithm:
     """EWC: FedAvg in which parameters that earlier tasks depend on are held where those tasks have left them.
 
     Client, from y = x:  y <- y - lr (g_i(y) + lam F (y - c)), K times, entry by entry.
@@ -82,7 +81,7 @@ def ewc(
         )
         return state._replace(importance=total, center=center, task=state.task + 1)
 
-    return ContinualAlgorithm(**fc.federated(init, update)._asdict(), end_task=fc.checked_round(end_task))
+    return fc.federated(init, update, events={"end_task": fc.Event(end_task, "task")})
 
 
 def fisher_program(loss_fn: fc.LossFn) -> fc.ClientProgram:

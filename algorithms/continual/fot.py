@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_core as fc
-from algorithms.continual.tasks import ContinualAlgorithm
 
 
 class Basis(NamedTuple):
@@ -43,15 +42,15 @@ def fot(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    inputs: Callable[[fc.Params, fc.Examples], Mapping[str, fc.Array]],
-    layers: Mapping[str, int],
+    inputs: fc.LayerInputsFn,
+    layers: fc.LayerWidths,
     energy: fc.Scalar = 0.95,
     energy_step: fc.Scalar = 0.0,
     rule: str = "norm",
     oversampling: int = 1,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
-) -> ContinualAlgorithm:
+) -> fc.Algorithm:
     """FOT: updates of the global model stay orthogonal to what earlier tasks have put into its layers.
 
     Client, from y = x:  y <- y - lr g_i(y), K times.
@@ -128,7 +127,7 @@ def fot(
         }
         return state._replace(bases=bases, energy=state.energy + energy_step, task=state.task + 1)
 
-    return ContinualAlgorithm(**fc.federated(init, update)._asdict(), end_task=fc.checked_round(end_task))
+    return fc.federated(init, update, events={"end_task": fc.Event(end_task, "task")})
 
 
 def project(direction: fc.Params, bases: Mapping[str, Basis]) -> fc.Params:

@@ -22,7 +22,7 @@ def feddyn(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     alpha: fc.Scalar = 0.1,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:

@@ -1,6 +1,5 @@
 """FedLD."""
 
-from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -14,7 +13,7 @@ def fedld(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    logits: Callable[[fc.Params, fc.Examples, fc.Key], fc.Array],
+    logits: fc.LogitsFn,
     lam: fc.Scalar = 0.1,
     kept: fc.Scalar = 0.8,
     penalty: str = "example",

@@ -26,7 +26,7 @@ def fedspeed(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     lam: fc.Scalar = 10.0,
     rho: fc.Scalar = 0.1,
     alpha: fc.Scalar = 1.0,

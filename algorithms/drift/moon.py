@@ -1,6 +1,5 @@
 """MOON."""
 
-from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 import jax
@@ -22,8 +21,8 @@ def moon(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    features: Callable[[fc.Params, fc.Examples, fc.Key], fc.Array],
-    num_clients: int,
+    features: fc.FeatureFn,
+    num_clients: fc.NumClients,
     mu: fc.Scalar = 1.0,
     temperature: fc.Scalar = 0.5,
     server_lr: fc.Scalar = 1.0,

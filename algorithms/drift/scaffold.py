@@ -21,7 +21,7 @@ def scaffold(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     server_lr: fc.Scalar = 1.0,
     option: str = "II",
     **local: Unpack[fc.LocalOptions],

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import fedjax_core as fc
-from algorithms.parts.exploration import FedLEx, Maps, loss_exploration, momentum_step
+from algorithms.parts.exploration import Maps, loss_exploration, momentum_step
 
 
 class AutoFLIPState(NamedTuple):
@@ -55,7 +55,7 @@ def autoflip(
     momentum: fc.Scalar = 0.9,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
-) -> FedLEx:
+) -> fc.Algorithm:
     """AutoFLIP: prunes the parameters that hardly move on any client in an exploration of the clients' losses.
 
     Exploration, once, from the first model x0 (see `fedlex`), with G in [0, 1] from the squared moves of the clients:
@@ -95,7 +95,7 @@ def autoflip(
         over all but the amount of work.
 
     Returns:
-      A `FedLEx`: an `Algorithm` with `explore(state, cohort, key) -> state`. See `export` for a model without the
+      An `Algorithm` with an event "explore", before the first round. See `export` for a model without the
       pruned units.
 
     Raises:
@@ -168,7 +168,7 @@ def autoflip(
             state = prune(state, exploration.of_participants(state.maps, cohort))
         return state, results._replace(uploaded=kept, downloaded=kept), extra
 
-    return FedLEx(*fc.federated(init, update), fc.checked_round(explore))
+    return fc.federated(init, update, events={"explore": fc.Event(explore, "before")})
 
 
 def masked(mask: fc.Params, tree: fc.Params) -> fc.Params:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.parts.exploration import FedLEx, Maps, loss_exploration, momentum_step
+from algorithms.parts.exploration import Maps, loss_exploration, momentum_step
 
 
 class FedLExState(NamedTuple):
@@ -39,7 +39,7 @@ def fedlex(
     momentum: fc.Scalar = 0.9,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
-) -> FedLEx:
+) -> fc.Algorithm:
     """FedLEx: parameters move in training as far as they have moved in an exploration of the clients' losses.
 
     Exploration, once, from the first model x0:
@@ -64,7 +64,7 @@ def fedlex(
       explore_epochs: most epochs of the exploration.
       patience: a client stops after this many epochs in which its mean training loss has set no new minimum.
       explorers: share of the population that explores, drawn at random, at least one client; clients outside of the
-        cohort that `explore` gets do not.
+        cohort that the event gets do not.
       scaled: "clients" scales every D_i to [0, 1] before averaging (the paper); "mean" scales their average (released
         code).
       num_maps: 0 keeps G as explored. N, the size of the population, keeps every client's D_i and makes G anew after
@@ -75,7 +75,7 @@ def fedlex(
         over all but the amount of work.
 
     Returns:
-      A `FedLEx`: an `Algorithm` with `explore(state, cohort, key) -> state`.
+      An `Algorithm` with an event "explore", before the first round.
 
     Differences: released code explores in place, one client after the other, so that later ones start where earlier
     ones ended, all maps are of the last one, and training starts from a model that has seen all data; here all
@@ -133,7 +133,7 @@ def fedlex(
         extra = FedLExMetrics(_mean(G), state.maps.explorers)
         return FedLExState(params, velocity, maps), results, extra
 
-    return FedLEx(*fc.federated(init, update), fc.checked_round(explore))
+    return fc.federated(init, update, events={"explore": fc.Event(explore, "before")})
 
 
 def _mean(tree: fc.Params) -> fc.Array:

@@ -25,7 +25,7 @@ def afa_cd(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:
@@ -77,7 +77,7 @@ def afa_cs(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:

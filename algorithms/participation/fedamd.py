@@ -46,7 +46,7 @@ def fedamd(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     probability: fc.Scalar = 0.2,
     period: int = 0,
     server_lr: fc.Scalar = 1.0,

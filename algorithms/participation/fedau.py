@@ -18,7 +18,7 @@ def fedau(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     cutoff: int = 50,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],

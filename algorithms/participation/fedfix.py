@@ -18,7 +18,7 @@ def fedfix(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     probabilities: str | fc.ArrayLike = "uniform",
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],

@@ -27,7 +27,7 @@ def fedstale(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     beta: fc.Scalar = 0.5,
     probabilities: str | fc.ArrayLike = "uniform",
     cutoff: int = 50,
@@ -103,7 +103,7 @@ def fedvarp(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:

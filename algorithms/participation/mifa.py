@@ -21,7 +21,7 @@ def mifa(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],
 ) -> fc.Algorithm:

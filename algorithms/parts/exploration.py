@@ -1,7 +1,7 @@
 """Loss exploration: how far each parameter moves while clients train alone, before the first round."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,6 @@ class Map(NamedTuple):
 
     deviation: fc.Params
     known: fc.Array
-
-
-class FedLEx(NamedTuple):
-    """An `Algorithm`, and `explore(state, cohort, key) -> state`, to be called once, before the first round."""
-
-    init: Callable[[fc.Params], Any]
-    round: Callable[[Any, Any, fc.Key], tuple[Any, fc.Metrics]]
-    params: Callable[[Any], fc.Params]
-    client_params: Callable[[Any, fc.Array], fc.Params]
-    explore: Callable[[Any, Any, fc.Key], Any]
 
 
 def momentum_step(

@@ -12,7 +12,7 @@ def fedgamma(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     rho: fc.Scalar = 0.1,
     server_lr: fc.Scalar = 1.0,
     **local: Unpack[fc.LocalOptions],

@@ -38,7 +38,7 @@ def fedsmoo(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     lam: fc.Scalar = 10.0,
     rho: fc.Scalar = 0.1,
     **local: Unpack[fc.LocalOptions],

@@ -143,7 +143,7 @@ def scaffold_zo(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     option: str = "II",
     num_directions: int = 20,
     mu: fc.Scalar = 0.01,

@@ -124,7 +124,7 @@ def fzoos(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
     *,
-    num_clients: int,
+    num_clients: fc.NumClients,
     queries: FZooSQueries = FZooSQueries(),  # noqa: B008 (immutable)
     surrogate: FZooSSurrogate = FZooSSurrogate(),  # noqa: B008 (immutable)
     correction_decay: fc.Scalar = 1.0,

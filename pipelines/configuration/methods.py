@@ -1,9 +1,8 @@
 """The methods of `algorithms`, described by looking at them, and built from names and settings.
 
-Nothing is registered: a factory exported by `algorithms` whose first arguments are `loss_fn` and `client_optimizer`
-is a method, its keyword-only arguments with numbers, booleans or strings as defaults are its hyper-parameters, and
-its docstring is its card. A method of a user's own is such a factory too, named `module:name`
-(`pipelines.common.own`).
+Nothing is registered: a factory exported by `algorithms` that asks for a loss (`fedjax_core.needs`) is a method, its
+keyword-only arguments with numbers, booleans or strings as defaults are its hyper-parameters, and its docstring is its
+card. A method of a user's own is such a factory too, named `module:name` (`pipelines.common.own`).
 """
 
 import inspect
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import algorithms
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import Algorithm, ClientOptimizer, LocalOptions, LossFn
+from fedjax_core import Algorithm, ClientOptimizer, LocalOptions, LossFn, needs
 from pipelines.common import cards, own
 from pipelines.common.names import pick
 
@@ -38,7 +37,6 @@ def advice(name: str, parameters: int) -> str:
 _SINGLE_STEP = ("fedsgd",)
 
 _LOCAL = tuple(LocalOptions.__annotations__)
-_FUNCTIONS = ("features", "inputs", "logits", "layers")
 
 
 class Method(NamedTuple):
@@ -50,7 +48,7 @@ class Method(NamedTuple):
       paper: last paragraph of its docstring, without "Paper:".
       card: the whole docstring, and those of its option tuples.
       hyperparameters: name to default; None for one of a user's own method that has none, and so has to be set.
-      needs_num_clients: whether the factory takes the size of the population.
+      needs: what the factory asks for, argument name to what it is (`fedjax_core.needs`).
       factory: the factory.
     """
 
@@ -59,7 +57,7 @@ class Method(NamedTuple):
     paper: str
     card: str
     hyperparameters: dict[str, Value | None]
-    needs_num_clients: bool
+    needs: dict[str, str]
     factory: Callable[..., Algorithm]
 
 
@@ -89,8 +87,7 @@ def describe(name: str) -> Method:
     hyperparameters: dict[str, Value | None] = {
         name: default for name, default in defaults if isinstance(default, bool | int | float | str)
     }
-    needs_num_clients = any(p.name == "num_clients" for p in keyword_only)
-    return Method(name, paragraphs[0], paper, card, hyperparameters, needs_num_clients, factory)
+    return Method(name, paragraphs[0], paper, card, hyperparameters, needs(factory), factory)
 
 
 def paper_name(name: str) -> str:
@@ -186,9 +183,13 @@ def build(
         options = _taken(name, options)
     if name in _SINGLE_STEP:
         options = {k: v for k, v in options.items() if k not in ("num_epochs", "num_steps", "order")}
-    if method.needs_num_clients:
-        options["num_clients"] = num_clients
-    options |= {key: function for key, function in model_functions.items() if takes(name, key)}
+    brought = {
+        "loss": loss_fn,
+        "client optimizer": client_optimizer,
+        "num_clients": num_clients,
+        **model_functions,
+    }
+    options |= {argument: brought[what] for argument, what in method.needs.items() if what in brought}
     # What was not asked for is not passed on, so that the factory's defaults stay the factory's.
     asked = {key: parse(name, key, value) for key, value in settings.items()}
     for key, default in method.hyperparameters.items():
@@ -197,19 +198,22 @@ def build(
                 f"{name} needs {key}, which has no default: give it with --set {own.short(name)}.{key}=..."
             )
     with own.explain_errors("method", name):
-        built = method.factory(loss_fn, client_optimizer, **grouped(method.factory, {**asked, **options}))
+        arguments = grouped(method.factory, {**asked, **options})
+        parameters = inspect.signature(method.factory).parameters.values()
+        first = [arguments.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        built = method.factory(*first, **arguments)
     for part in ("init", "round", "params") if own.is_own(name) else ():
         if not callable(getattr(built, part, None)):
             raise ValueError(
                 f"method {name!r} returned {type(built).__name__} without a function {part!r}: return a "
                 "fedjax_core.Algorithm, for example global_algorithm(init, round)"
             )
-    return built
+    return built if isinstance(built, Algorithm) else Algorithm(built.init, built.round, built.params)
 
 
-def takes(name: str, argument: str) -> bool:
-    """Whether the method's factory has an argument of that name."""
-    return argument in {p.name for p in _parameters(describe(name).factory)}
+def asks_for(name: str, what: str) -> bool:
+    """Whether the method's factory asks for something, "layers" for instance; see `fedjax_core.needs`."""
+    return what in describe(name).needs.values()
 
 
 def takes_local_work(name: str) -> bool:
@@ -225,23 +229,21 @@ def folder(name: str) -> str:
     return own.file_name(name)
 
 
-def _parameters(factory: Callable[..., Algorithm]) -> list[inspect.Parameter]:
-    return list(inspect.signature(factory).parameters.values())
-
-
 def _describe_own(name: str) -> Method:
     factory = own.function("method", name)
     parameters = own.signature("method", name)
-    positional = [p for p in parameters[:2] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 2 or inspect.isclass(factory):
-        raise ValueError(
-            f"method {name!r} takes ({', '.join(map(str, parameters))}): a method is made by a function "
-            "(loss_fn, client_optimizer, *, its own options, **local) that returns a fedjax_core.Algorithm"
-        )
-    known = {*_LOCAL, *_FUNCTIONS, "num_clients"}
+    asked = needs(factory)
+    if "loss" not in asked.values():  # by their places, whatever their names
+        positional = [p for p in parameters[:2] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(positional) < 2 or inspect.isclass(factory):
+            raise ValueError(
+                f"method {name!r} takes ({', '.join(map(str, parameters))}): a method is made by a function "
+                "(loss_fn, client_optimizer, *, its own options, **local) that returns a fedjax_core.Algorithm"
+            )
+        asked = {positional[0].name: "loss", positional[1].name: "client optimizer"} | asked
     hyperparameters: dict[str, Value | None] = {}
-    for p in parameters[2:]:
-        if p.name in known or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+    for p in parameters:
+        if p.name in asked or p.name in _LOCAL or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
         if p.default is p.empty:
             hyperparameters[p.name] = None
@@ -250,8 +252,7 @@ def _describe_own(name: str) -> Method:
     card = cards.text(factory) or f"{own.short(name)}: a method of your own."
     paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]
     paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
-    needs_num_clients = any(p.name == "num_clients" for p in parameters[2:])
-    return Method(name, paragraphs[0], paper, card, hyperparameters, needs_num_clients, factory)
+    return Method(name, paragraphs[0], paper, card, hyperparameters, asked, factory)
 
 
 def _taken(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def _taken(name: str, options: dict[str, Any]) -> dict[str, Any]:
     parameters = own.signature("method", name)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return options
-    taken = {p.name for p in parameters[2:]}
+    taken = {p.name for p in parameters}
     # How the hardware is used changes no number, so a method may leave it at the default.
     defaults = {"order": "shuffled", "weights": "uniform"}
     work = ("num_epochs", "num_steps")
@@ -293,7 +294,4 @@ def _guessed(value: Value) -> Value:
 
 
 def _is_method(value: Any) -> bool:
-    return inspect.isfunction(value) and list(inspect.signature(value).parameters)[:2] == [
-        "loss_fn",
-        "client_optimizer",
-    ]
+    return inspect.isfunction(value) and "loss" in needs(value).values()

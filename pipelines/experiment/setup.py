@@ -28,6 +28,7 @@ from fedjax_core import (
     client_mesh,
     masks,
     num_bytes,
+    run_events,
     samplers,
     split_tables,
 )
@@ -218,7 +219,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
 
     def make(name: str, plan: Plan, rates: Mapping[str, Any] = MappingProxyType({})) -> Algorithm:
         functions: dict[str, Any] = {"features": features, "inputs": layer_inputs, "logits": logits}
-        if methods.takes(name, "layers"):  # traces the model, which takes half a second for a deep one
+        if methods.asks_for(name, "layers"):  # traces the model, which takes half a second for a deep one
             functions["layers"] = layer_widths()
         return methods.build(
             name,
@@ -263,9 +264,9 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
             f"{LIMIT} steps or examples of one client in a round, which devices cannot count: lower one of them"
         )
     for name, algorithm in experiment.algorithms.items():
-        if config.machine.staged and hasattr(algorithm, "explore"):
+        if config.machine.staged and begins_with_everybody(algorithm):
             raise ValueError(
-                f"{name} explores with all clients before the first round, but staged=True brings only the clients of "
+                f"{name} asks all clients before the first round, but staged=True brings only the clients of "
                 "one round to the device: leave out --staged"
             )
         # Tracing one round finds what does not fit together, without compiling.
@@ -432,22 +433,27 @@ def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> P
     """The state of a method before the first round, for every seed: leaves [S, ...]."""
 
     def one(key: Key) -> Any:
-        state = algorithm.init(experiment.model.init(run_keys(key)[0]))
+        init_key = run_keys(key)[0]
+        state = algorithm.init(experiment.model.init(init_key), jax.random.fold_in(init_key, 1))
         # A weakly typed leaf would come back strongly typed from the first round, which is another program.
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), state)
 
     return jax.vmap(one)(keys)
 
 
-def explored(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
-    """States [S, ...] after the exploration of a method that has one (`fedlex.explore`); all clients are asked."""
-    explore = getattr(algorithm, "explore", None)
-    if explore is None:
+def begun(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
+    """States [S, ...] after what a method does before its first round, an exploration say; all clients are asked."""
+    if not begins_with_everybody(algorithm):
         return states
     cohort = population.cohort(jnp.arange(population.num_clients))
     # A key of its own: the rounds split theirs.
     keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xE8))(keys)
-    return jax.vmap(explore, (0, None, 0))(states, cohort, keys)
+    return jax.vmap(partial(run_events, algorithm, "before"), (0, None, 0))(states, cohort, keys)
+
+
+def begins_with_everybody(algorithm: Algorithm) -> bool:
+    """Whether the method asks all clients for something before the first round."""
+    return any(event.when == "before" for event in algorithm.events.values())
 
 
 def run_keys(key: Key) -> tuple[Key, Key]:
@@ -573,7 +579,7 @@ def memory_fix(experiment: Experiment, method: str) -> str:
     """How a run of a method needs less memory, by what it needs most of."""
     config, parts = experiment.config, dict(predicted_memory(experiment, method))
     smaller = _smaller_model(config, experiment.dataset)
-    if not config.machine.staged and not hasattr(experiment.algorithms[method], "explore"):
+    if not config.machine.staged and not begins_with_everybody(experiment.algorithms[method]):
         states = jax.eval_shape(partial(initial_states, experiment, experiment.algorithms[method]), experiment.keys)
         rows = num_bytes(jax.tree.leaves(split_tables(states)[1]))
         if rows > parts["state"] / 2 and rows > parts["local training"] + parts["evaluation"]:
@@ -624,7 +630,7 @@ def _shapes(population: Population | HostPopulation) -> Any:
     """What tracing a round needs to know of a population."""
     of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
     offsets: Any = jax.ShapeDtypeStruct((population.num_clients + 1,), jnp.int32)
-    return Population(jax.tree.map(of, population.examples), offsets)
+    return Population(jax.tree.map(of, population.examples), offsets, jax.tree.map(of, population.public))
 
 
 def _training_bytes(experiment: Experiment, slots: int) -> int:

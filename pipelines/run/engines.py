@@ -23,7 +23,7 @@ from fedjax_core import (
     split_tables,
 )
 from fedjax_core.types import Key, PyTree
-from pipelines.experiment.setup import EVAL_BATCH, Experiment, explored, initial_states, run_keys
+from pipelines.experiment.setup import EVAL_BATCH, Experiment, begun, initial_states, run_keys
 from pipelines.results import early
 
 
@@ -106,7 +106,7 @@ def _in_memory(experiment: Experiment, algorithm: Algorithm) -> Engine:
 
     def start():
         def first(keys: Key, population: Any):
-            return early.begin(config, algorithm, explored(algorithm, states(keys), population, keys))
+            return early.begin(config, algorithm, begun(algorithm, states(keys), population, keys))
 
         return jax.jit(first, out_shardings=where)(keys, population)
 

@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 import algorithms
 import models
 from fedjax_core import (
+    Algorithm,
     Examples,
     Plan,
     Population,
@@ -44,6 +45,7 @@ from fedjax_core import (
     evaluate,
     place,
     replicated,
+    run_events,
     samplers,
     shardings,
 )
@@ -227,8 +229,8 @@ def _scenario(
 
 def build(
     config: Continual, name: str, tasks: Scenario, *, num_steps: int | None = None, plan: Plan | None = None
-) -> Any:
-    """The method `name`, an `Algorithm` or one with an `end_task`; with `num_steps` local steps instead of epochs."""
+) -> Algorithm:
+    """The method `name`, with `num_steps` local steps instead of epochs if given."""
     optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(config.client_lr))
     length = {"num_epochs": config.epochs} if num_steps is None else {"num_steps": num_steps}
     own: dict[str, dict[str, Any]] = {
@@ -471,7 +473,8 @@ class _Trainer:
         def made() -> Any:
             # On one device: decompositions of matrices do not split, and once a task their time hardly counts.
             alone = replace(self._plan, mesh=None)
-            return jax.jit(build(self.config, self.name, self._tasks, num_steps=self.steps, plan=alone).end_task)
+            method = build(self.config, self.name, self._tasks, num_steps=self.steps, plan=alone)
+            return jax.jit(partial(run_events, method, "task"))
 
         return self.place_state(self._timed("end", made, event))
 
@@ -529,7 +532,7 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
             if done + length < end:
                 save(state)
                 stop_if_asked(done + length)
-        if hasattr(trainer.method, "end_task"):
+        if any(event.when == "task" for event in trainer.method.events.values()):
             state = trainer.end_task(state, population, run_key, jax.random.fold_in(end_key, t))
         accuracy = np.vstack([accuracy, trainer.scores(state, tasks)])
         save(state)

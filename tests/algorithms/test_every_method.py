@@ -19,7 +19,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import testing
+from fedjax_core import needs, testing
 from tests.problems import (
     assert_trees_equal,
     softmax_features,
@@ -57,24 +57,30 @@ KNOWN = {
 }
 
 
+# What factories ask for (`fedjax_core.needs`).
+BROUGHT = {
+    "loss": softmax_loss,
+    "num_clients": len(SIZES),
+    "features": softmax_features,
+    "logits": lambda params, batch, key: batch["x"] @ params["w"] + params["b"],
+    "inputs": lambda params, batch: {"w": batch["x"]},
+    "layers": {"w": 5},
+}
+
+
 def make(name, *, lr=0.1, optimizer=None, **settings):
     factory = getattr(algorithms, name)
-    parameters = inspect.signature(factory).parameters
-    if "num_clients" in parameters:
-        settings.setdefault("num_clients", len(SIZES))
-    if "features" in parameters:
-        settings.setdefault("features", softmax_features)
-    if "inputs" in parameters:
-        settings.setdefault("inputs", lambda params, batch: {"w": batch["x"]})
-        settings.setdefault("layers", {"w": 5})
-    if "logits" in parameters:
-        settings.setdefault("logits", lambda params, batch, key: batch["x"] @ params["w"] + params["b"])
+    asked = needs(factory)
+    brought = {**BROUGHT, "client optimizer": optimizer or optax.sgd(lr)}
+    missing = set(asked.values()) - set(brought)
+    assert not missing, f"{name} asks for {missing}: enter what the test's problem has for it in BROUGHT"
+    settings = {argument: brought[what] for argument, what in asked.items()} | settings
     settings = {**SETTINGS.get(name, {}), **settings, **ORDER.get(name, {})}
     if name == "fedsgd":  # has neither epochs nor an order
         settings.pop("order", None)
     else:
         settings.setdefault("num_epochs", 1)  # up to four local steps; the plain loop is slow
-    return factory(softmax_loss, optimizer or optax.sgd(lr), batch_size=4, **grouped(factory, settings))
+    return factory(batch_size=4, **grouped(factory, settings))
 
 
 def hyperparameters(name):
@@ -102,7 +108,7 @@ def pytest_generate_tests(metafunc):
     for number, name in enumerate(algorithms.__all__):
         later = everything or number % TURNS != TURN
         marks = [pytest.mark.xdist_group(name), *[pytest.mark.slow] * later]
-        has_rows = "num_clients" in inspect.signature(getattr(algorithms, name)).parameters
+        has_rows = "num_clients" in needs(getattr(algorithms, name)).values()
         cases += [
             pytest.param(name, check, marks=marks)
             for check in testing.DEEP

@@ -63,9 +63,7 @@ def test_the_state_keeps_its_dtypes_from_round_to_round(name, dtype):
     state = jax.eval_shape(method.init, {"w": jnp.zeros(1 if name == "fot" else (), dtype)})
     cohort, key = population.cohort(np.arange(2)), jax.random.key(0)
     news = [jax.eval_shape(method.round, state, cohort, key)[0]]
-    for extra in ("explore", "end_task"):
-        if hasattr(method, extra):
-            news.append(jax.eval_shape(getattr(method, extra), state, cohort, key))
+    news += [jax.eval_shape(event.run, state, cohort, key) for event in method.events.values()]
     for new in news:
         assert jax.tree.map(lambda leaf: leaf.dtype, new) == jax.tree.map(lambda leaf: leaf.dtype, state)
         assert jax.eval_shape(method.params, new)["w"].dtype == dtype

@@ -99,7 +99,6 @@ DRAWS = Algorithm(
         cohort.num_participants,
     ),
     lambda state: state.params,
-    lambda state, ids: state.params[ids],
 )
 
 
@@ -337,7 +336,7 @@ def test_a_method_of_another_population(name, num_clients):
 
 def test_a_method_of_ones_own_is_checked_too():
     state = FEDAVG.init(PARAMS)
-    own = Algorithm(lambda params: state, lambda state, cohort, key: (state, key), lambda s: s, lambda s, ids: ids)
+    own = Algorithm(lambda params: state, lambda state, cohort, key: (state, key), lambda s: s)
     assert own.round(state, POPULATION.cohort([0]), OLD_KEY)[1] == KEY
     other = own._replace(round=lambda state, cohort, key: (state, 0))
     for method in (own, other):

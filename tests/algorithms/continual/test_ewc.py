@@ -36,7 +36,7 @@ def make(loss=softmax_loss, lr=0.1, **settings):
 @cache
 def jitted():
     method = make()
-    return method, jax.jit(method.round), jax.jit(method.end_task)
+    return method, jax.jit(method.round), jax.jit(method.events["end_task"].run)
 
 
 def everyone(population):
@@ -58,7 +58,7 @@ def test_golden_trace():
     The independent program keeps the penalty of every task, with its own F_t and x_t.
     """
     method = make(quadratic_loss, batch_size=1, num_steps=2)
-    round_fn, end_task = jax.jit(method.round), jax.jit(method.end_task)
+    round_fn, end_task = jax.jit(method.round), jax.jit(method.events["end_task"].run)
     state, x, penalties = method.init(jnp.asarray(Q3_START)), np.array(Q3_START), []
     for event in ("round", "end", "round", "round", "end", "round"):
         cohort = q3_population().cohort(FULL[0])
@@ -94,7 +94,7 @@ def test_without_an_ended_task_it_is_fedavg():
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
 def test_importance_is_the_mean_squared_gradient_of_single_examples(weights):
     params, population = softmax_params(), softmax_population(SIZES)
-    state = jax.jit(make(weights=weights).end_task)(make().init(params), everyone(population), KEY)
+    state = jax.jit(make(weights=weights).events["end_task"].run)(make().init(params), everyone(population), KEY)
     means, sizes = [], []
     for i in range(len(SIZES)):
         x, y = (np.asarray(population.client(i)[name]) for name in "xy")
@@ -153,9 +153,9 @@ def test_every_plan_ends_a_task_like_a_plain_loop():
     def end(end_task):
         return ended(end_task, method.init(softmax_params()), seeds=[1], ids=(3, -1, 0, 2))
 
-    alone, on_mesh = end(end_task), end(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task))
+    alone, on_mesh = end(end_task), end(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).events["end_task"].run))
     with reference.plain_loop():
-        plain = end(method.end_task)
+        plain = end(method.events["end_task"].run)
     assert_trees_close(alone, plain, 1e-11, 1e-13)
     assert_trees_close(on_mesh, plain, 1e-11, 1e-13)
 
@@ -163,7 +163,7 @@ def test_every_plan_ends_a_task_like_a_plain_loop():
 def test_ended_tasks_vmap_over_seeds_and_floats_like_a_loop():
     def run(lam, lr, key):
         method = make(lam=lam, server_lr=lr)
-        state = ended(method.end_task, method.init(softmax_params()), seeds=[1])
+        state = ended(method.events["end_task"].run, method.init(softmax_params()), seeds=[1])
         return method.round(state, everyone(softmax_population(SIZES)), key)
 
     lam, lr, keys = jnp.array([0.5, 2.0]), jnp.array([1.0, 0.5]), jax.random.split(KEY, 2)

@@ -67,7 +67,7 @@ def make(loss=network_loss, inputs=network_inputs, *, lr=0.05, **settings):
 def jitted(linear=False, rule="norm"):
     """(method, its jitted round, its jitted end of a task); how much energy is kept is for the state to say."""
     method = make(linear_loss, linear_inputs, rule=rule) if linear else make(rule=rule)
-    return method, jax.jit(method.round), jax.jit(method.end_task)
+    return method, jax.jit(method.round), jax.jit(method.events["end_task"].run)
 
 
 def start(method, energy=1.0, dtype=np.float64):
@@ -150,7 +150,7 @@ def test_models_and_subspaces_are_those_of_an_independent_program(rule, energy, 
     monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.asarray(omega(shape), dtype))
     tasks = [task(seed, rank=6) for seed in range(3)]
     method = make(energy=energy, energy_step=0.05, rule=rule, batch_size=20)
-    round_fn, end_task = jax.jit(method.round), jax.jit(method.end_task)
+    round_fn, end_task = jax.jit(method.round), jax.jit(method.events["end_task"].run)
     state, models, bases = method.init(network_params()), [], []
     for population in tasks:
         for _ in range(3):
@@ -355,7 +355,7 @@ def test_more_columns_make_better_estimates_of_the_energy():
     population = task(0, rank=6)
     A = activations(network_inputs, network_params(), population.examples)
     method = make(energy=0.9, oversampling=300)
-    bases = jax.jit(method.end_task)(method.init(network_params()), everyone(population), KEY).bases
+    bases = jax.jit(method.events["end_task"].run)(method.init(network_params()), everyone(population), KEY).bases
     for path in WIDTHS:
         spectrum = np.linalg.svd(A[path], compute_uv=False) ** 2
         assert bases[path].rank == 1 + int(np.argmax(np.cumsum(spectrum) / spectrum.sum() > 0.9))
@@ -387,9 +387,9 @@ def test_every_plan_ends_a_task_like_a_plain_loop():
     mesh = jax.make_mesh((2,), ("clients",), devices=jax.devices()[:2])
     method, _, end_task = jitted()
     alone = ended(end_task, start(method, energy=0.9))
-    on_mesh = ended(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).end_task), start(method, energy=0.9))
+    on_mesh = ended(jax.jit(make(plan=Plan(lanes=4, mesh=mesh)).events["end_task"].run), start(method, energy=0.9))
     with reference.plain_loop():
-        plain = ended(method.end_task, start(method, energy=0.9))
+        plain = ended(method.events["end_task"].run, start(method, energy=0.9))
     same_spans(alone, plain)
     same_spans(on_mesh, plain)
 
@@ -405,7 +405,7 @@ def test_ending_a_task_draws_from_the_key_alone():
 def test_ended_tasks_vmap_over_seeds_and_floats_like_a_loop():
     def run(energy, step, key):
         method = make(energy=energy, energy_step=step, rule="squared")
-        return ended(method.end_task, method.init(network_params()), key)
+        return ended(method.events["end_task"].run, method.init(network_params()), key)
 
     energies, steps = jnp.array([0.5, 0.9, 1.0]), jnp.array([0.0, 0.05, 0.0])
     keys = jax.random.split(KEY, 3)

@@ -47,7 +47,9 @@ def plainly(function, *args):
 
 
 def explored(algorithm, ids=(0, 1, 2), start=Q3_START):
-    return plainly(algorithm.explore, algorithm.init(jnp.asarray(start)), q3_population().cohort(list(ids)), KEY)
+    return plainly(
+        algorithm.events["explore"].run, algorithm.init(jnp.asarray(start)), q3_population().cohort(list(ids)), KEY
+    )
 
 
 def run(algorithm, cohorts, state=None):
@@ -205,7 +207,7 @@ def of_softmax():
     def explore(share, ids):
         once = {"batch_size": 2, "explore_epochs": 3, "patience": 1, "order": "sequential"}
         algorithm = algorithms.fedlex(softmax_loss, optax.sgd(2.0), explorers=share, num_maps=10, **once)
-        return algorithm.explore(algorithm.init(softmax_params()), population.cohort(ids), KEY).maps
+        return algorithm.events["explore"].run(algorithm.init(softmax_params()), population.cohort(ids), KEY).maps
 
     return jax.jit(explore), explore
 

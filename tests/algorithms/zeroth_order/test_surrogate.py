@@ -46,7 +46,8 @@ def posterior(history, kernel, lengthscale):
 
 
 def batch(d=D):
-    return Batch({"a": jnp.zeros((1, d))}, jnp.ones(1, bool), jax.random.key(0), jnp.int32(0))
+    zero = jnp.int32(0)
+    return Batch({"a": jnp.zeros((1, d))}, jnp.ones(1, bool), jax.random.key(0), zero, zero, zero + 1)
 
 
 def dense(kernel, lengthscale, z, x=None):

@@ -51,8 +51,12 @@ def test_every_method_describes_itself_and_builds(name):
 def test_hyperparameters_are_the_keyword_arguments_with_plain_defaults():
     scaffold = methods.describe("scaffold")
     assert scaffold.hyperparameters == {"server_lr": 1.0, "option": "II"}
-    assert scaffold.needs_num_clients
-    assert not methods.describe("fedavg").needs_num_clients
+    assert scaffold.needs == {
+        "loss_fn": "loss",
+        "client_optimizer": "client optimizer",
+        "num_clients": "num_clients",
+    }
+    assert "num_clients" not in methods.describe("fedavg").needs.values()
     assert scaffold.factory is algorithms.scaffold
 
 

@@ -20,7 +20,7 @@ def test_a_run_starts_with_the_exploration(small):
         states = engine.start()
         assert_trees_equal(*(jax.tree.map(lambda leaf: np.array(leaf.shape), t) for t in (states, engine.expected)))
         np.testing.assert_array_equal(states.maps.explorers, [6, 6])
-        explore, cohort = jax.jit(algorithm.explore), experiment.population.cohort(np.arange(6))
+        explore, cohort = jax.jit(algorithm.events["explore"].run), experiment.population.cohort(np.arange(6))
         for s, key in enumerate(experiment.keys):
             x0 = experiment.model.init(setup.run_keys(key)[0])
             expected = explore(algorithm.init(x0), cohort, jax.random.key(0))

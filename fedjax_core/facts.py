@@ -1,0 +1,78 @@
+"""What a method's factory asks its caller for, declared in its signature.
+
+    def moon(loss_fn: LossFn, client_optimizer: ClientOptimizer, *, features: FeatureFn, num_clients: NumClients, ...)
+
+The annotations say what each argument is, whatever its name and wherever it stands. `needs` reads them, and so do the
+command line, the documentation and the tests that every method gets. What a method does beside its rounds and how it
+predicts is in the `Algorithm` that the factory returns; what its clients send, `uploads` finds by tracing a round.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from fedjax_core.types import Array, Examples, Key, Params
+
+
+class Need(NamedTuple):
+    """Marks an argument of a factory as something that its caller has to bring.
+
+    Attributes:
+      what: "loss", "client optimizer", "num_clients", "features", "logits", "inputs", "layers" or "personal"; a factory
+        of one's own may name others.
+    """
+
+    what: str
+
+
+NumClients = Annotated[int, Need("num_clients")]
+"""The size of the population, N."""
+FeatureFn = Annotated[Callable[[Params, Examples, Key], Array], Need("features")]
+"""`features(params, batch, key) -> float[B, ...]`, the representation of each example."""
+LogitsFn = Annotated[Callable[[Params, Examples, Key], Array], Need("logits")]
+"""`logits(params, batch, key) -> float[B, C]`, the scores of the C classes for each example."""
+LayerInputsFn = Annotated[Callable[[Params, Examples], Mapping[str, Array]], Need("inputs")]
+"""`inputs(params, batch) -> {path: float[samples, d]}`, what goes into the layers."""
+LayerWidths = Annotated[Mapping[str, int], Need("layers")]
+"""Path of every layer to the width of what goes into it."""
+
+_BY_NAME = {
+    "loss_fn": "loss",
+    "client_optimizer": "client optimizer",
+    **{name: name for name in ("num_clients", "features", "logits", "inputs", "layers", "personal")},
+}
+"""What an argument without a declaration is taken for, so that a factory of one's own needs none."""
+
+
+def needs(factory: Callable[..., Any]) -> dict[str, str]:
+    """What a factory asks for: argument name to `Need.what`, in the order of the arguments.
+
+    An argument that is not annotated with a `Need` counts by its usual name (`loss_fn`, `num_clients`, ...), unless
+    another one is declared to be that.
+    """
+    try:
+        hints = get_type_hints(factory, include_extras=True)
+    except Exception:  # annotations that cannot be resolved say nothing
+        hints = {}
+    names = list(inspect.signature(factory).parameters)
+    declared = {name: what for name in names if (what := _declared(hints.get(name))) is not None}
+    taken = set(declared.values())
+    found = {}
+    for name in names:
+        if name in declared:
+            found[name] = declared[name]
+        elif name in _BY_NAME and _BY_NAME[name] not in taken:
+            found[name] = _BY_NAME[name]
+    return found
+
+
+def _declared(annotation: Any) -> str | None:
+    if get_origin(annotation) is Annotated:
+        marks = [mark.what for mark in annotation.__metadata__ if isinstance(mark, Need)]
+        if marks:
+            return str(marks[-1])
+        return _declared(get_args(annotation)[0])
+    for option in get_args(annotation):  # `FeatureFn | None`
+        if get_origin(option) is Annotated and (what := _declared(option)) is not None:
+            return what
+    return None
