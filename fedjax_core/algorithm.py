@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import checks, keys
+from fedjax_core import checks, keys, masks
 from fedjax_core.batching import LocalWork
 from fedjax_core.clients import ClientProgram, ClientTable, check_tables, join_tables, round_metrics, split_tables
 from fedjax_core.population import Cohort
@@ -320,7 +320,8 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
             )
         check_rounds(state.round, 1)
         check_tables(state, cohort)
-        return round(state, cohort, keys.one(key), *args, **kwargs)
+        with masks.with_public(cohort.public):
+            return round(state, cohort, keys.one(key), *args, **kwargs)
 
     checked._has_checks = True  # type: ignore[attr-defined]
     return checked

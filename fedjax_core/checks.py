@@ -342,7 +342,7 @@ def function(name: str, value: object, example: str) -> None:
 
 
 def takes(
-    name: str, value: Callable[..., Any], arguments: tuple[str, ...], *, example: str, mask: bool = False
+    name: str, value: Callable[..., Any], arguments: tuple[str, ...], *, example: str, named: tuple[str, ...] = ()
 ) -> None:
     """Raises TypeError unless `value` is a function that can be called with these arguments, by position.
 
@@ -351,7 +351,7 @@ def takes(
       value: the function; one that does not tell its parameters passes.
       arguments: names of the arguments that it is given.
       example: what to pass instead.
-      mask: whether it is given a keyword argument `mask` besides.
+      named: names of keyword arguments that it is given besides.
     """
     function(name, value, example)
     try:
@@ -360,7 +360,7 @@ def takes(
     except (TypeError, ValueError):  # it has no signature
         return
     try:
-        signature.bind(*arguments, **({"mask": None} if mask else {}))
+        signature.bind(*arguments, **dict.fromkeys(named))
     except TypeError:
         raise TypeError(
             f"{name} is called with ({', '.join(arguments)}), but its parameters are {signature}: pass {example}"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_core import checks, execution, keys, lanes, sums
+from fedjax_core import checks, execution, keys, lanes, masks, sums
 from fedjax_core.aggregation import Aggregator, Stacked, check_weights, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
@@ -109,9 +109,9 @@ def for_each_client(
         return routed
     replacement = _REPLACEMENT.get()
     if replacement is not None:
-        return replacement(
-            program, shared, cohort, key, client_inputs, work=work, weights=weights, aggregator=aggregator, plan=plan
-        )
+        options = {"work": work, "weights": weights, "aggregator": aggregator, "plan": plan}
+        with masks.with_public(cohort.public):
+            return replacement(program, shared, cohort, key, client_inputs, **options)
     key = keys.one(key)
     work.check(cohort)
     aggregator = aggregator or weighted_mean()
@@ -143,16 +143,21 @@ def for_each_client(
 
     asked: list[bool] = []
 
+    @contextmanager
+    def as_this(client: Array) -> Iterator[None]:
+        with as_client(client, asked, cohort.population_size), masks.with_public(cohort.public):
+            yield
+
     def init(client: Array, shared: PyTree, client_input: PyTree, key: Key) -> PyTree:
-        with as_client(client, asked, cohort.population_size):
+        with as_this(client):
             return execution.strip_weak_type(program.init(shared, client_input, key))
 
     def step(client: Array, shared: PyTree, carry: PyTree, batch: Batch):
-        with as_client(client, asked, cohort.population_size):
+        with as_this(client):
             return program.step(shared, carry, batch)
 
     def final(client: Array, shared: PyTree, carry: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
-        with as_client(client, asked, cohort.population_size):
+        with as_this(client):
             upload, output = program.final(shared, carry)
         if isinstance(aggregator, Stacked):
             return (), execution.strip_weak_type((upload, output))

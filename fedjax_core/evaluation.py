@@ -47,7 +47,9 @@ class ClientStatistics(NamedTuple):
     worst_decile: Array  # mean over the tenth of the clients (at least one) that fare worst
 
 
-def evaluate(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_size: int = 256) -> PyTree:
+def evaluate(
+    metric_fn: MetricFn, params: Params, examples: Examples, *, batch_size: int = 256, public: PyTree = ()
+) -> PyTree:
     """Means over all examples of the values of `metric_fn`, a pytree of float[]; NaN where there is no example.
 
     Sums are taken in float32 at least; the mean has the dtype of the values, and of integers and bool it is a float.
@@ -57,13 +59,14 @@ def evaluate(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_s
       params: a model.
       examples: leaves [n, ...].
       batch_size: examples per forward pass.
+      public: public data, for a metric with a parameter of that name; `population.public`, for instance.
 
     Raises:
       TypeError: if the examples are a population or hold no numbers.
       ValueError: if a value is not an array of numbers [B, ...], by an error that names the metric, or numbers of the
         examples do not fit into 32 bits.
     """
-    values = evaluate_examples(metric_fn, params, examples, batch_size=batch_size)
+    values = evaluate_examples(metric_fn, params, examples, batch_size=batch_size, public=public)
     _check_weights(values)
 
     def mean(leaf: Weighted | Array) -> Array:
@@ -73,7 +76,9 @@ def evaluate(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_s
     return jax.tree.map(mean, values, is_leaf=is_weighted)
 
 
-def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *, batch_size: int = 256) -> PyTree:
+def evaluate_examples(
+    metric_fn: MetricFn, params: Params, examples: Examples, *, batch_size: int = 256, public: PyTree = ()
+) -> PyTree:
     """Values of `metric_fn` on every example in order, leaves [n, ...] (for an AUC, say).
 
     They are what the metric returns, integers and bool included, and a `Weighted` stays one. No batch has padding: the
@@ -84,6 +89,7 @@ def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *
       params: a model.
       examples: leaves [n, ...].
       batch_size: examples per forward pass.
+      public: as in `evaluate`.
 
     Raises:
       TypeError, ValueError: as `evaluate`.
@@ -101,16 +107,21 @@ def evaluate_examples(metric_fn: MetricFn, params: Params, examples: Examples, *
         checks.positive_int("batch_size", batch_size, "evaluate at least one example at a time"),
         max(total, 1),
     )
+
+    def values_of(params: Params, batch: Examples) -> PyTree:
+        with masks.with_public(public):
+            return metric_values(metric_fn, params, batch)
+
     if total == 0:
         one_row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), examples)
-        shapes = jax.eval_shape(lambda params, batch: metric_values(metric_fn, params, batch), params, one_row)
+        shapes = jax.eval_shape(values_of, params, one_row)
         return jax.tree.map(lambda s: jnp.zeros((0, *s.shape[1:]), s.dtype), shapes)
     num_batches = -(-total // batch_size)
 
     def one(start: Array) -> PyTree:
         # The last batch is shifted back inside the data instead of padded.
         batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_size), examples)
-        return metric_values(metric_fn, params, batch)
+        return values_of(params, batch)
 
     starts = jnp.minimum(jnp.arange(num_batches) * batch_size, total - batch_size)
     values = jax.lax.map(one, starts)
@@ -131,7 +142,7 @@ def evaluate_clients(metric_fn: MetricFn, params: Params, population: Population
     """
     _check_arguments(metric_fn, params)
     check_population(population, "pass population.to_device()")
-    values = evaluate_examples(metric_fn, params, population.examples, batch_size=batch_size)
+    values = evaluate_examples(metric_fn, params, population.examples, batch_size=batch_size, public=population.public)
     _check_weights(values)
 
     def mean(leaf: Weighted | Array) -> Array:
@@ -292,12 +303,13 @@ def _evaluate_each(
         return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf))
 
     # What a metric returns for one example: the shapes, and dtypes, of the totals.
-    shapes = jax.eval_shape(
-        lambda shared, row, batch: metric_values(metric_fn, model(shared, row), batch),
-        shared,
-        jax.tree.map(one_row, rows),
-        jax.tree.map(one_example, examples),
-    )
+    with masks.with_public(cohort.public):
+        shapes = jax.eval_shape(
+            lambda shared, row, batch: metric_values(metric_fn, model(shared, row), batch),
+            shared,
+            jax.tree.map(one_row, rows),
+            jax.tree.map(one_example, examples),
+        )
 
     if checks.leading_axis(examples) == 0:
 

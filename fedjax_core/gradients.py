@@ -68,7 +68,7 @@ def value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[Array, Params]]:
         loss_fn,
         ("params", "batch", "key"),
         example="a function (params, batch, key) -> float[B]",
-        mask=masks.takes_mask(loss_fn),
+        named=masks.named_arguments(loss_fn),
     )
     gradient = jax.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
     return lambda params, batch, *_: gradient(params, batch)

@@ -5,11 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import algorithms
 import fedjax_core as fc
 from fedjax_core import reference, samplers
-from tests.problems import assert_trees_close, assert_trees_equal
+from tests.problems import assert_trees_close, assert_trees_equal, softmax_loss, softmax_population
 
 SIZES = (3, 5, 0, 8, 2, 6)
 N = len(SIZES)
@@ -131,3 +133,88 @@ def test_what_does_not_fit_is_named():
     other = POPULATION.with_public({**PUBLIC, "others": fc.Population.from_sizes({"x": np.ones(2)}, [1, 1])})
     with pytest.raises(ValueError, match="the stream's population has 2 clients, and that of the cohort 6"):
         one_round(other)
+
+
+BASE = {"w": np.random.default_rng(0).normal(size=(5, 3)), "b": np.zeros(3)}
+FOUR = (3, 5, 0, 8)
+
+
+class TestLossesWithPublicData:
+    """Any method trains an adapter on a frozen base that its loss finds in the public data."""
+
+    def population(self):
+        return softmax_population(FOUR).with_public(BASE)
+
+    @staticmethod
+    def loss_fn(adapter, batch, key, public):
+        merged = {"w": public["w"] + adapter["down"] @ adapter["up"], "b": public["b"] + adapter["b"]}
+        return softmax_loss(merged, batch, key)
+
+    def adapter(self):
+        rng = np.random.default_rng(1)
+        return {"down": rng.normal(size=(5, 1)), "up": np.zeros((1, 3)), "b": np.zeros(3)}
+
+    def closed_over(self, adapter, batch, key):
+        return self.loss_fn(adapter, batch, key, jax.tree.map(jnp.asarray, BASE))
+
+    def rounds(self, loss_fn, name="fedavg", population=None, **settings):
+        factory = getattr(algorithms, name)
+        method = factory(loss_fn, optax.sgd(0.1), batch_size=2, num_epochs=2, **settings)
+        state, population = method.init(self.adapter()), population or self.population()
+        for t in range(2):
+            state, metrics = jax.jit(method.round)(state, population.cohort([3, 0, -1]), jax.random.key(t))
+        return state, metrics
+
+    @pytest.mark.parametrize("name", ["fedavg", "scaffold", "mime", "moon", "fedsam"])
+    def test_it_is_as_if_the_base_were_closed_over(self, name):
+        more = {"num_clients": 4} if name in ("scaffold", "moon") else {}
+        if name == "moon":
+            more["features"] = lambda params, batch, key: batch["x"] @ params["down"]
+        with_public = self.rounds(self.loss_fn, name, **more)
+        assert_trees_close(with_public, self.rounds(self.closed_over, name, **more), rtol=1e-12, atol=1e-14)
+
+    def test_the_plain_loop_and_evaluation_find_it_too(self):
+        method = algorithms.fedavg(self.loss_fn, optax.sgd(0.1), batch_size=2)
+        population = self.population()
+        state, cohort = method.init(self.adapter()), population.cohort([3, 0, -1])
+        compiled = jax.jit(method.round)(state, cohort, KEY)[0].params
+        with reference.plain_loop():
+            assert_trees_close(compiled, method.round(state, cohort, KEY)[0].params, rtol=1e-12, atol=1e-14)
+
+        def metric(params, batch, public):
+            return self.loss_fn(params, batch, KEY, public)
+
+        everywhere = fc.evaluate(metric, compiled, population.examples, public=population.public)
+        by_client = fc.evaluate_clients(metric, compiled, population)
+        by_view = fc.evaluate_view(metric, method.personal, method.init(compiled), population)
+        np.testing.assert_allclose(by_view, by_client, rtol=1e-12)
+        sizes = np.array(FOUR)
+        np.testing.assert_allclose(np.nansum(by_client * sizes) / sizes.sum(), everywhere, rtol=1e-12)
+
+    def test_without_any_it_is_missed(self):
+        with pytest.raises(TypeError, match=r"loss_fn takes public data, and there is none.*with_public"):
+            self.rounds(self.loss_fn, population=softmax_population(FOUR))
+        with pytest.raises(TypeError, match="metric_fn takes public data"):
+            fc.evaluate(lambda params, batch, public: batch["x"][:, 0], {}, softmax_population((2,)).examples)
+
+    def test_of_the_base_there_is_one_for_all_lanes_and_seeds(self):
+        dim, seeds = 200, 6
+        base = {"w": np.ones((dim, dim), np.float32)}
+        population = fc.Population.from_sizes({"x": np.ones((8, dim), np.float32)}, [2] * 4).with_public(base)
+
+        def loss_fn(adapter, batch, key, public):
+            return jnp.sum(jnp.square(batch["x"] @ public["w"] + (batch["x"] @ adapter["a"]) @ adapter["b"]), axis=1)
+
+        with jax.enable_x64(False):
+            method = algorithms.fedavg(loss_fn, optax.sgd(0.1), batch_size=1, plan=fc.Plan(lanes=4))
+            adapter = {"a": jnp.ones((dim, 1)), "b": jnp.ones((1, dim))}
+
+            def one(key, population):
+                return method.round(method.init(adapter), population.cohort(jnp.arange(4)), key)[0]
+
+            keys = jax.random.split(KEY, seeds)
+            program = jax.jit(jax.vmap(one, (0, None))).lower(keys, population).compile()
+        held = program.memory_analysis()
+        assert held.argument_size_in_bytes < 1.2 * base["w"].nbytes
+        assert held.temp_size_in_bytes < 1.5 * base["w"].nbytes
+        assert held.output_size_in_bytes < 0.2 * base["w"].nbytes
