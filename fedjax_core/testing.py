@@ -152,7 +152,7 @@ CHEAP = (
     "no_large_constants",
     "dtypes_stay",
     "state_survives_pickling",
-    "client_params_are_one_model_per_client",
+    "views_give_a_model_to_every_client",
     "a_state_can_be_donated",
     "the_server_uses_only_uploads",
     "metrics_count_scalars_and_participants",
@@ -539,7 +539,7 @@ class Subject:
             "keep everything that a round needs in leaves of the state, which are arrays",
         )
 
-    def client_params_are_one_model_per_client(self) -> None:
+    def views_give_a_model_to_every_client(self) -> None:
         """`client_params(state, ids)` stacks a model for each id; views have a row for every client, or none."""
         for name, view in self.algorithm.views.items():
             table = view.rows(self.state)
@@ -550,11 +550,10 @@ class Subject:
                 "a ClientTable of the state, or None",
             )
         rows = jax.eval_shape(self.algorithm.client_params, self.state, jnp.array([2, 0, 5]))
-        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(rows)}
         _require(
-            sizes <= {(3,)},
-            "client_params(state, ids) is not one model for each of three ids, stacked: return a model of one client "
-            "from the view's model(shared, row)",
+            all(leaf.shape[:1] == (3,) for leaf in jax.tree.leaves(rows)),
+            "client_params(state, ids) is not one model for each of three ids: return the model of one client from the "
+            "view's model(shared, row)",
         )
 
     def a_state_can_be_donated(self) -> None:

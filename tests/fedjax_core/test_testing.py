@@ -145,9 +145,10 @@ class Unpicklable:
         return cls(*children)
 
 
-def one_model(*, move=displacement, **settings):
+def few_rows(*, move=displacement, **settings):
     right = method(move=move, **settings)
-    return right._replace(client_params=lambda state, ids: right.params(state))
+    view = fc.View(right.params, lambda shared, row: shared, lambda state: fc.ClientTable(jnp.zeros((2, 1))))
+    return right._replace(views={"personal": view})
 
 
 def twice(**settings):
@@ -200,9 +201,9 @@ WRONG = {
         table=lambda: Unpicklable(jnp.zeros(())),
         rows=lambda state, results, cohort: state.rows,
     ),
-    "client_params_are_one_model_per_client": (
-        one_model,
-        r"not one model for each of three ids, stacked: b is float64\[3\], expected float64\[3, 3\]",
+    "views_give_a_model_to_every_client": (
+        few_rows,
+        r"the rows of the view 'personal' are not one for each of \d+ clients",
     ),
     "the_server_uses_only_uploads": wrong("put into the upload what the server uses", move=from_outputs),
     "metrics_count_scalars_and_participants": wrong(
