@@ -41,9 +41,9 @@ def partition(tree: PyTree, *where: Where) -> tuple[Any, ...]:
         `f(path, leaf) -> bool`, which under a transformation may look at a leaf's shape and dtype, not its values.
 
     Returns:
-      A part for each of `where` and last the rest: `chosen, rest = partition(params, "head")`, or `frozen, personal,
-      shared = partition(params, "embed", "head")`. Each has the structure of `tree` with a `Hole` in place of the
-      leaves that it does not have. A part may be cut again.
+      A part for each of `where` and last the rest: `chosen, rest = partition(params, "head")`, or with several
+      `frozen, personal, shared = partition(params, "embed", "head")`. Each has the structure of `tree` with a `Hole` in
+      place of the leaves that it does not have. A part may be cut again.
 
     Raises:
       ValueError: if a path is none of the tree's, an expression or a function chooses no leaf, two of `where` choose

@@ -1,6 +1,6 @@
 """Flax models as pure functions, with their losses and metrics; nothing here knows a client or a round."""
 
-from models import adapters, attention, capture, convolution, groups, heads, initialization, losses, metrics
+from models import adapters, attention, capture, convolution, groups, heads, initialization, losses, metrics, pretrained
 from models._common import Model, Tokens, map_inputs, num_parameters
 from models.adapters import adapted
 from models.cnn import cnn
@@ -28,6 +28,7 @@ __all__ = [
     "metrics",
     "mlp",
     "num_parameters",
+    "pretrained",
     "resnet18_gn",
     "transformer",
 ]

@@ -53,8 +53,8 @@ class Adapted(NamedTuple):
       limit: `limit(tree, rank)`, zeros where a client of that rank has nothing: of an adapter, or of what is added to
         it after each step, for an optimizer moves also what has no gradient (weight decay).
       layers: paths of the layers that have a part.
-      joint: a `Model` of the parameters {"base": ..., "adapter": ...}, for losses and metrics; `partition(params,
-        "adapter", "base/head")` gives what is trained.
+      joint: a `Model` of the parameters {"base": ..., "adapter": ...}, for losses and metrics. What is trained is a
+        part of them: `partition(params, ["adapter", "base/head"])`.
     """
 
     init: Callable[[Key], Params]
