@@ -8,9 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from fedjax_core import checks, keys, linalg, masks, messages, samplers, shuffle, sums, testing
 from fedjax_core.aggregation import (
     Aggregator,
+    PartialMeans,
     Stacked,
     client_weights,
+    elementwise_mean,
     mapped,
+    segment_mean,
     stacked,
     weighted_mean,
     weighted_sum,
@@ -74,7 +77,7 @@ from fedjax_core.gradients import (
 from fedjax_core.lanes import num_bytes
 from fedjax_core.lengths import Measured, first_length, measured, per_length
 from fedjax_core.messages import Part, PartState, Pass, uploads, with_part
-from fedjax_core.partition import Hole, combine, leaf_paths, partition
+from fedjax_core.partition import Hole, Where, combine, leaf_paths, partition
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
@@ -138,6 +141,7 @@ __all__ = [
     "Params",
     "Part",
     "PartState",
+    "PartialMeans",
     "Pass",
     "Plan",
     "Population",
@@ -151,6 +155,7 @@ __all__ = [
     "View",
     "Weighted",
     "Weights",
+    "Where",
     "__version__",
     "add_scaled",
     "batch_loss",
@@ -163,6 +168,7 @@ __all__ = [
     "combine",
     "continue_rounds",
     "continue_staged",
+    "elementwise_mean",
     "evaluate",
     "evaluate_clients",
     "evaluate_examples",
@@ -208,6 +214,7 @@ __all__ = [
     "samplers",
     "scale",
     "scatter",
+    "segment_mean",
     "shardings",
     "shuffle",
     "simulate",

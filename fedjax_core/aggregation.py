@@ -5,8 +5,8 @@ finish (over lanes, devices and hosts alike), and the total is finished on the s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ class Aggregator(NamedTuple):
       finish: `finish(total) -> result`, where total is the sum of the summands (zeros if no client took part), in their
         dtypes. However many there are, the sum is as good as its dtype: it is taken in float32 at least.
       mean_of: if the result is the weighted mean of a function of the uploads, this function, so that another rule can
-        take the place of the mean (`fedjax_core.messages`); else None.
+        take the place of the mean (`fedjax_core.messages`); else None. Sums, and means that not all clients have a part
+        in (`segment_mean`, `elementwise_mean`), have None: no rule for one mean over all can take their place.
     """
 
     lift: Callable[[PyTree, Array], PyTree]
@@ -80,6 +81,101 @@ def weighted_mean() -> Aggregator:
         return total.narrowed(jnp.where(total.weight > 0, total.weight, 1))
 
     return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish, lambda upload: upload)
+
+
+class PartialMeans(NamedTuple):
+    """Means that not all clients have a part in.
+
+    Attributes:
+      mean: the means; zeros where the weight is 0.
+      weight: sum of the weights behind each mean, by which it is known whether anybody has a part in it.
+    """
+
+    mean: PyTree
+    weight: PyTree
+
+
+def segment_mean(num_segments: int) -> Aggregator:
+    """A mean over the clients of each segment: of each cluster, architecture or region.
+
+    Uploads are pairs (index, value): index int[], the client's segment from 0 on (any other has a part in no mean), and
+    value any pytree. The result is `PartialMeans(mean, weight)`, leaves [num_segments, ...] in the dtypes of the value,
+    and float[num_segments]. A client adds to `num_segments` running sums, and no more than those are ever held.
+    """
+    checks.positive_int("num_segments", num_segments, "there is at least one segment")
+
+    def lift(upload: tuple[Array, PyTree], weight: Array) -> _Widened:
+        index, value = _pair(upload, "segment_mean(k)", "(index, value)")
+        if jnp.shape(index) != () or not jnp.issubdtype(jnp.result_type(index), jnp.integer):
+            raise ValueError(
+                f"segment_mean(k) needs uploads (index, value) with the index int[] of a client's segment, got "
+                f"{jnp.result_type(index)}{list(jnp.shape(index))}: upload one integer, as jnp.argmin gives it"
+            )
+        own = jnp.arange(num_segments) == index
+
+        def placed(leaf: Array) -> Array:  # where and not a product: one segment's NaN is not another's
+            return jnp.where(own.reshape(-1, *[1] * leaf.ndim), leaf, 0)
+
+        lifted = _Widened.lift(value, weight, jnp.where(own, weight, 0))
+        return replace(lifted, values=[placed(leaf) for leaf in lifted.values])
+
+    def finish(total: _Widened) -> PartialMeans:
+        divided = total.narrowed(finish=lambda tree: jax.tree.map(lambda leaf: _over(leaf, total.weight), tree))
+        return PartialMeans(divided, total.weight)
+
+    return Aggregator(lift, finish)
+
+
+def elementwise_mean() -> Aggregator:
+    """A mean in which each entry has weights of its own: of the holders of a class, of sub-models, by information.
+
+    Uploads are pairs (values, weights): values any pytree, and weights of the same structure or of the upper part of
+    it, each leaf numbers of at least 0, or bool, of the shape of the leading axes of the values below it: for
+    prototypes [classes, d] the counts [classes]. A value whose weight is 0 may be NaN. An entry's weight is times that
+    of the client. The result is `PartialMeans(mean, weight)`, with the structures of values and weights.
+    """
+
+    def lift(upload: tuple[PyTree, PyTree], weight: Array) -> _Widened:
+        values, weights = _pair(upload, "elementwise_mean()", "(values, weights)")
+
+        lifted = _Widened.lift(values, weight, jax.tree.map(lambda own: weight * sums.widen(own), weights))
+        own = jax.tree.leaves(jax.tree.map(lambda own, below: jax.tree.map(lambda _: own, below), weights, values))
+        return replace(lifted, values=[_times(*each) for each in zip(lifted.values, own, strict=True)])
+
+    def finish(total: _Widened) -> PartialMeans:
+        def means(tree: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda weight, below: jax.tree.map(lambda leaf: _over(leaf, weight), below), total.weight, tree
+            )
+
+        return PartialMeans(total.narrowed(finish=means), total.weight)
+
+    return Aggregator(lift, finish)
+
+
+def _pair(upload: PyTree, name: str, wanted: str) -> tuple[Any, Any]:
+    """Both parts of an upload that is a pair."""
+    if not isinstance(upload, tuple) or len(upload) != 2:
+        raise ValueError(f"{name} needs uploads {wanted}, got {type(upload).__name__}: upload a pair")
+    return upload[0], upload[1]
+
+
+def _times(value: Array, weight: Array) -> Array:
+    """Weight times value; 0 where the weight is 0, whatever the value."""
+    shape = jnp.shape(weight)
+    if value.shape[: len(shape)] != shape:
+        raise ValueError(
+            f"elementwise_mean() has weights of shape {list(shape)} for values of shape {list(value.shape)}: give a "
+            "weight for each entry along the leading axes of the values"
+        )
+    across = jnp.reshape(weight, (*shape, *[1] * (value.ndim - len(shape)))).astype(value.dtype)
+    return jnp.where(across != 0, across * value, 0)
+
+
+def _over(total: Array, weight: Array) -> Array:
+    """Total over weight along the leading axes; 0 where the weight is 0."""
+    across = weight.reshape(*weight.shape, *[1] * (total.ndim - weight.ndim)).astype(total.dtype)
+    return jnp.where(across > 0, total / jnp.where(across > 0, across, 1), 0)
 
 
 class Stacked(NamedTuple):
