@@ -17,6 +17,7 @@ from algorithms.drift.moon import moon
 from algorithms.drift.scaffold import scaffold
 from algorithms.exploration.autoflip import autoflip
 from algorithms.exploration.fedlex import fedlex
+from algorithms.finetuning.fedlora import fedlora
 from algorithms.participation.anarchic import afa_cd, afa_cs
 from algorithms.participation.fedamd import fedamd
 from algorithms.participation.fedau import fedau, fedavg_ipw
@@ -55,6 +56,7 @@ __all__ = [
     "fedgamma",
     "fedld",
     "fedlex",
+    "fedlora",
     "fednova",
     "fedopt",
     "fedprox",

@@ -60,7 +60,7 @@ from fedjax_core.evaluation import (
     is_weighted,
     metric_values,
 )
-from fedjax_core.facts import FeatureFn, LayerInputsFn, LayerWidths, LogitsFn, Need, NumClients, needs
+from fedjax_core.facts import AdapterLossFn, FeatureFn, LayerInputsFn, LayerWidths, LogitsFn, Need, NumClients, needs
 from fedjax_core.gradients import (
     ClientOptimizer,
     Descent,
@@ -106,6 +106,7 @@ except PackageNotFoundError:  # a source tree on the path that is not installed
 
 __all__ = [
     "Adaptation",
+    "AdapterLossFn",
     "Aggregator",
     "Algorithm",
     "Array",

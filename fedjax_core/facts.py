@@ -18,8 +18,8 @@ class Need(NamedTuple):
     """Marks an argument of a factory as something that its caller has to bring.
 
     Attributes:
-      what: "loss", "client optimizer", "num_clients", "features", "logits", "inputs", "layers" or "personal"; a factory
-        of one's own may name others.
+      what: "loss", "adapter loss", "client optimizer", "num_clients", "features", "logits", "inputs", "layers" or
+        "personal"; a factory of one's own may name others.
     """
 
     what: str
@@ -27,6 +27,8 @@ class Need(NamedTuple):
 
 NumClients = Annotated[int, Need("num_clients")]
 """The size of the population, N."""
+AdapterLossFn = Annotated[Callable[..., Array], Need("adapter loss")]
+"""A loss of low-rank parts {"A": [in, r], "B": [r, out]} and of other leaves, of a model that is frozen."""
 FeatureFn = Annotated[Callable[[Params, Examples, Key], Array], Need("features")]
 """`features(params, batch, key) -> float[B, ...]`, the representation of each example."""
 LogitsFn = Annotated[Callable[[Params, Examples, Key], Array], Need("logits")]

@@ -52,14 +52,30 @@ ORDER = {"fzoos": {"order": "shuffled"}}
 # What the checks have to know of a method.
 KNOWN = {
     "fedamd": {"rows_may_stay": True},  # a participant that is no anchor keeps its row
+    "fedlora": {"rows_may_stay": True},  # a client's rank is its own for good
     "fedsgd": {"random": False},  # the full gradient draws nothing
     "fzoos": {"undefined_if_empty": ("value",)},
 }
 
 
+def merged(adapter):
+    """The model with its weight made of two factors, as methods have it that train adapters."""
+    return {"w": adapter["w"]["A"] @ adapter["w"]["B"], "b": adapter["b"]}
+
+
+def params_of(name):
+    """Where a method starts."""
+    params = softmax_params()
+    if "adapter loss" not in needs(getattr(algorithms, name)).values():
+        return params
+    A = jax.random.normal(jax.random.key(5), (params["w"].shape[0], 2), params["w"].dtype)
+    return {"w": {"A": A, "B": A.T @ params["w"]}, "b": params["b"]}
+
+
 # What factories ask for (`fedjax_core.needs`).
 BROUGHT = {
     "loss": softmax_loss,
+    "adapter loss": lambda params, batch, key: softmax_loss(merged(params), batch, key),
     "num_clients": len(SIZES),
     "features": softmax_features,
     "logits": lambda params, batch, key: batch["x"] @ params["w"] + params["b"],
@@ -95,7 +111,7 @@ def hyperparameters(name):
 
 @cache
 def subject(name):
-    problem = testing.Problem(softmax_loss, softmax_params(), softmax_population(SIZES))
+    problem = testing.Problem(softmax_loss, params_of(name), softmax_population(SIZES))
     floats = {"lr": 0.1, **hyperparameters(name)}
     return testing.Subject(lambda **settings: make(name, **settings), problem, floats=floats, **KNOWN.get(name, {}))
 
@@ -137,7 +153,7 @@ def test_state_survives_save_and_restore(name, tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    target = subject(name).algorithm.init(softmax_params())
+    target = subject(name).algorithm.init(params_of(name))
     for again in (restored, flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))):
         chex.assert_trees_all_equal_structs(again, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(again, state)

@@ -1,0 +1,1 @@
+"""Methods that fine-tune a pretrained model, most of which stays frozen."""

@@ -1,0 +1,197 @@
+"""Federated LoRA."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fedjax_core as fc
+
+
+class FedLoRAState(NamedTuple):
+    """The adapter of the largest rank, every client's rank, and the number of rounds done."""
+
+    params: fc.Params
+    ranks: fc.ClientTable
+    round: fc.Counter = 0
+
+
+def fedlora(
+    loss_fn: fc.AdapterLossFn,
+    client_optimizer: fc.ClientOptimizer,
+    *,
+    num_clients: fc.NumClients,
+    rule: str = "factors",
+    ranks: Any = None,
+    alpha: fc.Scalar = 16.0,
+    scaling: str = "rank",
+    **local: Unpack[fc.LocalOptions],
+) -> fc.Algorithm:
+    """Federated LoRA: clients of different ranks train low-rank changes of a frozen model, and only these travel.
+
+    A layer's part {"A": [in, r], "B": [r, out]} changes its weight by c A B, c = alpha / r. Client k has rank r_k <= r,
+    c_k = alpha / r_k, and the first r_k columns of A and rows of B; D_k = c_k A_k B_k.
+
+    Client, from the first r_k columns and rows:  y <- y - lr g_k(y), K times.
+    Server, "factors":   A <- sum_S w_k A_k;  B <- sum_S w_k B_k.
+            "norms":     the same with weights w_k ||A_k B_k||_F, for each layer.
+            "products":  D = sum_S w_k D_k = P S Q';  A <- P_r;  B <- S_r Q_r' / c;  client k: B_k = S Q' / c_k.
+
+    "factors" is FedIT, with zeros where a client has nothing; "norms" is HetLoRA's weighing; "products" is FlexLoRA, by
+    singular values: the mean of what the clients do, up to the values cut off. Leaves that belong to no such part, such
+    as a head, are averaged as in FedAvg.
+
+    Down, up: r_k (in + out) numbers for each layer, and the other leaves.
+
+    Args:
+      loss_fn: `loss_fn(adapter, batch, key) -> float[B]`, or with a fourth parameter `public`, in which it finds the
+        frozen model; its own scale is that of the largest rank, c = alpha / r.
+      client_optimizer: optax optimizer, started anew in every round, or a function of the round, or of the round and
+        the client's id, giving one.
+      num_clients: size of the population, N.
+      rule: "factors", "norms" or "products".
+      ranks: r_k, int[N]; the adapter's own for all unless given.
+      alpha: as in the loss.
+      scaling: what c is: "rank" for alpha / r, "root" for alpha / sqrt(r), "constant" for alpha.
+      **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
+
+    Differences: HetLoRA also lets clients prune their ranks, which is not done here. A round's adapter is trained in
+    place of FedIT's own optimizer state, which its clients start anew too.
+
+    Paper: Zhang, Vahidian, Kuo, Li, Zhang, Yu, Zhou, Chen, "Towards Building the FederatedGPT: Federated Instruction
+    Tuning", 2024; Cho, Liu, Xu, Fahrezi, Joshi, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation
+    Models", 2024; Bai, Chen, Qian, Yao, Li, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks
+    and Client Resources", 2024.
+    """
+    fc.checks.positive_int("num_clients", num_clients, "the size of the population")
+    fc.checks.one_of("rule", rule, ("factors", "norms", "products"))
+    fc.checks.one_of("scaling", scaling, ("rank", "root", "constant"))
+    fc.checks.scalar("alpha", alpha)
+    if ranks is not None and np.shape(ranks) != (num_clients,):
+        raise ValueError(f"ranks must be one for each of {num_clients} clients, got shape {list(np.shape(ranks))}")
+    clients = fc.local_training(**local)
+    gradient = fc.value_and_grad(loss_fn)
+
+    def strength(rank: fc.ArrayLike) -> Any:
+        return {"rank": alpha / rank, "root": alpha / rank**0.5, "constant": alpha}[scaling]
+
+    def init(params: fc.Params) -> FedLoRAState:
+        most = _largest_rank(params)
+        own = np.full(num_clients, most) if ranks is None else np.asarray(ranks)
+        if own.min() < 1 or own.max() > most:
+            bad = own.min() if own.min() < 1 else own.max()
+            raise ValueError(f"ranks holds {bad}, but those of the adapter are 1 to {most}: make it of a larger rank")
+        return FedLoRAState(params, fc.ClientTable(jnp.asarray(own, jnp.int32)))
+
+    def received(x: fc.Params, rank: fc.Array) -> fc.Params:
+        """A client's part of the server's adapter, with which it does D cut to its rank, or its factors' product."""
+        times = strength(_largest_rank(x)) / strength(rank) if rule == "products" else 1.0
+        return _cut(x, rank, times)
+
+    def in_loss(y: fc.Params, rank: fc.Array) -> fc.Params:
+        """What the loss takes, whose scale is that of the largest rank, for a client's own adapter."""
+        return _cut(y, rank, strength(rank) / strength(_largest_rank(y)))
+
+    def update(state: FedLoRAState, cohort: fc.Cohort, key: fc.Key):
+        optimizer = fc.optimizer_at(client_optimizer, state.round)
+
+        def client_init(x, rank, key):
+            y = received(x, rank)
+            return y, optimizer.init(y), rank
+
+        def client_step(x, now, batch):
+            y, opt_state, rank = now
+            (loss, g) = gradient_of_cut(y, batch, rank)
+            u, opt_state = optimizer.update(g, opt_state, y)
+            return (optax.apply_updates(y, _cut(u, rank)), opt_state, rank), loss
+
+        def gradient_of_cut(y, batch, rank):
+            cut, backward = jax.vjp(lambda y: in_loss(y, rank), y)
+            loss, g = gradient(cut, batch)
+            return loss, backward(g)[0]
+
+        program = fc.ClientProgram(client_init, client_step, lambda x, done: ((done[0], done[2]), ()))
+        results = clients.run(
+            program,
+            state.params,
+            cohort,
+            key,
+            client_inputs=fc.gather(state.ranks, cohort),
+            aggregator=fc.mapped(lambda sent: summand(*sent), fc.weighted_mean()),
+        )
+        return state._replace(params=finished(results.aggregate, state.params)), results
+
+    def summand(y: fc.Params, rank: fc.Array) -> fc.Params:
+        def of_part(part):
+            product = part["A"] @ part["B"]
+            if rule == "products":
+                return strength(rank) * product
+            norm = fc.sums.norm(product) if rule == "norms" else jnp.ones((), product.dtype)
+            return {"A": norm * part["A"], "B": norm * part["B"], "norm": norm}
+
+        return _map_parts(of_part, y)
+
+    def finished(mean: fc.Params, old: fc.Params) -> fc.Params:
+        def of_part(was, part):
+            if rule != "products":
+                some = part["norm"] > 0
+                norm = jnp.where(some, part["norm"], 1)
+                return {name: jnp.where(some, part[name] / norm, was[name]).astype(was[name].dtype) for name in "AB"}
+            r = was["A"].shape[1]
+            P, S, Q = fc.linalg.svd(part)
+            A, B = _to_rank(P, r, 1), _to_rank(S[:, None] * Q, r, 0) / strength(r)
+            return {"A": A.astype(was["A"].dtype), "B": B.astype(was["B"].dtype)}
+
+        return _map_parts(of_part, old, mean)
+
+    def in_prediction(x: fc.Params, rank: fc.Array) -> fc.Params:
+        return in_loss(received(x, rank), rank)
+
+    personal = fc.View(lambda state: state.params, in_prediction, lambda state: state.ranks)
+    return fc.federated(init, update, views={"personal": personal})
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, dict) and node.keys() == {"A", "B"} and jnp.ndim(node["A"]) == jnp.ndim(node["B"]) == 2
+
+
+def _map_parts(function: Callable[..., Any], tree: fc.Params, *rest: fc.Params) -> fc.Params:
+    """The tree with `function(part, *those of the others)` for each part; of other leaves those of the last tree."""
+    return jax.tree.map(
+        lambda own, *others: function(own, *others) if _is_part(own) else (others[-1] if others else own),
+        tree,
+        *rest,
+        is_leaf=_is_part,
+    )
+
+
+def _cut(tree: fc.Params, rank: fc.Array, times: Any = 1.0) -> fc.Params:
+    """The first columns of every A and rows of every B, these times a number; zeros for the others."""
+
+    def of_part(part):
+        there = jnp.arange(part["A"].shape[1]) < rank
+        B = jnp.where(there[:, None], part["B"], 0)
+        return {"A": jnp.where(there, part["A"], 0), "B": (times * B).astype(B.dtype)}
+
+    return _map_parts(of_part, tree)
+
+
+def _largest_rank(params: fc.Params) -> int:
+    found = {node["A"].shape[1] for node in jax.tree.leaves(params, is_leaf=_is_part) if _is_part(node)}
+    if len(found) != 1:
+        raise ValueError(
+            "params must hold parts {'A': [in, r], 'B': [r, out]} of one rank, got "
+            f"{'none' if not found else f'ranks {sorted(found)}'}: make them by models.adapters.lora(rank)"
+        )
+    return int(found.pop())
+
+
+def _to_rank(matrix: fc.Array, r: int, axis: int) -> fc.Array:
+    """The first r entries along an axis, with zeros where there are fewer."""
+    there = jax.lax.slice_in_dim(matrix, 0, min(r, matrix.shape[axis]), axis=axis)
+    more = [(0, 0), (0, 0)]
+    more[axis] = (0, r - there.shape[axis])
+    return jnp.pad(there, more)
