@@ -75,7 +75,7 @@ def fedlora(
     clients = fc.local_training(**local)
     gradient = fc.value_and_grad(loss_fn)
 
-    def strength(rank: fc.ArrayLike) -> Any:
+    def strength(rank: Any) -> Any:
         return {"rank": alpha / rank, "root": alpha / rank**0.5, "constant": alpha}[scaling]
 
     def init(params: fc.Params) -> FedLoRAState:
