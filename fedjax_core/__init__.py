@@ -5,7 +5,7 @@ Knows no paper, no data set and no neural-network library.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fedjax_core import checks, keys, linalg, masks, messages, samplers, shuffle, sums, testing
+from fedjax_core import checks, convolutions, keys, linalg, masks, messages, samplers, shuffle, sums, testing
 from fedjax_core.aggregation import (
     Aggregator,
     PartialMeans,
@@ -169,6 +169,7 @@ __all__ = [
     "combine",
     "continue_rounds",
     "continue_staged",
+    "convolutions",
     "elementwise_mean",
     "evaluate",
     "evaluate_clients",

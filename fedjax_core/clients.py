@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_core import checks, execution, keys, lanes, masks, sums
+from fedjax_core import checks, convolutions, execution, keys, lanes, masks, sums
 from fedjax_core.aggregation import Aggregator, Stacked, check_weights, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
@@ -175,7 +175,20 @@ def for_each_client(
     init_fn, step_fn, final_fn = _with_client(init_fn, step_fn, final_fn, carried=bool(asked))
 
     leaves, treedef = jax.tree.flatten((shared, init_fn.consts, step_fn.consts, final_fn.consts))
-    run = lanes.Run(work, plan, init_fn.call, step_fn.call, final_fn.call, treedef, carry, summand, output, stepped[1])
+    run = lanes.Run(
+        work,
+        plan,
+        init_fn.call,
+        step_fn.call,
+        final_fn.call,
+        treedef,
+        carry,
+        summand,
+        output,
+        stepped[1],
+        rewrite=plan.fast_convolutions
+        and any(convolutions.has_any(function.jaxpr) for function in (init_fn, step_fn, final_fn)),
+    )
     total, outputs, loss, executed = execution.run_slots(run, (False,) * len(leaves), 1, slots, leaves, cohort.examples)
     if isinstance(aggregator, Stacked):
         uploads, outputs = outputs

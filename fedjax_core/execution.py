@@ -6,6 +6,7 @@ them in one queue. What a device does with its slots is in `fedjax_core.lanes`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from fedjax_core import convolutions
 from fedjax_core.lanes import Run, Slots, run_on_device
 from fedjax_core.types import Array, PyTree
 
 
 class ClosedFunction(NamedTuple):
-    """`call(consts, *args)` of a traced function, and the values it closed over."""
+    """`call(consts, *args)` of a traced function, the values it closed over, and what was traced."""
 
     call: Callable[..., Any]
     consts: list[Array]
+    jaxpr: jax.extend.core.Jaxpr
 
 
 def close_convert(function: Callable[..., Any], *args: PyTree) -> tuple[ClosedFunction, PyTree]:
@@ -38,7 +41,7 @@ def close_convert(function: Callable[..., Any], *args: PyTree) -> tuple[ClosedFu
         flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(args))
         return jax.tree.unflatten(out_tree, flat)
 
-    return ClosedFunction(call, list(closed.consts)), shape
+    return ClosedFunction(call, list(closed.consts), jaxpr), shape
 
 
 def strip_weak_type(tree: PyTree) -> PyTree:
@@ -123,13 +126,16 @@ def _run_on_devices(
 ) -> tuple[PyTree, PyTree, Array, Array]:
     """Runs all slots on the devices of the plan's mesh, or on one device, and sums the totals."""
     mesh, axis, devices = run.plan.mesh, run.plan.axis, run.plan.num_devices
+    on_device: Callable[..., Any] = partial(run_on_device, run, grouped, num_groups)
+    if run.rewrite:  # the whole loop, because the clients of several lanes make one convolution, in groups
+        on_device = convolutions.rewritten(on_device)
 
     def in_own_dtypes(total: list[Array]) -> PyTree:
         shapes, treedef = jax.tree.flatten(run.summand)
         return jax.tree.unflatten(treedef, [t.astype(s.dtype) for t, s in zip(total, shapes, strict=True)])
 
     if mesh is None:
-        total, *rest = run_on_device(run, grouped, num_groups, slots, leaves, examples)
+        total, *rest = on_device(slots, leaves, examples)
         return in_own_dtypes(total), *rest
 
     # As many slots for each device, filled up with slots without steps.
@@ -143,7 +149,7 @@ def _run_on_devices(
     slots = jax.tree.map(lambda leaf: leaf[order], slots)
 
     def local(slots: Slots, leaves: list[Array], examples: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
-        total, outputs, loss, executed = run_on_device(run, grouped, num_groups, slots, leaves, examples)
+        total, outputs, loss, executed = on_device(slots, leaves, examples)
         return jax.lax.psum(total, axis), outputs, loss, jax.lax.psum(executed, axis)
 
     split, replicated = PartitionSpec(axis), PartitionSpec()

@@ -49,6 +49,7 @@ class Run(NamedTuple):
       init, step, final: the functions of the client program, each with its closed-over constants as first argument.
       treedef: structure of (shared, constants of init, of step, of final).
       carry, summand, output, loss: shapes and dtypes of what they return.
+      rewrite: whether they have convolutions or pooling that the plan rewrites, see `fedjax_core.convolutions`.
     """
 
     work: LocalWork
@@ -61,6 +62,7 @@ class Run(NamedTuple):
     summand: PyTree
     output: PyTree
     loss: jax.ShapeDtypeStruct
+    rewrite: bool
 
 
 class _Device(NamedTuple):

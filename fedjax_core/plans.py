@@ -17,15 +17,23 @@ class Plan:
         backend's default, and many for a program that carries next to nothing from step to step.
       mesh: devices to spread the cohort over, or None for one device.
       axis: the mesh axis the clients are spread over.
+      fast_convolutions: whether convolutions and pooling of the clients are rewritten, on a CPU, to what its compiler
+        is fast at; see `fedjax_core.convolutions`. Without, they are compiled as the model has them.
     """
 
     lanes: int | None = None
     mesh: Mesh | None = None
     axis: str = "clients"
+    fast_convolutions: bool = True
 
     def __post_init__(self) -> None:
         if self.lanes is not None:
             checks.positive_int("lanes", self.lanes, "1 trains one client after another")
+        if not isinstance(self.fast_convolutions, bool):
+            raise TypeError(
+                f"fast_convolutions must be True or False, got {self.fast_convolutions!r}: False compiles convolutions "
+                "as the model has them"
+            )
         if self.mesh is None:
             return
         if not isinstance(self.mesh, Mesh):
