@@ -5,7 +5,7 @@ Knows no paper, no data set and no neural-network library.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fedjax_core import checks, convolutions, keys, linalg, masks, messages, samplers, shuffle, sums, testing
+from fedjax_core import checks, convolutions, keys, linalg, masks, messages, samplers, shuffle, sums, tasks, testing
 from fedjax_core.aggregation import (
     Aggregator,
     PartialMeans,
@@ -84,6 +84,8 @@ from fedjax_core.population import Cohort, Population
 from fedjax_core.samplers import Sampler, ValidSampler
 from fedjax_core.simulation import continue_rounds, simulate
 from fedjax_core.staging import HostPopulation, Interrupted, continue_staged, init_on_host, simulate_staged
+from fedjax_core.statistics import OwnStatistics, StatisticsState, with_statistics
+from fedjax_core.tasks import Task, as_task
 from fedjax_core.tuning import Trial, needed_memory, out_of_memory, try_plans
 from fedjax_core.types import (
     Array,
@@ -96,6 +98,7 @@ from fedjax_core.types import (
     Params,
     PyTree,
     Scalar,
+    Variables,
     Weights,
 )
 
@@ -139,6 +142,7 @@ __all__ = [
     "ModelState",
     "Need",
     "NumClients",
+    "OwnStatistics",
     "Params",
     "Part",
     "PartState",
@@ -150,15 +154,19 @@ __all__ = [
     "Sampler",
     "Scalar",
     "Stacked",
+    "StatisticsState",
     "Stream",
+    "Task",
     "Trial",
     "ValidSampler",
+    "Variables",
     "View",
     "Weighted",
     "Weights",
     "Where",
     "__version__",
     "add_scaled",
+    "as_task",
     "batch_loss",
     "checked_round",
     "checks",
@@ -225,6 +233,7 @@ __all__ = [
     "stacked",
     "stream",
     "sums",
+    "tasks",
     "testing",
     "try_plans",
     "uploads",
@@ -232,4 +241,5 @@ __all__ = [
     "weighted_mean",
     "weighted_sum",
     "with_part",
+    "with_statistics",
 ]

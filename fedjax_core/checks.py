@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fedjax_core.types import ArrayLike, Examples, Params, PyTree
+from fedjax_core.types import ArrayLike, Examples, Params, PyTree, Variables
 
 LARGEST_INT = 2**31 - 1
 """Counts, sizes and client numbers are int32 on the device."""
@@ -232,6 +232,11 @@ def params(params: Params, name: str = "params") -> Params:
             f"{name} must be a pytree of arrays, got {other}: pass the parameters of a model (those of a state are "
             "algorithm.params(state)); the order of arguments is (params, population, key)"
         )
+    if isinstance(params, Variables):
+        raise TypeError(
+            f"{name} has statistics beside the parameters, which the method alone would leave as they are: wrap it, "
+            "fedjax_core.with_statistics(method, 'average'), or 'personal' or 'frozen'"
+        )
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     _no_model_state(name, params)
     for path, leaf in leaves:
@@ -307,7 +312,8 @@ _STATE_TYPES = {
 }
 _STATE_FIX = (
     "which no gradient changes and no method averages: pass the parameters alone, and normalize without running "
-    "statistics, by flax.linen.GroupNorm or LayerNorm or by the statistics of each batch"
+    "statistics, by flax.linen.GroupNorm or LayerNorm or by the statistics of each batch, or train a Task that has "
+    "some (fedjax_core.with_statistics)"
 )
 
 
@@ -369,6 +375,8 @@ def takes(
 
 def misplaced(value: object) -> str | None:
     """What a value is that stands in the place of another argument: one of the library's own objects, or a key."""
+    if isinstance(value, Variables):  # a model
+        return None
     if type(value).__module__.split(".")[0] in ("fedjax_core", "algorithms") and not inspect.isfunction(value):
         is_state = hasattr(value, "round") and hasattr(value, "_fields") and not callable(value.round)
         return f"the state {type(value).__name__}" if is_state else type(value).__name__

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from fedjax_core import checks, keys, masks, sums
+from fedjax_core import checks, keys, masks, sums, tasks
 from fedjax_core.algorithm import View
 from fedjax_core.batching import Batch, local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client, gather
@@ -18,8 +18,8 @@ from fedjax_core.types import Array, ArrayLike, Examples, Key, Params, PyTree
 MetricFn = Callable[..., PyTree]
 """`metric_fn(params, batch) -> pytree of float[B]`, one value per example, or a `Weighted` of them.
 
-Integers and bool are numbers too. Of a function with a parameter `mask` it is the mask of the batch; see
-`fedjax_core.masks`."""
+Integers and bool are numbers too. A function with a parameter `mask` is given the mask of the batch; see
+`fedjax_core.masks`. A `Task` may stand in the place of a function: its metrics are meant."""
 
 
 class Weighted(NamedTuple):
@@ -400,7 +400,7 @@ def metric_values(metric_fn: MetricFn, params: Params, examples: Examples, mask:
       ValueError: for anything else, by an error that names the metric.
     """
     size = checks.leading_axis(examples)
-    values = masks.call(metric_fn, params, examples, mask=mask, name="metric_fn")
+    values = masks.call(tasks.as_metric(metric_fn), params, examples, mask=mask, name="metric_fn")
     leaves = jax.tree_util.tree_flatten_with_path(values, is_leaf=lambda node: node is None or is_weighted(node))[0]
     if not leaves:
         raise ValueError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import checkify
 
-from fedjax_core import checks, masks, sums
+from fedjax_core import checks, masks, sums, tasks
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client, current_population_size
 from fedjax_core.lengths import stand_in
@@ -61,7 +61,7 @@ def _instead_of_losses(values: object, size: int) -> str:
 def value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[Array, Params]]:
     """Mean loss over a batch and its gradient: `(params, batch) -> (float[], gradient)`.
 
-    Anything more that it is given is ignored, so that it is a direction for `local_descent`.
+    Anything more that it is given is ignored, so that it is a direction for `local_descent`. The loss may be a `Task`.
     """
     checks.takes(
         "loss_fn",
@@ -70,7 +70,7 @@ def value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[Array, Params]]:
         example="a function (params, batch, key) -> float[B]",
         named=masks.named_arguments(loss_fn),
     )
-    gradient = jax.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
+    gradient = tasks.value_and_grad(lambda params, batch: batch_loss(loss_fn, params, batch))
     return lambda params, batch, *_: gradient(params, batch)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from fedjax_core import checks, keys, sums
 from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
-from fedjax_core.algorithm import Algorithm, Event
+from fedjax_core.algorithm import Algorithm, Event, separate
 from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of
 from fedjax_core.population import Cohort, Population
 from fedjax_core.staging import HostPopulation
@@ -223,7 +223,9 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         state = algorithm.init(params, key)
         uploads = _uploads(algorithm, state, like, part.name)
         passes = tuple(part.init(upload, like.num_clients) for upload in uploads)
-        return PartState(state, passes)
+        return separate(PartState(state, passes), params)
+
+    init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
 
     def round(state: PartState, cohort: Cohort, key: Key) -> tuple[PartState, Metrics]:
         route = _Route(part, state.passes, key)

@@ -29,7 +29,7 @@ from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
 from fedjax_core.simulation import continue_rounds
 from fedjax_core.staging import HostPopulation, continue_staged, init_on_host
-from fedjax_core.types import Array, Examples, Key, LossFn, Metrics, Params, PyTree
+from fedjax_core.types import Array, Examples, Key, LossFn, Metrics, Params, PyTree, Variables
 
 MOST_CONSTANTS = 64
 """Numbers that a compiled program may hold; more of them are data or parameters, which are arguments."""
@@ -613,7 +613,7 @@ class Subject:
 
     def metrics_count_scalars_and_participants(self) -> None:
         """Metrics count who took part and at least a model up and down, and measure a loss and an update."""
-        size = clients.num_scalars(self.params)
+        size = clients.num_scalars(self.params.params if isinstance(self.params, Variables) else self.params)
         made = "make metrics by fedjax_core.round_metrics from the results of the pass that trains"
         for info, participants in zip(self.done.metrics, self.participants, strict=True):
             _require(

@@ -32,6 +32,18 @@ With a fourth parameter named `mask` it is given bool[B] as well, False where th
 at the whole batch (`fedjax_core.masks`)."""
 
 
+class Variables(NamedTuple):
+    """A model with statistics, which a forward pass updates and no gradient does (flax calls them `batch_stats`).
+
+    Attributes:
+      params: pytree of arrays, what is trained.
+      statistics: pytree of arrays; see `fedjax_core.with_statistics`.
+    """
+
+    params: Params
+    statistics: PyTree
+
+
 class Metrics(NamedTuple):
     """What every round reports; every field is a 0-d array, every round the same structure.
 

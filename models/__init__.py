@@ -3,14 +3,17 @@
 from models import adapters, attention, capture, convolution, groups, heads, initialization, losses, metrics, pretrained
 from models._common import Model, Tokens, map_inputs, num_parameters
 from models.adapters import adapted
+from models.batch_norm import StatisticsModel, cnn_bn
 from models.cnn import cnn
 from models.dense import logistic_regression, mlp
 from models.lstm import char_lstm
 from models.resnet import resnet18_gn
+from models.tasks import task
 from models.transformer import transformer
 
 __all__ = [
     "Model",
+    "StatisticsModel",
     "Tokens",
     "adapted",
     "adapters",
@@ -18,6 +21,7 @@ __all__ = [
     "capture",
     "char_lstm",
     "cnn",
+    "cnn_bn",
     "convolution",
     "groups",
     "heads",
@@ -30,5 +34,6 @@ __all__ = [
     "num_parameters",
     "pretrained",
     "resnet18_gn",
+    "task",
     "transformer",
 ]

@@ -95,7 +95,8 @@ def fisher_program(loss_fn: fc.LossFn) -> fc.ClientProgram:
 
         def loss(x: fc.Params, example: fc.Examples, number: fc.Array) -> fc.Array:
             alone = jax.tree.map(lambda leaf: leaf[None], example)
-            return fc.masks.call(loss_fn, x, alone, jax.random.fold_in(batch.key, number))[0]
+            with fc.tasks.reading(frozen=True):  # one example has no variance
+                return fc.masks.call(loss_fn, x, alone, jax.random.fold_in(batch.key, number))[0]
 
         size = batch.mask.shape[0]
         losses, g = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(x, batch.examples, jnp.arange(size))

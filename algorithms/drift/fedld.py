@@ -92,7 +92,7 @@ def fedld(
         return fc.batch_loss(loss_fn, y, batch) + lam * confidence(y, batch)
 
     def direction(y, batch, x, _):
-        return jax.value_and_grad(objective)(y, batch)
+        return fc.tasks.value_and_grad(objective)(y, batch)
 
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         def rebuilt(updates: fc.Params, weights: fc.Array) -> fc.Params:

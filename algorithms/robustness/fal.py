@@ -120,7 +120,8 @@ def pgd(
             return jnp.clip(clean + d, least, largest)
 
         def total_loss(x: fc.Array) -> fc.Array:
-            values = fc.masks.call(loss_fn, params, {**examples, "x": x}, key, mask=mask)
+            with fc.tasks.reading():
+                values = fc.masks.call(loss_fn, params, {**examples, "x": x}, key, mask=mask)
             return jnp.sum(fc.sums.widen(values if mask is None else jnp.where(mask, values, 0)))
 
         def ascend(_: int, x: fc.Array) -> fc.Array:
