@@ -26,8 +26,9 @@ CASES = {
         0.01,
     ),
 }
-# The deep one compiles slowly: it has its own, single compilation in test_models_image.py.
-FACTORIES = {*CASES, "resnet18_gn"}
+# The deep one compiles slowly: it has its own, single compilation in test_models_image.py. The one with running
+# statistics is no `Model` and tested in test_models_tasks.py.
+FACTORIES = {*CASES, "resnet18_gn", "cnn_bn"}
 
 
 def batch(shape, size=8, dtype=jnp.float32):
@@ -73,7 +74,8 @@ every_model = pytest.mark.parametrize("name", CASES)
 
 def test_every_factory_has_a_case():
     exported = {name for name in models.__all__ if callable(getattr(models, name))}
-    assert exported - {"Model", "Tokens", "adapted", "map_inputs", "num_parameters"} == FACTORIES
+    others = {"Model", "StatisticsModel", "Tokens", "adapted", "map_inputs", "num_parameters", "task"}
+    assert exported - others == FACTORIES
 
 
 @every_model
