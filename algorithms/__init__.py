@@ -24,6 +24,11 @@ from algorithms.participation.fedau import fedau, fedavg_ipw
 from algorithms.participation.fedfix import fedfix
 from algorithms.participation.fedstale import fedstale, fedvarp
 from algorithms.participation.mifa import mifa
+from algorithms.personalization.baselines import fedavg_ft, local_only
+from algorithms.personalization.fedper import fedper, lg_fedavg
+from algorithms.personalization.fedrep import fedrep
+from algorithms.personalization.ifca import ifca
+from algorithms.personalization.per_fedavg import per_fedavg
 from algorithms.robustness.fal import fal
 from algorithms.sharpness.fedgamma import fedgamma
 from algorithms.sharpness.fedsam import fedasam, fedsam, mofedsam
@@ -45,6 +50,7 @@ __all__ = [
     "fedasam",
     "fedau",
     "fedavg",
+    "fedavg_ft",
     "fedavg_ipw",
     "fedavg_m",
     "fedavg_m_vr",
@@ -59,8 +65,10 @@ __all__ = [
     "fedlora",
     "fednova",
     "fedopt",
+    "fedper",
     "fedprox",
     "fedprox_zo",
+    "fedrep",
     "fedsam",
     "fedsgd",
     "fedsmoo",
@@ -71,12 +79,16 @@ __all__ = [
     "fedzo",
     "fot",
     "fzoos",
+    "ifca",
+    "lg_fedavg",
+    "local_only",
     "local_sgd",
     "mifa",
     "mime",
     "mimelite",
     "mofedsam",
     "moon",
+    "per_fedavg",
     "scaffold",
     "scaffold_m",
     "scaffold_m_vr",

@@ -266,7 +266,7 @@ class Subject:
     @cached_property
     def has_rows(self) -> bool:
         """Whether the method keeps state for every client."""
-        state = jax.eval_shape(self.algorithm.init, self.params)
+        state = jax.eval_shape(self.algorithm.init, self.params, self.key)
         return bool(jax.tree.leaves(clients.split_tables(state)[1]))
 
     @cached_property
@@ -612,8 +612,13 @@ class Subject:
         return made_of_first(jaxpr.outvars[:num_server]), made_of_first(jaxpr.outvars[num_server:])
 
     def metrics_count_scalars_and_participants(self) -> None:
-        """Metrics count who took part and at least a model up and down, and measure a loss and an update."""
+        """Metrics count who took part and at least a model up and down, and measure a loss and an update.
+
+        Of a model of which clients keep a part, the rest; where nothing is sent nothing moves.
+        """
+        rows = jax.tree.leaves(self.algorithm.personal.rows(self.state))
         size = clients.num_scalars(self.params.params if isinstance(self.params, Variables) else self.params)
+        size -= sum(int(np.prod(jnp.shape(leaf)[1:])) for leaf in rows)
         made = "make metrics by fedjax_core.round_metrics from the results of the pass that trains"
         for info, participants in zip(self.done.metrics, self.participants, strict=True):
             _require(
@@ -627,7 +632,8 @@ class Subject:
                     "moves the model, and count all passes of a round",
                 )
             _require(bool(np.isfinite(info.loss)), f"metrics tell of a loss of {info.loss}: {made}")
-            _require(float(info.update_norm) > 0, f"metrics tell of an update of length {info.update_norm}: {made}")
+            moves = float(info.update_norm) > 0 or int(info.uploaded) == 0
+            _require(moves, f"metrics tell of an update of length {info.update_norm}: {made}")
 
     @cached_property
     def on_mesh(self) -> Any:
@@ -690,7 +696,7 @@ class Subject:
         """A method that touches its tables through the cohort alone cannot tell that they hold its rows alone."""
         if not self.has_rows:
             return
-        state = init_on_host(self.algorithm.init, self.params, num_clients=self.num_clients)
+        state = init_on_host(self.algorithm.init, self.params, self.key, num_clients=self.num_clients)
         examples = jax.tree.map(np.asarray, self.population.examples)
         host = HostPopulation.from_flat(examples, np.asarray(self.population.offsets))
         staged, _ = continue_staged(self.algorithm, self.sampler, 3)(state, host, self.key)

@@ -39,11 +39,13 @@ every_method = pytest.mark.parametrize("name", METHODS)
 # Counts of the size of this problem; and in single precision it takes a box wide enough for values to differ by far
 # more than their rounding, and more noise than that of a solve.
 SETTINGS = {
+    "fedrep": {"head_epochs": 2},
+    "lg_fedavg": {"shared": "w"},
     "fzoos": {
         **{"initial": 4, "active": 2, "active_candidates": 8, "survey": 5, "survey_candidates": 12},
         **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30, "feature_lengthscale": 1.0},
         **{"radius": 0.5, "noise": 1e-2, "ridge": 1e-2},
-    }
+    },
 }
 
 # In stored order the second round of fzoos solves what single precision cannot.
@@ -55,6 +57,8 @@ KNOWN = {
     "fedlora": {"rows_may_stay": True},  # a client's rank is its own for good
     "fedsgd": {"random": False},  # the full gradient draws nothing
     "fzoos": {"undefined_if_empty": ("value",)},
+    "local_only": {"random": False},  # what moves stays at home
+    "ifca": {"rows_may_stay": True},  # a client may choose the same model again
 }
 
 
@@ -81,6 +85,7 @@ BROUGHT = {
     "logits": lambda params, batch, key: batch["x"] @ params["w"] + params["b"],
     "inputs": lambda params, batch: {"w": batch["x"]},
     "layers": {"w": 5},
+    "personal": "b",
 }
 
 
@@ -153,7 +158,7 @@ def test_state_survives_save_and_restore(name, tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    target = subject(name).algorithm.init(params_of(name))
+    target = subject(name).algorithm.init(params_of(name), jax.random.key(0))
     for again in (restored, flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))):
         chex.assert_trees_all_equal_structs(again, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(again, state)

@@ -42,7 +42,7 @@ def test_every_method_describes_itself_and_builds(name):
     assert method.paper[-1] == "."
     assert "batch_size" not in method.hyperparameters
     algorithm = build(name, num_epochs=2, num_steps=None, order="shuffled", weights="uniform")
-    state = jax.eval_shape(algorithm.init, jnp.zeros(3))
+    state = jax.eval_shape(algorithm.init, {"head": jnp.zeros(3)}, jax.random.key(0))
     assert state.round.dtype == jnp.int32
     for key, default in method.hyperparameters.items():
         assert methods.parse(name, key, str(default)) == default
