@@ -169,8 +169,8 @@ def study(model: str, alpha: float, rounds: int, names: list[str], out: Path) ->
                 "command": config.command(f"runs/{name}"),
                 "accuracy": curves.round(4).tolist(),
                 "own": {key[5:]: np.round(value[:, -1].astype(float), 4).tolist() for key, value in own.items()},
-                "down": round(float(history["round/downloaded"][0, -1])),
-                "up": round(float(history["round/uploaded"][0, -1])),
+                "down": round(float(history["round/bytes_down"][0, -1])),
+                "up": round(float(history["round/bytes_up"][0, -1])),
             }
         except (train.Diverged, ValueError) as error:
             result["error"] = str(error).splitlines()[0]  # what comes after names folders
@@ -201,7 +201,7 @@ def tables(result: dict[str, Any]) -> str:
             f"### {name}",
             "",
             f"| method | test accuracy, % (mean ± s.d. of 3 seeds) | rounds to {100 * MODELS[model]:g} % | client rate "
-            "| server rate | scalars down, up |",
+            "| server rate | bytes down, up |",
             "| --- | --: | --: | --: | --: | --: |",
         ]
         done = {m: r for m, r in setting["methods"].items() if "error" not in r}

@@ -36,6 +36,7 @@ from fedjax_core.clients import (
     ClientResults,
     ClientTable,
     LocalTraining,
+    bytes_for_each,
     client_table,
     for_each_client,
     gather,
@@ -74,7 +75,6 @@ from fedjax_core.gradients import (
     scale,
     value_and_grad,
 )
-from fedjax_core.lanes import num_bytes
 from fedjax_core.lengths import Measured, first_length, measured, per_length
 from fedjax_core.messages import Part, PartState, Pass, uploads, with_part
 from fedjax_core.partition import Hole, Where, combine, leaf_paths, partition
@@ -83,6 +83,7 @@ from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
 from fedjax_core.samplers import Sampler, ValidSampler
 from fedjax_core.simulation import continue_rounds, simulate
+from fedjax_core.sizes import Message, num_bytes
 from fedjax_core.staging import HostPopulation, Interrupted, continue_staged, init_on_host, simulate_staged
 from fedjax_core.statistics import OwnStatistics, StatisticsState, with_statistics
 from fedjax_core.tasks import Task, as_task
@@ -138,6 +139,7 @@ __all__ = [
     "LogitsFn",
     "LossFn",
     "Measured",
+    "Message",
     "Metrics",
     "ModelState",
     "Need",
@@ -168,6 +170,7 @@ __all__ = [
     "add_scaled",
     "as_task",
     "batch_loss",
+    "bytes_for_each",
     "checked_round",
     "checks",
     "client_mesh",

@@ -206,7 +206,7 @@ def federated(
       init: `init(params) -> state` or `init(params, key) -> state`, a NamedTuple with a field `params`, the model that
         the server moves, and a field `round` that begins at 0 (`round: Counter = 0`).
       update: `update(state, cohort, key) -> (state, results)` or `(state, results, extra)`: the state after a round,
-        whose counter is not its business; the `ClientResults` of the pass whose loss and scalars the metrics report;
+        whose counter is not its business; the `ClientResults` of the pass whose loss and bytes the metrics report;
         and the method's own metrics.
       params: `params(state)`, the global model; the field of that name unless given.
       views: how the method predicts, see `Algorithm`; every client by the global model unless given.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_core import checks, convolutions, execution, keys, lanes, masks, sums
+from fedjax_core import checks, convolutions, execution, keys, lanes, masks, sizes, sums
 from fedjax_core.aggregation import Aggregator, Stacked, check_weights, client_weights, weighted_mean
 from fedjax_core.batching import Batch, LocalWork, draw_batch, local_work
 from fedjax_core.plans import Plan
@@ -31,7 +31,7 @@ class ClientProgram(NamedTuple):
       init: `init(shared, client_input, key) -> carry`, where the client starts.
       step: `step(shared, carry, batch) -> (carry, loss)`, one local step on a `Batch`; loss is float[].
       final: `final(shared, carry) -> (upload, output)`: the upload goes over the wire and is aggregated, the output
-        is kept per client (new client state, diagnostics).
+        is kept per client (new client state, diagnostics). A `Message` in the upload states its true size.
     """
 
     init: Callable[[PyTree, PyTree, Key], PyTree]
@@ -49,8 +49,9 @@ class ClientResults(NamedTuple):
       loss: float[C], mean training loss of each client over its examples and steps.
       steps: int32[C], local steps taken.
       executed_steps: int32[], steps executed over all lanes, idle ones included.
-      uploaded: int32[], scalars in one upload.
-      downloaded: int32[], scalars in `shared`.
+      bytes_up: float[C], bytes that each client has sent up in this pass, 0 in slots that took no part. Those of
+        several passes of a round add up.
+      bytes_down: float[C], bytes that it was sent.
     """
 
     aggregate: PyTree
@@ -59,8 +60,8 @@ class ClientResults(NamedTuple):
     loss: Array
     steps: Array
     executed_steps: Array
-    uploaded: Array
-    downloaded: Array
+    bytes_up: Array
+    bytes_down: Array
 
 
 def for_each_client(
@@ -83,7 +84,8 @@ def for_each_client(
 
     Args:
       program: what each client does.
-      shared: what is sent to every participant, any pytree; its scalars are counted as downloaded.
+      shared: what is sent to every participant, any pytree, counted in `bytes_down`. A `Message` in it states its true
+        size; clients get its payload.
       cohort: the clients.
       key: the round's key.
       client_inputs: per-client input, leaves [C, ...], for example gathered client state; none by default.
@@ -132,6 +134,9 @@ def for_each_client(
         jnp.zeros_like(cohort.ids), cohort.starts, cohort.sizes, steps, weight, client_keys, client_inputs
     )
 
+    sizes.check_messages("shared", shared, cohort.ids.shape[0])
+    down, shared = sizes.sent_bytes(shared), sizes.opened(shared)
+
     # The program may close over traced values (a learning rate under vmap, say). Tracing it here turns those into
     # explicit inputs, so that the custom batching rule below sees them.
     shared = execution.strip_weak_type(shared)
@@ -142,6 +147,7 @@ def for_each_client(
     )
 
     asked: list[bool] = []
+    up: list[Any] = []  # bytes of an upload; a traced number goes along with the outputs
 
     @contextmanager
     def as_this(client: Array) -> Iterator[None]:
@@ -159,16 +165,18 @@ def for_each_client(
     def final(client: Array, shared: PyTree, carry: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
         with as_this(client):
             upload, output = program.final(shared, carry)
-        if isinstance(aggregator, Stacked):
-            return (), execution.strip_weak_type((upload, output))
-        return execution.strip_weak_type(aggregator.lift(upload, weight)), execution.strip_weak_type(output)
+        sizes.check_messages("the upload", upload)
+        size, upload = sizes.sent_bytes(upload), sizes.opened(upload)
+        up[:] = [None if isinstance(size, jax.Array) else size]
+        kept = (upload if isinstance(aggregator, Stacked) else (), output, size if up[0] is None else ())
+        summand = () if isinstance(aggregator, Stacked) else aggregator.lift(upload, weight)
+        return execution.strip_weak_type(summand), execution.strip_weak_type(kept)
 
     client = jnp.int32(0)
     init_fn, carry = execution.close_convert(init, client, shared, first.input, first.key)
     step_fn, stepped = execution.close_convert(step, client, shared, carry, batch)
     _check_step(carry, stepped)
     final_fn, (summand, output) = execution.close_convert(final, client, shared, carry, first.weight)
-    upload, _ = jax.eval_shape(program.final, shared, carry)
     if asked:  # the client's id is carried along
         slots = slots._replace(input=(jnp.maximum(cohort.ids, 0), client_inputs))
         carry = (client, carry)
@@ -190,8 +198,8 @@ def for_each_client(
         and any(convolutions.has_any(function.jaxpr) for function in (init_fn, step_fn, final_fn)),
     )
     total, outputs, loss, executed = execution.run_slots(run, (False,) * len(leaves), 1, slots, leaves, cohort.examples)
+    uploads, outputs, stated = outputs
     if isinstance(aggregator, Stacked):
-        uploads, outputs = outputs
         aggregate = aggregator.finish(uploads, weight)
     else:
         aggregate = aggregator.finish(jax.tree.map(lambda leaf: leaf[0], total))
@@ -202,21 +210,35 @@ def for_each_client(
         loss=loss,
         steps=steps,
         executed_steps=executed[0],
-        uploaded=jnp.int32(num_scalars(upload)),
-        downloaded=jnp.int32(num_scalars(shared)),
+        bytes_up=_to_participants(cohort, stated if up[0] is None else up[0]),
+        bytes_down=_to_participants(cohort, down),
     )
 
 
+def _to_participants(cohort: Cohort, count: Any) -> Array:
+    """float[C], a number of bytes (or one for each slot) for participants, 0 for the others."""
+    return jnp.where(cohort.mask, jnp.asarray(count, jnp.result_type(float)), 0)
+
+
+def bytes_for_each(cohort: Cohort, tree: PyTree) -> Array:
+    """float[C], the bytes of a tree for every participant of a cohort, 0 in other slots.
+
+    For what a method sends outside of `for_each_client`; a `Message` in the tree states its true size.
+    """
+    sizes.check_messages("tree", tree, cohort.ids.shape[0])
+    return _to_participants(cohort, sizes.sent_bytes(tree))
+
+
 def upload_of(program: ClientProgram, shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
-    """Shapes and dtypes of what a client uploads."""
+    """Shapes and dtypes of what a client uploads, the payloads of messages in their place."""
 
     def upload(shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
         own = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         with as_client(jnp.int32(0)):
             carry = execution.strip_weak_type(program.init(shared, own, key))
-            return execution.strip_weak_type(program.final(shared, carry)[0])
+            return execution.strip_weak_type(sizes.opened(program.final(shared, carry)[0]))
 
-    return jax.eval_shape(upload, shared, client_inputs, keys.one(key))
+    return jax.eval_shape(upload, sizes.opened(shared), client_inputs, keys.one(key))
 
 
 _REPLACEMENT: ContextVar[Callable[..., ClientResults] | None] = ContextVar("replacement", default=None)
@@ -342,7 +364,7 @@ class LocalTraining(NamedTuple):
 
 def kept_by_client(program: ClientProgram) -> ClientProgram:
     """The program with its upload as output instead: nothing is sent."""
-    return program._replace(final=lambda shared, carry: ((), program.final(shared, carry)[0]))
+    return program._replace(final=lambda shared, carry: ((), sizes.opened(program.final(shared, carry)[0])))
 
 
 def local_training(*, weights: Weights = "uniform", plan: Plan | None = None, **work: Any) -> LocalTraining:
@@ -445,7 +467,10 @@ def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
 
 
 def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: PyTree = ()) -> Metrics:
-    """The metrics every method reports, from a pass over the clients and the global model before and after."""
+    """The metrics every method reports, from a pass over the clients and the global model before and after.
+
+    A round of several passes gives the results of one with the bytes of all, `results._replace(bytes_up=...)`.
+    """
     # Participants who all weigh nothing count alike; a round without participants has no loss.
     weights = jnp.where(jnp.any(results.weights > 0), results.weights, cohort.mask.astype(results.weights.dtype))
     weight = sums.total(weights)
@@ -454,11 +479,17 @@ def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Para
     return Metrics(
         loss=jnp.where(weight > 0, loss, jnp.nan),
         update_norm=sums.norm(optax.tree.sub(sums.widen(new), sums.widen(old))),
-        uploaded=results.uploaded,
-        downloaded=results.downloaded,
+        bytes_up=_mean_bytes(results.bytes_up, cohort),
+        bytes_down=_mean_bytes(results.bytes_down, cohort),
         participants=cohort.num_participants,
         extra=extra,
     )
+
+
+def _mean_bytes(counts: Array, cohort: Cohort) -> Array:
+    """float[], the mean over participants; where all are alike exactly that number, however large."""
+    largest = jnp.max(counts)
+    return largest - mean_over_participants(largest - counts, cohort)
 
 
 def mean_over_participants(values: Array, cohort: Cohort) -> Array:

@@ -7,19 +7,18 @@ Letters in shapes: L lanes, M slots, G groups. A group is one member of a batch 
 seed; see `fedjax_core.execution`. A single lane has no axis [L].
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from fedjax_core import keys, shuffle, sums
 from fedjax_core.batching import LocalWork, draw_batch
 from fedjax_core.plans import Plan
+from fedjax_core.sizes import num_bytes
 from fedjax_core.types import Array, Key, PyTree
 
 TINY_BYTES, TINY_LANES = 1024, 64
@@ -459,12 +458,3 @@ def _row(leaf: Array, index: Array) -> Array:
 
 def _with_row(leaf: Array, index: Array, row: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(leaf, row, index, 0)
-
-
-def num_bytes(shapes: PyTree) -> int:
-    """Bytes of arrays, or of whatever has their shapes and dtypes; a key counts as 8."""
-
-    def item(dtype: DTypeLike) -> int:
-        return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
-
-    return sum(math.prod(leaf.shape) * item(leaf.dtype) for leaf in jax.tree.leaves(shapes))

@@ -20,11 +20,12 @@ import jax
 import jax.extend.core as extend
 import jax.numpy as jnp
 
-from fedjax_core import checks, keys, sums
+from fedjax_core import checks, execution, keys, sizes, sums
 from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
 from fedjax_core.algorithm import Algorithm, Event, separate
 from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of
 from fedjax_core.population import Cohort, Population
+from fedjax_core.sizes import Message
 from fedjax_core.staging import HostPopulation
 from fedjax_core.types import Array, Key, Metrics, Params, PyTree
 
@@ -40,7 +41,7 @@ class Pass(NamedTuple):
       key: the round's key.
       options: `work`, `weights`, `plan`.
       aggregator: what becomes of the uploads, once they are decoded.
-      decode: `decode(message) -> upload`, on the server.
+      decode: `decode(sent) -> upload`, on the server; of a `Message` it gets the payload.
       change: `change(uploads, weights) -> uploads` of all decoded uploads at once, leaves [C, ...], before they are
         aggregated.
     """
@@ -71,7 +72,7 @@ class Pass(NamedTuple):
         )
 
     def upload(self) -> PyTree:
-        """Shapes and dtypes of what a client sends."""
+        """Shapes and dtypes of what a client sends, the payloads of messages in their place."""
         return upload_of(self.program, self.shared, self.client_inputs, self.key)
 
     def decoded(self, decode: Callable[[PyTree], PyTree]) -> "Pass":
@@ -139,18 +140,6 @@ class Pass(NamedTuple):
             return inner.finish(jax.tree.map(total, jax.vmap(inner.lift)(uploads, weights)))
 
         return Stacked(finish)
-
-
-class Message(NamedTuple):
-    """What a client sends, where its size is not that of its arrays: sparse, packed or quantised.
-
-    Attributes:
-      payload: any pytree of arrays.
-      bytes: its true size.
-    """
-
-    payload: PyTree
-    bytes: Any
 
 
 Around = Callable[[Any, Pass, Key], tuple[ClientResults, Any, Any]]
@@ -372,7 +361,9 @@ def before_sending(
 
     Args:
       asked: the pass.
-      change: `change(upload, row, key) -> (upload, row)`, of one client.
+      change: `change(upload, row, key) -> (upload, row)`, of one client. It gets the payload of a `Message`, and may
+        return one. What it returns counts by its arrays, unless they are of the same shapes and dtypes as those that it
+        was given: then a size that was stated still holds.
       rows: leaves [C, ...], of the clients of the cohort.
       key: randomness of the change; a client's is `fold_in(key, client_id)`.
 
@@ -394,8 +385,12 @@ def before_sending(
     def final(shared: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
         own, row, change_key = carry
         upload, output = program.final(shared, own)
-        upload, row = change(upload, row, change_key)
-        return upload, (output, row)
+        sizes.check_messages("the upload", upload)
+        given = execution.strip_weak_type(sizes.opened(upload))
+        sent, row = change(given, row, change_key)
+        if sizes.has_message(upload) and not sizes.has_message(sent) and _alike(sent, given):
+            sent = Message(sent, sizes.sent_bytes(upload))
+        return sent, (output, row)
 
     def taken(results: ClientResults) -> tuple[ClientResults, PyTree]:
         outputs, new = results.outputs
@@ -405,3 +400,13 @@ def before_sending(
         program=ClientProgram(init, step, final), client_inputs=(asked.client_inputs, rows, client_keys)
     )
     return changed, taken
+
+
+def _alike(tree: PyTree, other: PyTree) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes."""
+
+    def kind(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    one: object = jax.tree.map(kind, tree)
+    return one == jax.tree.map(kind, other)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import checks, clients, shuffle
+from fedjax_core import checks, clients, shuffle, sizes
 from fedjax_core.aggregation import Aggregator, Stacked, weighted_mean
 from fedjax_core.batching import Batch, LocalWork
-from fedjax_core.clients import ClientProgram, ClientResults, num_scalars
+from fedjax_core.clients import ClientProgram, ClientResults
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, Key, PyTree, Weights
@@ -49,13 +49,14 @@ def for_each_client(
             "nothing in it that runs clients"
         )
     aggregator = aggregator or weighted_mean()
-    ids, starts, sizes = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
+    down, shared = np.broadcast_to(np.asarray(sizes.sent_bytes(shared)), cohort.ids.shape), sizes.opened(shared)
+    ids, starts, lengths = (np.asarray(a) for a in (cohort.ids, cohort.starts, cohort.sizes))
     examples = jax.tree.map(np.asarray, cohort.examples)
-    weight = client_weights(weights, ids, sizes, jax.tree.leaves(examples)[0].shape[0], int(cohort.num_clients))
+    weight = client_weights(weights, ids, lengths, jax.tree.leaves(examples)[0].shape[0], int(cohort.num_clients))
     uploads: dict[int, PyTree] = {}
     outputs: dict[int, PyTree] = {}
-    losses, steps = np.zeros(len(ids)), np.zeros(len(ids), np.int32)
-    for slot, (i, start, size) in enumerate(zip(ids, starts, sizes, strict=True)):
+    losses, steps, up = np.zeros(len(ids)), np.zeros(len(ids), np.int32), np.zeros(len(ids))
+    for slot, (i, start, size) in enumerate(zip(ids, starts, lengths, strict=True)):
         if i < 0 or size == 0:
             continue
         seed_key, init_key, step_key = jax.random.split(jax.random.fold_in(key, int(i)), 3)
@@ -79,11 +80,13 @@ def for_each_client(
             steps[slot] = step + 1
         with as_this_client():
             upload, output = program.final(shared, carry)
+        up[slot], upload = sizes.sent_bytes(upload), sizes.opened(upload)
         uploads[slot], outputs[slot] = upload, output
         losses[slot] = loss_sum / count
     if not uploads:  # no client took part: zeros, shaped like the results of a client that has taken no step
         first = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         upload, output = program.final(shared, program.init(shared, first, key))
+        upload = sizes.opened(upload)
 
     def rows(by_slot: dict[int, PyTree], one: PyTree) -> PyTree:
         blank = jax.tree.map(jnp.zeros_like, one)
@@ -103,8 +106,8 @@ def for_each_client(
         loss=jnp.asarray(losses),
         steps=jnp.asarray(steps),
         executed_steps=jnp.int32(steps.sum()),
-        uploaded=jnp.int32(num_scalars(upload)),
-        downloaded=jnp.int32(num_scalars(shared)),
+        bytes_up=jnp.asarray(up),
+        bytes_down=jnp.where(cohort.mask, down, 0),
     )
 
 

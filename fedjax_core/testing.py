@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import checks, clients, reference, samplers
+from fedjax_core import checks, clients, reference, samplers, sizes
 from fedjax_core.algorithm import Algorithm
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
@@ -155,7 +155,7 @@ CHEAP = (
     "views_give_a_model_to_every_client",
     "a_state_can_be_donated",
     "the_server_uses_only_uploads",
-    "metrics_count_scalars_and_participants",
+    "metrics_count_bytes_and_participants",
 )
 """Checks that share the program of one round, and one of several simulations at once."""
 
@@ -577,30 +577,35 @@ class Subject:
 
     def the_server_uses_only_uploads(self) -> None:
         """Of what clients keep, the outputs of their programs, only their own rows are made."""
-        server, _ = self.made_of_outputs()
-        _require(
-            not server,
-            "the server's state is made of the outputs of client programs, which stay with the clients: put into the "
-            "upload what the server uses",
-        )
+        server, sent, _ = self.made_of_outputs()
+        for made, what in ((server, "the server's state is"), (sent, "what the server sends in a later pass is")):
+            _require(
+                not made,
+                f"{what} made of the outputs of client programs, which stay with the clients: put into the upload what "
+                "the server uses",
+            )
 
-    def made_of_outputs(self) -> tuple[bool, bool]:
-        """Whether the server's state after a round, and the clients' rows, are made of outputs of client programs."""
-        algorithm = self.algorithm
+    def made_of_outputs(self) -> tuple[bool, bool, bool]:
+        """Whether the server's state after a round, what it sends, and clients' rows are made of clients' outputs."""
+        algorithm, key = self.algorithm, self.key
 
-        def parts(outputs: Array, state: Any, cohort: Cohort) -> tuple[Any, Any]:
+        def parts(outputs: Array, state: Any, cohort: Cohort) -> tuple[Any, Any, Any]:
+            sent: list[Any] = []
+
             def only_shapes(program: Any, *arguments: Any, **options: Any) -> clients.ClientResults:
+                sent.append((arguments[0], options.get("weights")))
                 with clients.replaced(None):
                     shapes = jax.eval_shape(partial(clients.for_each_client, program, **options), *arguments)
                 blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
                 return blank._replace(outputs=jax.tree.map(lambda o: o + outputs.astype(o.dtype), blank.outputs))
 
             with clients.replaced(only_shapes):
-                return clients.split_tables(algorithm.round(state, cohort, self.key)[0])
+                server, rows = clients.split_tables(algorithm.round(state, cohort, key)[0])
+            return server, jax.tree.map(jnp.asarray, [x for x in jax.tree.leaves(sent) if not isinstance(x, str)]), rows
 
         state = algorithm.init(self.params, self.key)
         closed, shape = jax.make_jaxpr(parts, return_shape=True)(jnp.zeros(()), state, self._cohort(self.cohorts[0]))
-        jaxpr, num_server = closed.jaxpr, len(jax.tree.leaves(shape[0]))
+        jaxpr, ends = closed.jaxpr, np.cumsum([len(jax.tree.leaves(part)) for part in shape])
 
         def made_of_first(results: list[Any]) -> bool:
             needed = set(filter(_is_variable, results))
@@ -609,31 +614,55 @@ class Subject:
                     needed |= set(filter(_is_variable, equation.invars))
             return jaxpr.invars[0] in needed
 
-        return made_of_first(jaxpr.outvars[:num_server]), made_of_first(jaxpr.outvars[num_server:])
+        server, sent, rows = (made_of_first(jaxpr.outvars[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+        return server, sent, rows
 
-    def metrics_count_scalars_and_participants(self) -> None:
+    def metrics_count_bytes_and_participants(self) -> None:
         """Metrics count who took part and at least a model up and down, and measure a loss and an update.
 
-        Of a model of which clients keep a part, the rest; where nothing is sent nothing moves.
+        Of a model of which clients keep a part, the rest; where nothing is sent nothing moves. Where a `Message` states
+        its size it may be less.
         """
         rows = jax.tree.leaves(self.algorithm.personal.rows(self.state))
-        size = clients.num_scalars(self.params.params if isinstance(self.params, Variables) else self.params)
-        size -= sum(int(np.prod(jnp.shape(leaf)[1:])) for leaf in rows)
+        size = sizes.num_bytes(self.params.params if isinstance(self.params, Variables) else self.params)
+        size -= sizes.num_bytes([jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in rows])
+        stated = self._states_sizes()
         made = "make metrics by fedjax_core.round_metrics from the results of the pass that trains"
         for info, participants in zip(self.done.metrics, self.participants, strict=True):
             _require(
                 int(info.participants) == participants,
                 f"metrics count {info.participants} participants where there are {participants}: {made}",
             )
-            for way, count in (("up", info.uploaded), ("down", info.downloaded)):
+            for way, count in (("up", info.bytes_up), ("down", info.bytes_down)):
+                if stated[way]:
+                    continue
                 _require(
-                    int(count) >= size,
-                    f"metrics count {count} scalars {way}, fewer than the {size} of a model: upload and share what "
-                    "moves the model, and count all passes of a round",
+                    float(count) >= size,
+                    f"metrics count {float(count):g} bytes {way}, fewer than the {size} of a model: upload and share "
+                    "what moves the model, and count all passes of a round",
                 )
             _require(bool(np.isfinite(info.loss)), f"metrics tell of a loss of {info.loss}: {made}")
-            moves = float(info.update_norm) > 0 or int(info.uploaded) == 0
+            moves = float(info.update_norm) > 0 or float(info.bytes_up) == 0
             _require(moves, f"metrics tell of an update of length {info.update_norm}: {made}")
+
+    def _states_sizes(self) -> dict[str, bool]:
+        """Whether there are messages that state their size, up and down."""
+        found = {"up": False, "down": False}
+
+        def looking(program: Any, shared: Any, *rest: Any, **options: Any) -> clients.ClientResults:
+            def final(shared: Any, carry: Any) -> tuple[Any, Any]:
+                upload, output = program.final(shared, carry)
+                found["up"] |= sizes.has_message(upload)
+                return upload, output
+
+            found["down"] |= sizes.has_message(shared)
+            with clients.replaced(None):
+                return clients.for_each_client(program._replace(final=final), shared, *rest, **options)
+
+        with clients.replaced(looking):
+            state = self.algorithm.init(self.params, self.key)
+            jax.eval_shape(self.algorithm.round, state, self._cohort(self.cohorts[0]), self.key)
+        return found
 
     @cached_property
     def on_mesh(self) -> Any:

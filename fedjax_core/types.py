@@ -51,16 +51,15 @@ class Metrics(NamedTuple):
       loss: training loss of the participants, averaged over each client's local steps and then over clients
         with the method's aggregation weights; NaN in a round without participants, where nothing was measured.
       update_norm: Euclidean norm of the change of the global model.
-      uploaded: scalars sent up by each participant in this round, an integer; where they differ between participants
-        their mean, a float, 0 in a round without.
-      downloaded: scalars sent down to each participant in this round, likewise.
+      bytes_up: bytes sent up in this round, mean over the participants, a float; 0 in a round without.
+      bytes_down: bytes sent down, likewise.
       participants: number of clients that took part.
       extra: the method's own metrics, a NamedTuple of arrays (or an empty tuple).
     """
 
     loss: Array
     update_norm: Array
-    uploaded: Array
-    downloaded: Array
+    bytes_up: Array
+    bytes_down: Array
     participants: Array
     extra: PyTree = ()

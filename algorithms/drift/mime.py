@@ -145,6 +145,6 @@ def _frozen(
         results = clients.run(program, shared, cohort, key)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
         _, opt_state = optimizer.update(fc.sums.widen(c), state.opt_state, fc.sums.widen(state.params))
-        return MimeState(params, opt_state), results._replace(uploaded=results.uploaded + full.uploaded)
+        return MimeState(params, opt_state), results._replace(bytes_up=results.bytes_up + full.bytes_up)
 
     return fc.federated(init, update)

@@ -24,18 +24,19 @@ class AutoFLIPState(NamedTuple):
 
 
 class AutoFLIPMetrics(NamedTuple):
-    """Counts of a round, int32[] each but for the density.
+    """What is pruned in a round.
 
     Attributes:
-      density: share of the parameters that is kept, float[].
-      dense: scalars of a model that is not pruned, P: what goes down and up if zeros are sent too.
-      mask_bits: bits of B, which a participant is sent besides, if it has not got this B before.
-      explorers: number of clients that have explored.
+      density: float[], share of the parameters that is kept.
+      dense_bytes: float[], bytes of a model that is not pruned: what goes down and up if zeros are sent too.
+      mask_bytes: float[], bytes of B, a bit a parameter, which a participant is sent besides, if it has not got this B
+        before.
+      explorers: int32[], number of clients that have explored.
     """
 
     density: fc.Array
-    dense: fc.Array
-    mask_bits: fc.Array
+    dense_bytes: fc.Array
+    mask_bytes: fc.Array
     explorers: fc.Array
 
 
@@ -69,7 +70,7 @@ def autoflip(
     Before an exploration B is 1, and this is FedAvg with momentum on the server.
 
     Down: x where B is 1, and B in P bits to those who have not got it. Up: y_i - x where B is 1. The metrics count
-    these scalars. The exploration: x0 down, its squared moves up (1P each) for every explorer. A round without
+    their bytes. The exploration: x0 down, its squared moves up (1P each) for every explorer. A round without
     participants changes neither x nor v.
 
     Args:
@@ -156,17 +157,22 @@ def autoflip(
         program = fc.ClientProgram(
             init=lambda shared, own, key: (shared[0], optimizer.init(shared[0])),
             step=client_step,
-            final=lambda shared, done: (optax.tree.sub(done[0], shared[0]), ()),
+            final=lambda shared, done: (fc.Message(optax.tree.sub(done[0], shared[0]), kept_bytes), ()),
         )
-        results = clients.run(program, (state.params, state.mask), cohort, key)
+        counts = [jnp.sum(b, dtype=jnp.int32).astype(jnp.result_type(float)) for b in jax.tree.leaves(state.mask)]
+        leaves = jax.tree.leaves(state.params)
+        kept_bytes = sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
+        results = clients.run(program, fc.Message((state.params, state.mask), kept_bytes), cohort, key)
         params, velocity = momentum_step(state.params, state.velocity, results.aggregate, momentum, server_lr)
-        kept = sum((jnp.sum(b, dtype=jnp.int32) for b in jax.tree.leaves(state.mask)), jnp.int32(0))
-        dense = jnp.int32(fc.num_scalars(params))
-        extra = AutoFLIPMetrics(kept / dense, dense, dense, state.maps.explorers)
+        dense = fc.num_scalars(params)
+        density, of_params, of_mask = (
+            jnp.asarray(n, jnp.result_type(float)) for n in (sum(counts) / dense, fc.num_bytes(params), dense / 8)
+        )
+        extra = AutoFLIPMetrics(density, of_params, of_mask, state.maps.explorers)
         state = state._replace(params=params, velocity=velocity)
         if num_maps:
             state = prune(state, exploration.of_participants(state.maps, cohort))
-        return state, results._replace(uploaded=kept, downloaded=kept), extra
+        return state, results, extra
 
     return fc.federated(init, update, events={"explore": fc.Event(explore, "before")})
 

@@ -137,11 +137,11 @@ def _codec(
             decoded = decode(message)[: x.size]
             lost = wanted - decoded
             error = jnp.sum(jnp.square(lost)) / jnp.maximum(jnp.sum(jnp.square(wanted)), jnp.finfo(x.dtype).tiny)
-            sent = messages.Message((message, others), size(x.size) + fc.num_bytes(others))
+            sent = fc.Message((message, others), size(x.size) + fc.num_bytes(others))
             return sent, (lost if feedback else (), error)
 
-        def decoded(sent: messages.Message) -> fc.PyTree:
-            message, others = sent.payload
+        def decoded(sent: fc.PyTree) -> fc.PyTree:
+            message, others = sent
             return _restored(like, decode(message), others)
 
         changed, taken = messages.before_sending(asked.decoded(decoded), change, rows, key)

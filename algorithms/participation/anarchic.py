@@ -68,7 +68,9 @@ def afa_cd(
         own = fc.gather(state.starts, cohort), one_over_steps(clients.work, cohort)
         results = clients.run(program, (), cohort, key, client_inputs=own)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
-        return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(results, params)
+        return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(
+            results, cohort, params
+        )
 
     return fc.federated(init, update)
 
@@ -123,7 +125,7 @@ def afa_cs(
         updates, mean = remember(state.updates, state.mean, cohort, results.aggregate, p)
         params = fc.add_scaled(state.params, server_lr, mean)
         starts = stale.received(state.starts, cohort, params)
-        return AFACSState(params, starts, updates, mean), stale.downloads(results, params)
+        return AFACSState(params, starts, updates, mean), stale.downloads(results, cohort, params)
 
     return fc.federated(init, update)
 

@@ -137,13 +137,11 @@ def fedamd(
         total = optax.tree.add(total, fc.sums.weighted(weights * (anchor & old.known), change))
         anchors = fc.scatter(state.anchors, asked, Anchor(v, asked.mask))
         # An anchor gets x and sends v_i; a miner gets x and V and sends y_i - x, and v_i if it is new.
-        uploads = anchor + (cohort.mask & ~anchor) * (1 + new)
-        downloads = anchor + (cohort.mask & ~anchor) * 2
         results = miners._replace(
             weights=weights,
             loss=jnp.where(anchor, full.loss, miners.loss),
-            uploaded=fc.mean_over_participants(uploads, cohort) * fc.num_scalars(state.params),
-            downloaded=fc.mean_over_participants(downloads, cohort) * fc.num_scalars(state.params),
+            bytes_up=miners.bytes_up + full.bytes_up,
+            bytes_down=jnp.where(anchor, full.bytes_down, miners.bytes_down),
         )
         counts = FedAMDMetrics(jnp.sum(anchor, dtype=jnp.int32), jnp.sum(new, dtype=jnp.int32))
         return FedAMDState(params, anchors, total, weight), results, counts

@@ -68,6 +68,8 @@ def fedfix(
         own = fc.gather(state.starts, cohort), inverse
         results = clients.run(program, (), cohort, key, client_inputs=own, aggregator=fc.weighted_sum())
         params = fc.add_scaled(state.params, server_lr / num_clients, results.aggregate)
-        return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(results, params)
+        return FedFixState(params, stale.received(state.starts, cohort, params)), stale.downloads(
+            results, cohort, params
+        )
 
     return fc.federated(init, update)

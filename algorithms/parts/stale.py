@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
@@ -24,6 +23,6 @@ def received(starts: fc.ClientTable, cohort: fc.Cohort, params: fc.Params) -> fc
     return fc.scatter(starts, cohort, fc.global_client_params(params, cohort.ids))
 
 
-def downloads(results: fc.ClientResults, params: fc.Params) -> fc.ClientResults:
-    """Counts the new model as downloaded, which those who have delivered receive after the server's step."""
-    return results._replace(downloaded=jnp.int32(fc.num_scalars(params)))
+def downloads(results: fc.ClientResults, cohort: fc.Cohort, params: fc.Params) -> fc.ClientResults:
+    """Counts the new model as sent down, which those who have delivered receive after the server's step."""
+    return results._replace(bytes_down=fc.bytes_for_each(cohort, params))

@@ -201,7 +201,7 @@ def scaffold_zo(
             # The c_i have gone up in that pass; of the local steps only y_i - x does.
             program = fc.local_descent(optimizer, direction, start=fc.first_part)
             results = clients.run(program, (state.params, at_x.aggregate), cohort, key, client_inputs=at_x.outputs)
-            results = results._replace(uploaded=results.uploaded + at_x.uploaded)
+            results = results._replace(bytes_up=results.bytes_up + at_x.bytes_up)
             queries = (fc.sums.total(at_x.steps) + fc.sums.total(results.steps)) * each
             delta = results.aggregate
         else:

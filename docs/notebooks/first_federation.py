@@ -87,7 +87,7 @@ state, metrics = jax.jit(fedavg.round)(fedavg.init(params), cohort, jax.random.k
 print(
     f"mean training loss {metrics.loss:.2f}, model moved by {metrics.update_norm:.2f}"
 )
-print(f"each of {metrics.participants} clients sent {metrics.uploaded} numbers")
+print(f"each of {metrics.participants} clients sent {metrics.bytes_up:,.0f} bytes")
 
 # %% [markdown]
 # ## A whole simulation

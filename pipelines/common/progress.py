@@ -166,8 +166,8 @@ def duration(seconds: float) -> str:
 
 def size(num_bytes: float) -> str:
     """A number of bytes in words: "12 kB", "3.4 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
             break
         num_bytes /= 1000
     return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 10 else f"{num_bytes:.1f} {unit}"

@@ -28,6 +28,7 @@ from fedjax_core import (
     client_mesh,
     masks,
     num_bytes,
+    num_scalars,
     run_events,
     samplers,
     split_tables,
@@ -250,12 +251,6 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     )
     with own.explain_errors("model", config.model):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-    scalars = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    if scalars > LIMIT:
-        raise ValueError(
-            f"model {config.model!r} has {scalars} parameters, and a method counts at most {LIMIT} of them: "
-            f"{_smaller_model(config, dataset)}"
-        )
     largest = -(-int(np.max(population.sizes)) // config.local.batch_size)
     if (config.local.epochs or 0) * largest > LIMIT or int(np.max(population.sizes)) + config.local.batch_size > LIMIT:
         raise ValueError(
@@ -277,8 +272,8 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
                 )
             except OverflowError as error:
                 raise ValueError(
-                    f"{name} on a model of {scalars} parameters counts what does not fit into 32 bits ({error}): "
-                    "take a smaller model, or smaller settings"
+                    f"{name} on a model of {num_scalars(shapes)} parameters counts what does not fit into 32 bits "
+                    f"({error}): take a smaller model, or smaller settings"
                 ) from None
             _check_round(name, traced)
         host, device = held_memory(experiment, name, traced[1][1])

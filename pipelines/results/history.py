@@ -15,11 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Metrics
+from fedjax_core import Metrics, num_bytes, num_scalars
+from fedjax_core.types import Params
 
 History = dict[str, np.ndarray]
 
-_BASE = ("loss", "update_norm", "uploaded", "downloaded", "participants")
+_BASE = ("loss", "update_norm", "bytes_up", "bytes_down", "participants")
+_SCALARS = {  # before there were bytes: (name now, bytes of one, or None for those of a parameter)
+    "round/uploaded": ("round/bytes_up", None),
+    "round/downloaded": ("round/bytes_down", None),
+    "round/dense": ("round/dense_bytes", None),
+    "round/mask_bits": ("round/mask_bytes", 1 / 8),
+}
 
 
 def from_rounds(metrics: Metrics, scores: Mapping[str, Any]) -> History:
@@ -57,6 +64,24 @@ def after(history: History, rounds: int, evaluations: int) -> History:
         name: value[:, rounds if name.startswith("round/") else evaluations :]
         for name, value in growing(history).items()
     }
+
+
+def in_bytes(history: History, params: Params) -> History:
+    """A history in which scalars may have been counted, as in runs begun before there were bytes, in bytes.
+
+    A scalar counts as much as a parameter of the model does, itemsize of its dtype, which is what those methods sent;
+    exactly so where all parameters have one dtype. What has been measured since comes after it.
+
+    Args:
+      params: the model, or its shapes and dtypes.
+    """
+    found = dict(history)
+    for old, (new, size) in _SCALARS.items():
+        if old in found:
+            each = num_bytes(params) / max(num_scalars(params), 1) if size is None else size
+            before = found.pop(old) * np.float64(each)
+            found[new] = np.concatenate([before, history[new]], axis=1) if new in history else before
+    return found
 
 
 class Growing:
@@ -170,9 +195,8 @@ def to_csv(
 ) -> str:
     """The metrics as CSV text, one row per method, seed and round.
 
-    Counts of scalars are given per participant, as the methods report them, and as `..._total`, times the
-    participants, which is exact (a product of int32 would overflow) but for a method whose participants differ: there
-    the count is a mean, a float, and the total as exact as that. The loss is nan in a round without participants. A
+    Bytes are given per participant, as the methods report them (the mean where participants differ), and as
+    `..._total`, times the participants, an integer as exact as that. The loss is nan in a round without participants. A
     cell is empty where the method does not report the metric, or the round was not evaluated. Metrics that are no
     scalars are left out.
 
@@ -196,7 +220,7 @@ class Columns(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Headings, but for method, seed and round."""
-        return [*_BASE, "uploaded_total", "downloaded_total", *map(column, self.tests), *self.extras]
+        return [*_BASE, "bytes_up_total", "bytes_down_total", *map(column, self.tests), *self.extras]
 
 
 def csv_columns(histories: Mapping[str, History]) -> Columns:
@@ -238,23 +262,24 @@ def csv_rows(
                 rounds = min(rounds, int(ends[method][s]) - begin)
             for t in range(rounds):
                 participants = int(history["round/participants"][s, t])
-                row = [str(history[f"round/{name}"][s, t]) for name in _BASE]
-                row += [
-                    str(total_scalars(history[f"round/{n}"][s, t], participants)) for n in ("uploaded", "downloaded")
-                ]
+                row = [_cell(history[f"round/{name}"][s, t], name) for name in _BASE]
+                row += [str(total_bytes(history[f"round/{n}"][s, t], participants)) for n in ("bytes_up", "bytes_down")]
                 at = int(np.searchsorted(eval_rounds, t + 1))
                 evaluated = at < len(eval_rounds) and eval_rounds[at] == t + 1
                 row += [str(history[n][s, at]) if evaluated and n in history else "" for n in tests]
-                row += [str(history[f"round/{n}"][s, t]) if f"round/{n}" in history else "" for n in extras]
+                row += [_cell(history[f"round/{n}"][s, t], n) if f"round/{n}" in history else "" for n in extras]
                 writer.writerow([method, seed, begin + t + 1, *row])
     return text.getvalue()
 
 
-def total_scalars(per_participant: Any, participants: Any) -> int:
-    """Scalars that all participants have sent or received, from what one has, or their mean has (a float)."""
-    if np.issubdtype(np.asarray(per_participant).dtype, np.floating):
-        return round(float(per_participant) * int(participants))
-    return int(per_participant) * int(participants)
+def _cell(value: Any, name: str) -> str:
+    """A number in a table; whole bytes without a point."""
+    return str(int(value)) if "bytes" in name and float(value).is_integer() else str(value)
+
+
+def total_bytes(per_participant: Any, participants: Any) -> int:
+    """Bytes that all participants have sent or been sent, from the mean."""
+    return round(float(per_participant) * int(participants))
 
 
 def is_score(name: str) -> bool:

@@ -28,7 +28,7 @@ from pipelines.configuration.config import CLIENT_SETTINGS, Config
 from pipelines.experiment.setup import ATTACK_STEPS, Experiment
 from pipelines.federation import portrait
 from pipelines.results import early, latex
-from pipelines.results.history import History, evaluated_rounds, mean_losses, to_csv, total_scalars
+from pipelines.results.history import History, evaluated_rounds, mean_losses, to_csv, total_bytes
 
 _CLIENT_METRICS = ("loss", "accuracy", "train_loss", "train_accuracy")
 _NOTHING = "no examples"
@@ -230,8 +230,8 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
         "worst decile of clients",
         *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
         f"rounds to {100 * config.report.target:g} %",
-        "uploaded scalars",
-        "downloaded scalars",
+        "sent up",
+        "sent down",
     ]
     rows = []
     for name, history in histories.items():
@@ -245,8 +245,8 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
                 mean_sd(tails),
                 *[mean_sd(_mean_of_clients(history[f"{part}/accuracy"])) for part in extra],
                 rounds_to_target(history["test/accuracy"], eval_rounds, config.report.target),
-                f"{transferred(history, 'uploaded'):,}",
-                f"{transferred(history, 'downloaded'):,}",
+                size(transferred(history, "bytes_up")),
+                size(transferred(history, "bytes_down")),
             ]
         )
     return header, rows
@@ -301,7 +301,7 @@ def summary(
         "",
         f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
-        f"the mean over the tenth of the clients that fare worst. {validated}{under_attack}{also}Scalars are summed "
+        f"the mean over the tenth of the clients that fare worst. {validated}{under_attack}{also}Bytes are summed "
         "over rounds and participants, as a mean over seeds. Memory is what the compiled program needs, data "
         f"included.{missing}",
         "",
@@ -405,9 +405,9 @@ def rounds_to_target(accuracy: np.ndarray, eval_rounds: np.ndarray, target: floa
 
 
 def transferred(history: History, direction: str) -> int:
-    """Scalars of all rounds and participants, as exact as the counts, as a mean over seeds (rounded)."""
+    """Bytes of all rounds and participants, as exact as the counts, as a mean over seeds (rounded)."""
     each, who = history[f"round/{direction}"], history["round/participants"]
-    totals = [sum(total_scalars(*pair) for pair in zip(*rows, strict=True)) for rows in zip(each, who, strict=True)]
+    totals = [sum(total_bytes(*pair) for pair in zip(*rows, strict=True)) for rows in zip(each, who, strict=True)]
     return round(sum(totals) / len(totals))
 
 

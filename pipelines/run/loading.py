@@ -25,7 +25,7 @@ from pipelines.experiment import setup
 from pipelines.experiment.setup import Experiment
 from pipelines.federation.federations import Federation
 from pipelines.results import early
-from pipelines.results.history import History, side_by_side
+from pipelines.results.history import History, in_bytes, side_by_side
 from pipelines.run import checkpoint, description, train
 from pipelines.run.description import Description
 
@@ -208,6 +208,7 @@ def _federation(config: Config, known: Description | None) -> tuple[Federation |
 def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Trained | None:
     algorithm = experiment.algorithms[name]
     all_keys = jax.vmap(jax.random.key)(jnp.arange(config.first_seed, config.first_seed + config.seeds))
+    model = jax.eval_shape(experiment.model.init, jax.random.key(0))
     parts, seeds, rounds = [], [], []
     all_seeds = experiment._replace(config=config, keys=all_keys)
     for first, batch in train.batches_of(all_seeds, train.seed_batches(out)):
@@ -215,7 +216,7 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
         folder = train.folder_of(out, name, first)
         saved = checkpoint.restore_latest(folder, expected, f"the state of {name}", run=train.run_name(out))
         if saved is not None:
-            parts.append(saved)
+            parts.append(saved._replace(arrays=in_bytes(saved.arrays, model)))
             seeds += batch.seeds
             rounds += [saved.round] * len(batch.seeds)
     if not parts:

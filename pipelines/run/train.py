@@ -351,7 +351,8 @@ def _run_with_plan(
         if saved is None:
             none = checkpoint.Saved(0, None, {}, {"compile_seconds": 0.0, "run_seconds": 0.0, "memory": 0})
             return engine.start(), none
-        return engine.place(saved.state), saved
+        model = jax.eval_shape(experiment.model.init, jax.random.key(0))
+        return engine.place(saved.state), saved._replace(arrays=history.in_bytes(saved.arrays, model))
 
     state, saved = first()
     round, info, mark = saved.round, saved.info, saved.mark

@@ -183,4 +183,4 @@ def test_donated_rounds_give_the_same_numbers(name):
 
 
 def test_rows_of_clients_are_made_of_outputs():
-    assert subject("scaffold").made_of_outputs() == (False, True)
+    assert subject("scaffold").made_of_outputs() == (False, False, True)

@@ -276,7 +276,7 @@ def test_fednova_on_linear_losses():
     state, metrics = run(make("fednova", loss=ramp, batch_size=1), FULL[:1], population)
     np.testing.assert_allclose(state.params, Q3_START - 0.1 * (7 / 3) * slopes.mean(0), rtol=1e-12)
     np.testing.assert_allclose(metrics.extra.effective_length, 0.1 * 7 / 3, rtol=1e-12)
-    assert metrics.uploaded[0] == 4
+    assert metrics.bytes_up[0] == 4 * 8
 
 
 def test_fednova_with_a_changing_rate_takes_old_gradients_too_at_the_rate_of_the_round():
@@ -406,7 +406,7 @@ def test_asam_scales_with_the_weights():
         ("mofedsam", 2, 1.5, {}),
     ],
 )
-def test_scalars_down_and_up_in_units_of_the_model(name, down, up, settings):
+def test_bytes_down_and_up_in_units_of_the_model(name, down, up, settings):
     _, metrics = run(make(name, batch_size=1, **settings), FULL[:1])
-    assert metrics.downloaded[0] == 2 * down
-    assert metrics.uploaded[0] == 2 * up
+    assert metrics.bytes_down[0] == 8 * 2 * down
+    assert metrics.bytes_up[0] == 8 * 2 * up

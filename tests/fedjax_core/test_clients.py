@@ -333,8 +333,8 @@ def test_the_loss_of_a_round_is_the_mean_over_participants_and_unknown_without(w
         loss=jnp.array(loss),
         steps=jnp.ones(3, jnp.int32),
         executed_steps=jnp.int32(3),
-        uploaded=jnp.int32(1),
-        downloaded=jnp.int32(1),
+        bytes_up=jnp.ones(3),
+        bytes_down=jnp.ones(3),
     )
     cohort = population_of([1, 2, 3]).cohort(np.array(ids))
     metrics = round_metrics(results, cohort, jnp.zeros(2), jnp.zeros(2))

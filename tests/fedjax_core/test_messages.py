@@ -63,6 +63,43 @@ def test_parts_that_do_nothing_are_none_to_the_bit(name):
         state, metrics = state.method, metrics._replace(extra=metrics.extra.method)
     assert_trees_equal(state, plain)
     assert_trees_equal(metrics.extra, told.extra)
+    assert metrics.bytes_down == told.bytes_down
+
+
+@pytest.mark.parametrize("name", ["fedavg", "mime"])
+def test_a_part_that_does_nothing_changes_no_bytes(name):
+    method = made(name)
+    cohort = POPULATION.cohort(list(IDS))
+    plain = method.round(method.init(softmax_params()), cohort, jax.random.key(0))[1]
+    wrapped = with_part(method, IDENTITY, like=POPULATION)
+    told = wrapped.round(wrapped.init(softmax_params()), cohort, jax.random.key(0))[1]
+    assert plain.bytes_up > 0
+    assert (told.bytes_up, told.bytes_down) == (plain.bytes_up, plain.bytes_down)
+
+
+def test_a_change_of_the_same_shapes_keeps_the_size_that_was_stated():
+    """After a codec: of the same arrays its size holds, other arrays count, and what is stated is believed."""
+
+    def changing(change):
+        def around(state, asked, key):
+            changed, taken = messages.before_sending(asked, change)
+            return taken(changed.run())[0], state, ()
+
+        return Part(around)
+
+    def halved(upload):
+        return jax.tree.map(lambda leaf: leaf / 2, upload)
+
+    codec = changing(lambda upload, row, key: (Message(upload, 5), row))
+    method = made("fedavg")
+    for change, up in (
+        (lambda upload, row, key: (halved(upload), row), 5),
+        (lambda upload, row, key: (jax.tree.map(jnp.float32, upload), row), 4 * 18),
+        (lambda upload, row, key: ({**upload, "b": Message(upload["b"], 1)}, row), 8 * 15 + 1),
+    ):
+        both = with_part(with_part(method, codec, like=POPULATION), changing(change), like=POPULATION)
+        _, metrics = both.round(both.init(softmax_params()), POPULATION.cohort([0, -1, 3]), jax.random.key(0))
+        assert metrics.bytes_up == up
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
@@ -120,7 +157,7 @@ def test_two_codecs_are_decoded_in_the_other_order():
                 return Message((jax.tree.map(lambda leaf: factor + leaf, upload),), 1.0), ()
 
             def decode(message):
-                return jax.tree.map(lambda leaf: leaf - factor, message.payload[0])
+                return jax.tree.map(lambda leaf: leaf - factor, message[0])
 
             changed, taken = messages.before_sending(asked.decoded(decode), change)
             return taken(changed.run())[0], state, ()

@@ -152,13 +152,13 @@ def test_rounds_equal_flax_on_exact_batches(rule, plan, population, begun):
     same(state.method.params, params)
     if rule == "average":
         same(state.statistics, statistics)
-        size = fc.num_scalars(begun.params) + fc.num_scalars(begun.statistics)
-        assert (int(metrics.uploaded), int(metrics.downloaded)) == (size, size)
+        size = fc.num_bytes(begun.params) + fc.num_bytes(begun.statistics)
+        assert (metrics.bytes_up, metrics.bytes_down) == (size, size)
         same(method.params(state), Variables(params, statistics))
     else:
         same(state.statistics.rows.values, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own))
         assert list(state.statistics.rows.rounds) == [1, 1, 0, 0, 2, 1, 1]
-        assert int(metrics.uploaded) == fc.num_scalars(begun.params)
+        assert metrics.bytes_up == fc.num_bytes(begun.params)
         expected = jax.tree.map(lambda leaf: leaf[None], Variables(params, own[4]))
         same(method.client_params(state, jnp.array([4])), expected)
     assert np.any(jax.tree.leaves(state.statistics)[0] != 0)

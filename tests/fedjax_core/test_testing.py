@@ -206,8 +206,8 @@ WRONG = {
         r"the rows of the view 'personal' are not one for each of \d+ clients",
     ),
     "the_server_uses_only_uploads": wrong("put into the upload what the server uses", move=from_outputs),
-    "metrics_count_scalars_and_participants": wrong(
-        "metrics count 15 scalars up, fewer than the 18 of a model", upload=half_upload, move=half
+    "metrics_count_bytes_and_participants": wrong(
+        "metrics count 120 bytes up, fewer than the 144 of a model", upload=half_upload, move=half
     ),
     "lanes_on_a_mesh_equal_a_plain_loop": wrong(
         "lanes on a mesh do not give the result of a plain loop.*results.executed_steps",
@@ -234,6 +234,40 @@ def test_a_wrong_method_is_told_what_is_wrong(name):
     with pytest.raises(AssertionError, match=sentence) as raised:
         testing.properties(make, PROBLEM, floats={"lr": 0.1})[name]()
     assert raised.value.__notes__ == [f"(checked: {name.replace('_', ' ')})"]
+
+
+def test_messages_hide_nothing_from_the_check_of_what_the_server_uses():
+    """Where uploads are in envelopes, and where outputs of one pass go down in the next."""
+
+    def sealed(done, x):
+        return fc.Message(optax.tree.sub(done.params, x), 1.0), done.params["b"]
+
+    honest = testing.properties(lambda **settings: method(upload=sealed, **settings), PROBLEM, floats={"lr": 0.1})
+    honest["the_server_uses_only_uploads"]()
+    honest["metrics_count_bytes_and_participants"]()
+    spoiled = {"upload": sealed, "move": from_outputs}
+    with pytest.raises(AssertionError, match="the server's state is made of the outputs"):
+        testing.properties(lambda **s: method(**spoiled, **s), PROBLEM)["the_server_uses_only_uploads"]()
+
+    def two_passes(**settings):
+        clients = fc.local_training(**{"batch_size": 2, **settings})
+        kept = fc.kept_by_client(fc.full_gradient_program(PROBLEM.loss_fn))
+
+        def update(state, cohort, key):
+            own = clients.full_pass().run(kept, state.params, cohort, key).outputs
+            down = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), own)
+            send = fc.ClientProgram(
+                lambda shared, own, key: (),
+                lambda shared, carry, batch: (carry, jnp.zeros(())),
+                lambda shared, carry: (shared.payload if isinstance(shared, fc.Message) else shared, ()),
+            )
+            results = clients.run(send, fc.Message(down, 1.0), cohort, key)
+            return fc.ModelState(fc.add_scaled(state.params, -0.1, results.aggregate)), results
+
+        return fc.federated(fc.ModelState, update)
+
+    with pytest.raises(AssertionError, match="what the server sends in a later pass is made of the outputs"):
+        testing.properties(two_passes, PROBLEM)["the_server_uses_only_uploads"]()
 
 
 def test_a_right_method_passes_with_float64_off():

@@ -88,7 +88,7 @@ def test_without_an_ended_task_it_is_fedavg():
     state, metrics = round_fn(method.init(softmax_params()), everyone(population), KEY)
     expected, _ = jax.jit(fedavg.round)(fedavg.init(softmax_params()), everyone(population), KEY)
     assert_trees_equal(state.params, expected.params)
-    assert (metrics.downloaded, metrics.uploaded) == (3 * 18, 18)
+    assert (metrics.bytes_down, metrics.bytes_up) == (8 * 3 * 18, 8 * 18)
 
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])

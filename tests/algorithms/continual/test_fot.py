@@ -431,10 +431,10 @@ def test_float32_stays_float32():
         np.testing.assert_allclose(U.T @ (state.params[path] - first.params[path]), 0, atol=1e-6)
 
 
-def test_scalars_down_and_up():
+def test_bytes_down_and_up():
     method, round_fn, _ = jitted()
     _, metrics = round_fn(start(method), everyone(task(0)), KEY)
-    assert (metrics.downloaded, metrics.uploaded) == (6 * 10 + 10 * 3,) * 2
+    assert (metrics.bytes_down, metrics.bytes_up) == (8 * (6 * 10 + 10 * 3),) * 2
 
 
 def test_only_the_layers_named_are_protected():

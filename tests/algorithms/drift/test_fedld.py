@@ -205,6 +205,6 @@ def test_padding_has_no_part_in_the_penalty_of_a_batch():
     assert_trees_close((state.params, metrics), (models[0], rows[0]), rtol=1e-12)
 
 
-def test_scalars_down_and_up():
+def test_bytes_down_and_up():
     _, rows = run(make(), FULL[:1])
-    assert (rows[0].downloaded, rows[0].uploaded) == (2, 2)
+    assert (rows[0].bytes_down, rows[0].bytes_up) == (16, 16)

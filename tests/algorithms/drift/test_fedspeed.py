@@ -118,6 +118,6 @@ def test_raw_step_uphill_moves_the_limit_to_where_it_is_flatter():
 
 
 @pytest.mark.parametrize("corrections", ["all", "cohort"])
-def test_scalars_down_and_up(corrections):
+def test_bytes_down_and_up(corrections):
     _, metrics = run(make(corrections=corrections, **STEPS), FULL[:1])
-    assert (metrics.downloaded, metrics.uploaded) == (2, 2)
+    assert (metrics.bytes_down, metrics.bytes_up) == (16, 16)

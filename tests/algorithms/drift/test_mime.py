@@ -121,7 +121,7 @@ def test_weights_reach_both_the_gradient_and_the_displacement(name):
 
 
 # P = 2: x, m, c for Mime, and the count of rounds in the state of the average.
-@pytest.mark.parametrize(("name", "down"), [("mime", 7), ("mimelite", 5)])
-def test_scalars_down_and_up(name, down):
+@pytest.mark.parametrize(("name", "down"), [("mime", 6 * 8 + 4), ("mimelite", 4 * 8 + 4)])
+def test_bytes_down_and_up(name, down):
     _, metrics = run(make(name, **STEPS), FULL[:1])
-    assert (metrics.downloaded, metrics.uploaded) == (down, 4)
+    assert (metrics.bytes_down, metrics.bytes_up) == (down, 4 * 8)

@@ -212,6 +212,6 @@ def test_on_linear_losses_known_controls_make_all_clients_alike():
     ("name", "down", "up", "settings"),  # P = 2
     [("fedavg_m", 4, 3, {}), ("fedavg_m_vr", 5, 3, {}), ("scaffold_m", 6, 5, N), ("scaffold_m_vr", 7, 5, N)],
 )
-def test_scalars_down_and_up(name, down, up, settings):
+def test_bytes_down_and_up(name, down, up, settings):
     _, metrics = run(make(name, **settings, **STEPS), FULL[:1])
-    assert (metrics.downloaded, metrics.uploaded) == (down, up)
+    assert (metrics.bytes_down, metrics.bytes_up) == (8 * down, 8 * up)

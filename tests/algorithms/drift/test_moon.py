@@ -170,6 +170,6 @@ def test_clients_remember_their_own_last_model():
     np.testing.assert_array_equal(states[1].client_models.rows[0], states[0].client_models.rows[0])
 
 
-def test_scalars_down_and_up():
+def test_bytes_down_and_up():
     _, rows = run(make(), FULL[:1])
-    assert (rows[0].downloaded, rows[0].uploaded) == (2, 2)
+    assert (rows[0].bytes_down, rows[0].bytes_up) == (16, 16)

@@ -105,7 +105,7 @@ def test_golden_trace_fedlex(mode):
     expected = [(0.73481481, 0.92527778), (0.53631855, 0.85890911), (0.38795286, 0.79958284)]
     np.testing.assert_allclose([s.params for s in states], expected, rtol=0, atol=1e-7)
     assert [float(m.extra.guidance) for m in rows] == pytest.approx([0.5] * 3)
-    assert all((m.downloaded, m.uploaded) == (4, 2) for m in rows)
+    assert all((m.bytes_down, m.bytes_up) == (32, 16) for m in rows)
 
 
 def test_golden_trace_fedlex_with_momentum_on_whole_updates():
@@ -117,7 +117,7 @@ def test_golden_trace_fedlex_with_momentum_on_whole_updates():
         v = 0.6 * v + 0.4 * PAPER_G * np.mean(moves, 0)
         x = x + 0.8 * v
         np.testing.assert_allclose(state.params, x, rtol=0, atol=1e-7)
-    assert rows[0].downloaded == 2  # the server scales
+    assert rows[0].bytes_down == 16  # the server scales
 
 
 def test_maps_of_the_participants_guide_the_next_round():
@@ -268,8 +268,8 @@ def test_golden_trace_autoflip():
         np.testing.assert_allclose(state.params, (x, 0), rtol=0, atol=1e-7)
         assert state.params[1] == 0
     for m in rows:
-        assert (m.uploaded, m.downloaded) == (1, 1)
-        assert (m.extra.dense, m.extra.mask_bits, m.extra.density, m.extra.explorers) == (2, 2, 0.5, 3)
+        assert (m.bytes_up, m.bytes_down) == (8, 8)
+        assert (m.extra.dense_bytes, m.extra.mask_bytes, m.extra.density, m.extra.explorers) == (16, 2 / 8, 0.5, 3)
 
 
 def test_without_an_exploration_nothing_is_pruned():
@@ -277,7 +277,7 @@ def test_without_an_exploration_nothing_is_pruned():
     server = {"momentum": 0.5, "server_lr": 0.7, "dampening": True}
     expected, _ = run(algorithms.fedavgm(quadratic_loss, SGD, **server, **STEPS), PART)
     np.testing.assert_allclose([s.params for s in got], [s.params for s in expected], rtol=1e-12)
-    assert (rows[0].uploaded, rows[0].extra.explorers) == (2, 0)
+    assert (rows[0].bytes_up, rows[0].extra.explorers) == (16, 0)
 
 
 def test_pruned_parameters_stay_0_on_clients_whatever_the_optimizer():
@@ -341,7 +341,7 @@ def test_masks_of_the_participants_prune_on_and_regrow_only_if_asked():
         states, rows = run(algorithm, [[0], [1]], start)
         np.testing.assert_array_equal([s.mask for s in states], expected)
         assert all(np.all(np.asarray(s.params)[~np.asarray(s.mask)] == 0) for s in states)
-        assert [int(m.uploaded) for m in rows] == [1, 1 if regrow else 0]
+        assert [int(m.bytes_up) for m in rows] == [8, 8 if regrow else 0]
 
 
 def prune_units(params, dead):

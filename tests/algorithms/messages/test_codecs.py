@@ -13,6 +13,7 @@ from fedjax_core.messages import with_part
 from tests.problems import softmax_loss, softmax_params, softmax_population
 
 POPULATION = softmax_population((3, 5, 4))
+KEY = jax.random.key(0)
 
 
 def vectors():
@@ -136,3 +137,33 @@ def test_an_upload_of_equal_entries_is_rounded_to_itself():
 def test_mistakes_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+# 18 entries: 15 of w, 3 of b.
+@pytest.mark.parametrize(
+    ("part", "up"),
+    [
+        (parts.top_k(0.1), 2 * (4 + 5 / 8)),
+        (parts.top_k(0.1, feedback=False), 2 * (4 + 5 / 8)),
+        (parts.top_k(1.0), 18 * (4 + 5 / 8)),
+        (parts.stochastic_rounding(8), 18 + 8),
+        (parts.stochastic_rounding(3, chunk=5), 18 * 3 / 8 + 4 * 8),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_metrics_report_the_true_size_of_what_is_sent(part, up, dtype):
+    method = algorithms.fedavg(softmax_loss, optax.sgd(0.1), batch_size=2)
+    algorithm = with_part(method, part, like=POPULATION)
+    _, metrics = algorithm.round(algorithm.init(softmax_params(dtype=dtype)), POPULATION.cohort([0, -1]), KEY)
+    assert float(metrics.bytes_up) == pytest.approx(up, rel=1e-6)
+    assert metrics.bytes_down == 18 * np.dtype(dtype).itemsize
+
+
+def test_scalars_beside_the_coded_entries_count_as_they_are():
+    """FedNova uploads the length of its local steps beside the model, Mime its gradients in a pass of their own."""
+    one = 2 * (4 + 5 / 8)
+    for name, up in (("fednova", one + 2 * 8), ("mime", 2 * one)):
+        method = getattr(algorithms, name)(softmax_loss, optax.sgd(0.1), batch_size=2)
+        algorithm = with_part(method, parts.top_k(0.1), like=POPULATION)
+        _, metrics = algorithm.round(algorithm.init(softmax_params()), POPULATION.cohort([0, 1]), KEY)
+        assert metrics.bytes_up == up

@@ -186,4 +186,4 @@ def test_the_shares_of_the_steps_decide_where_it_goes():
 @pytest.mark.parametrize("name", ["fedfix", "afa_cd", "afa_cs"])
 def test_one_model_goes_down_and_one_up(name):
     _, metrics = one_round(make(name, **N), make(name, **N).init(jnp.asarray(Q3_START)), [0, 1])
-    assert (metrics.downloaded, metrics.uploaded) == (2, 2)
+    assert (metrics.bytes_down, metrics.bytes_up) == (16, 16)

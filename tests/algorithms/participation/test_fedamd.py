@@ -155,7 +155,7 @@ def test_it_reaches_the_optimum_with_partial_participation():
     np.testing.assert_allclose(state.anchors.rows.gradient, gradients(Q3_OPTIMUM), atol=1e-9)
 
 
-def test_scalars_are_counted_for_each_kind_of_participant():
+def test_bytes_are_counted_for_each_kind_of_participant():
     """P = 2. All are new in the first round: miners then send two models, anchors one."""
     kinds = set()
     for probability in (0.0, 0.5, 1.0):
@@ -163,8 +163,8 @@ def test_scalars_are_counted_for_each_kind_of_participant():
         for t, row in enumerate(rows):
             anchors = int(row.extra.anchors)
             kinds.add(anchors)
-            assert row.downloaded == pytest.approx(2 * (anchors + 2 * (3 - anchors)) / 3)
-            assert row.uploaded == pytest.approx(2 * (anchors + (3 - anchors) * (2 if t == 0 else 1)) / 3)
+            assert row.bytes_down == pytest.approx(8 * 2 * (anchors + 2 * (3 - anchors)) / 3)
+            assert row.bytes_up == pytest.approx(8 * 2 * (anchors + (3 - anchors) * (2 if t == 0 else 1)) / 3)
     assert len(kinds) > 2
     _, (row,) = run(make(), [[-1, -1]])
-    assert (row.downloaded, row.uploaded) == (0, 0)
+    assert (row.bytes_down, row.bytes_up) == (0, 0)

@@ -182,4 +182,4 @@ def test_only_fedavg_goes_to_a_wrong_point():
 @pytest.mark.parametrize(("name", "settings"), [("fedau", N), ("fedavg_ipw", {}), ("mifa", N)])
 def test_one_model_goes_down_and_one_up(name, settings):
     _, metrics = run(make(name, **settings), PART[:1])
-    assert (metrics.downloaded, metrics.uploaded) == (2, 2)
+    assert (metrics.bytes_down, metrics.bytes_up) == (16, 16)

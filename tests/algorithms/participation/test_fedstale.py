@@ -202,4 +202,4 @@ def test_a_round_needs_no_rows_but_its_cohorts(name, settings):
 @pytest.mark.parametrize(("name", "settings"), [("fedstale", N), ("fedvarp", N)])
 def test_one_model_goes_down_and_one_up(name, settings):
     _, metrics = run(make(name, **settings), PART[:1])
-    assert (metrics.downloaded, metrics.uploaded) == (2, 2)
+    assert (metrics.bytes_down, metrics.bytes_up) == (16, 16)

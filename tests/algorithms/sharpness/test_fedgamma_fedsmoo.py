@@ -127,7 +127,7 @@ def test_perturbation_of_fedsmoo_turns_uphill_for_all_clients_together():
     assert max(c @ uphill / np.linalg.norm(c, axis=1)) < 0.99
 
 
-def test_scalars_down_and_up():
+def test_bytes_down_and_up():
     for name in ("fedgamma", "fedsmoo"):
         _, metrics = run(make(name, **STEPS), FULL[:1])
-        assert (metrics.downloaded, metrics.uploaded) == (4, 4)  # 2P
+        assert (metrics.bytes_down, metrics.bytes_up) == (32, 32)  # 2P

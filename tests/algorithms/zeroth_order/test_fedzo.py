@@ -183,8 +183,8 @@ def test_option_i_agrees_over_plans_with_a_plain_loop():
         assert_trees_close((state, metrics), (states[t], rows[t]), rtol=1e-12, atol=1e-13)
 
 
-def test_scalars_down_and_up():
+def test_bytes_down_and_up():
     _, rows = run(algorithms.fedzo(quadratic_loss, optax.sgd(0.1), **STEPS), FULL[:1])
-    assert (rows[0].downloaded, rows[0].uploaded) == (2, 2)
+    assert (rows[0].bytes_down, rows[0].bytes_up) == (16, 16)
     _, rows = run(algorithms.scaffold_zo(quadratic_loss, optax.sgd(0.1), num_clients=3, **STEPS), FULL[:1])
-    assert (rows[0].downloaded, rows[0].uploaded) == (4, 4)
+    assert (rows[0].bytes_down, rows[0].bytes_up) == (32, 32)

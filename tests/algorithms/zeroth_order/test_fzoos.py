@@ -227,8 +227,8 @@ def test_with_the_safeguard_the_function_never_rises():
         np.testing.assert_allclose([m.extra.value for m in rows], seen[:-1], rtol=1e-12)
         assert (np.diff(seen) <= 0).all() == guarded  # the step is far too long
         # In the first round all are new, and have no use for features.
-        assert [int(m.uploaded) for m in rows[:2]] == [3 + 1 + guarded, 3 + 30 + 1 + guarded]
-        assert [int(m.downloaded) for m in rows[:2]] == [3 + 3 * guarded, 3 + 30 + 3 * guarded]
+        assert [int(m.bytes_up) for m in rows[:2]] == [8 * (3 + 1 + guarded), 8 * (3 + 30 + 1 + guarded)]
+        assert [int(m.bytes_down) for m in rows[:2]] == [8 * (3 + 3 * guarded), 8 * (3 + 30 + 3 * guarded)]
 
 
 def test_the_oldest_queries_make_room():

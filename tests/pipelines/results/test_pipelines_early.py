@@ -87,14 +87,14 @@ def test_nothing_is_reported_after_the_stop():
         "validated/accuracy": np.asarray([[0.5, 0.4, 0.9], [0.5, 0.6, 0.7]]),
         "validated/loss": np.zeros((2, 3)),
         "test/accuracy": np.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]),
-        **{f"round/{name}": np.ones((2, 6)) for name in ("loss", "update_norm", "uploaded", "downloaded")},
+        **{f"round/{name}": np.ones((2, 6)) for name in ("loss", "update_norm", "bytes_up", "bytes_down")},
         "round/participants": np.full((2, 6), 3),
     }
     rounds = np.asarray([2, 4, 6])
     shown = early.reported(config, measured, rounds)
     assert shown["test/accuracy"].tolist() == [[0.1, 0.2, 0.2], [0.4, 0.5, 0.6]]
     assert shown["round/participants"].tolist() == [[3, 3, 3, 3, 0, 0], [3] * 6]
-    assert report.transferred(shown, "uploaded") == (4 * 3 + 6 * 3) / 2
+    assert report.transferred(shown, "bytes_up") == (4 * 3 + 6 * 3) / 2
     text = history.to_csv({"m": measured}, [0, 1], rounds, early.ends(config, {"m": measured}, rounds))
     rows = list(csv.DictReader(text.splitlines()))
     assert [int(row["round"]) for row in rows] == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
@@ -221,7 +221,7 @@ def test_what_a_stopped_seed_does_later_is_no_divergence():
 def test_rows_that_are_appended_end_where_a_seed_stopped(begin):
     rounds, eval_rounds = 6, np.asarray([2, 4, 6])
     measured = {
-        **{f"round/{name}": np.ones((2, rounds)) for name in ("loss", "update_norm", "uploaded", "downloaded")},
+        **{f"round/{name}": np.ones((2, rounds)) for name in ("loss", "update_norm", "bytes_up", "bytes_down")},
         "round/participants": np.full((2, rounds), 3),
         "validated/accuracy": np.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]),
     }

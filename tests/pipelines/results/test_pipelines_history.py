@@ -2,6 +2,7 @@ import csv
 import io
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ def metrics(rounds, extra=(), start=0.0):
     return Metrics(
         loss=jnp.asarray(values / 3),
         update_norm=jnp.asarray(values),
-        uploaded=jnp.full((2, rounds), 2_000_000_000, jnp.int32),
-        downloaded=jnp.full((2, rounds), 5, jnp.int32),
+        bytes_up=jnp.full((2, rounds), 2_000_000_000, jnp.float32),
+        bytes_down=jnp.full((2, rounds), 5, jnp.float32),
         participants=jnp.full((2, rounds), 3, jnp.int32),
         extra=extra,
     )
@@ -60,9 +61,9 @@ def test_csv():
     row = rows[5]  # method a, seed 8, round 2
     assert (row["method"], row["seed"], row["round"]) == ("a", "8", "2")
     assert np.float32(row["loss"]) == np.float32(3) / np.float32(3)
-    assert row["uploaded"] == "2000000000"
-    assert row["uploaded_total"] == "6000000000"  # more than an int32 holds
-    assert row["downloaded_total"] == "15"
+    assert row["bytes_up"] == "2000000000"
+    assert row["bytes_up_total"] == "6000000000"  # more than an int32 holds
+    assert row["bytes_down_total"] == "15"
     assert row["test_accuracy"] == "0.25"
     assert row["step"] == "1.0"
     assert row["extra.loss"] == "0.0"
@@ -97,11 +98,30 @@ def test_mean_losses_leave_out_rounds_without_participants():
     assert np.isnan(history.mean_known(means[:, 2:]))
 
 
+def test_scalars_of_older_runs_become_bytes_and_what_is_measured_since_follows():
+    model = {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
+    older = {
+        "round/loss": np.ones((2, 3)),
+        "round/uploaded": np.asarray([[6, 6, 6], [6, 6, 0]], np.int32),
+        "round/downloaded": np.asarray([[9, 9, 9], [9, 9, 9.5]], np.float32),
+        "round/mask_bits": np.full((2, 3), 6, np.int32),
+    }
+    found = history.in_bytes(older, model)
+    assert set(found) == {"round/loss", "round/bytes_up", "round/bytes_down", "round/mask_bytes"}
+    np.testing.assert_array_equal(found["round/bytes_up"], [[12, 12, 12], [12, 12, 0]])
+    np.testing.assert_array_equal(found["round/bytes_down"], [[18, 18, 18], [18, 18, 19]])
+    np.testing.assert_array_equal(found["round/mask_bytes"], np.full((2, 3), 0.75))
+    later = history.in_bytes(older | {"round/bytes_up": np.full((2, 1), 7, np.float32)}, model)
+    np.testing.assert_array_equal(later["round/bytes_up"], [[12, 12, 12, 7], [12, 12, 0, 7]])
+    assert history.in_bytes(found, model) == found
+
+
 def test_counts_that_are_means_make_whole_totals():
     found = history.from_rounds(metrics(1), scores(0.5))
-    uploaded = np.full_like(found["round/uploaded"], 4 / 3, np.float32)
-    (row, *_) = read(history.to_csv({"a": found | {"round/uploaded": uploaded}}, [7, 8], np.asarray([1])))
-    assert row["uploaded_total"] == "4"
+    sent = np.full_like(found["round/bytes_up"], 4 / 3, np.float32)
+    (row, *_) = read(history.to_csv({"a": found | {"round/bytes_up": sent}}, [7, 8], np.asarray([1])))
+    assert float(row["bytes_up"]) == pytest.approx(4 / 3)
+    assert row["bytes_up_total"] == "4"
 
 
 def test_first_bad_round():

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fedjax_core import evaluate_clients
+from pipelines.common.progress import size
 from pipelines.configuration import methods
 from pipelines.data.datasets import Dataset
 from pipelines.experiment import setup
@@ -79,9 +80,9 @@ def test_summary_repeats_the_numbers(finished, small, histories):
     final = histories["scaffold"]["test/accuracy"][:, -1].astype(float)
     assert cells[1] == f"{100 * final.mean():.2f} ± {100 * final.std(ddof=1):.2f} %"
     with (finished / "metrics.csv").open() as file:
-        sent = [int(r["uploaded_total"]) for r in csv.DictReader(file) if r["method"] == "scaffold"]
-    assert sum(sent) == 2 * 12 * 3 * 2 * 15  # seeds, rounds, participants, model and control, parameters
-    assert cells[4] == f"{sum(sent) // 2:,}"
+        sent = [int(r["bytes_up_total"]) for r in csv.DictReader(file) if r["method"] == "scaffold"]
+    assert sum(sent) == 2 * 12 * 3 * 2 * 15 * 4  # seeds, rounds, participants, model and control, parameters, bytes
+    assert cells[4] == size(sum(sent) // 2) == "8.6 kB"
     assert re.fullmatch(r"[\d.]+ s", cells[6])
     assert small.command(str(finished)) in text
     assert "| FedAvg | fedavg | client_lr=0.2, server_lr=1 |" in text
@@ -133,13 +134,13 @@ def test_a_report_of_anything(seeds, evaluations, changed, words, small, experim
     config = small.replace(methods=("fedavg",), rounds=evaluations, eval_every=1, seeds=seeds)
     shapes = {
         **{name: (seeds, evaluations) for name in ("test/loss", "test/accuracy", "round/loss", "round/update_norm")},
-        **{f"round/{name}": (seeds, evaluations) for name in ("uploaded", "downloaded", "participants")},
+        **{f"round/{name}": (seeds, evaluations) for name in ("bytes_up", "bytes_down", "participants")},
         **{f"client/{name}": (seeds, 6) for name in ("loss", "accuracy", "train_loss", "train_accuracy")},
     }
     rng = np.random.default_rng(0)
     history = {name: rng.uniform(0.2, 0.9, shape) for name, shape in shapes.items()}
     history |= {name: np.full(shapes[name], value) for name, value in changed.items()}
-    for name in ("uploaded", "downloaded", "participants"):
+    for name in ("bytes_up", "bytes_down", "participants"):
         history[f"round/{name}"] = (3 * history[f"round/{name}"]).round().astype(np.int32)
     info = {"fedavg": {"compile_seconds": 1.0, "run_seconds": 1.0, "memory": 0}}
     monkeypatch.setattr(report.figures, "write", lambda path, figure: FigureCanvasAgg(figure).draw())
@@ -163,10 +164,10 @@ def test_rounds_to_target():
 
 def test_transferred_is_exact_beyond_int32():
     history = {
-        "round/uploaded": np.full((2, 3), 2_000_000_001, np.int32),
+        "round/bytes_up": np.full((2, 3), 2_000_000_001.0),
         "round/participants": np.full((2, 3), 1000, np.int32),
     }
-    assert report.transferred(history, "uploaded") == 3 * 1000 * 2_000_000_001
+    assert report.transferred(history, "bytes_up") == 3 * 1000 * 2_000_000_001
 
 
 def test_mean_sd():

@@ -13,6 +13,7 @@ from pipelines.data import sources
 from pipelines.experiment import setup
 from pipelines.experiment.setup import MODELS
 from pipelines.federation import federations
+from pipelines.results import history, report
 from pipelines.run import description, train
 
 rng = np.random.default_rng(0)
@@ -155,3 +156,39 @@ def test_a_model_is_built_from_the_description_as_from_the_data():
 def test_what_a_model_cannot_be_applied_to(change, said):
     known = description.of_federation(federations.build(OWN, MINE))
     assert said in description.misfit(MINE, {**known, **change})
+
+
+def test_a_run_that_counted_scalars_goes_on_in_bytes(own, tmp_path, monkeypatch):
+    """A directory as it was written before there were bytes, loaded, and made longer."""
+    from_rounds = history.from_rounds
+
+    def in_scalars(metrics, scores):
+        found = from_rounds(metrics, scores)
+        for old, new in (("uploaded", "bytes_up"), ("downloaded", "bytes_down")):
+            found[f"round/{old}"] = (found.pop(f"round/{new}") / 4).astype(np.int32)
+        return found
+
+    def run(out, rounds):
+        with jax.enable_x64(False):
+            experiment = setup.prepare(OWN.replace(rounds=rounds), federations.build(OWN, MINE))
+            train.run(experiment, out)
+            return load_run(out).methods["scaffold"].history, (out / "metrics.csv").read_text()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "from_rounds", in_scalars)
+        patch.setattr(history, "in_bytes", lambda found, params: found)
+        patch.setattr(history, "to_csv", lambda *given: "an older table\n")
+        patch.setattr(report, "write", lambda *given: None)
+        with jax.enable_x64(False):
+            experiment = setup.prepare(OWN.replace(rounds=1), federations.build(OWN, MINE))
+            train.run(experiment, tmp_path / "older")
+    loaded = load_run(tmp_path / "older").methods["scaffold"].history
+    expected = load_run(own[0]).methods["scaffold"].history
+    assert "round/uploaded" not in loaded
+    for name in ("round/bytes_up", "round/bytes_down"):
+        np.testing.assert_array_equal(loaded[name], expected[name][:, :1])
+    grown, table = run(tmp_path / "older", 2)
+    assert set(grown) == set(expected)
+    for name in ("round/bytes_up", "round/bytes_down", "round/loss"):
+        np.testing.assert_array_equal(grown[name], expected[name])
+    assert table == (own[0] / "metrics.csv").read_text()

@@ -46,7 +46,7 @@ def test_a_run_is_simulate(finished, small):
     assert [int(row["round"]) for row in ours] == list(range(1, 13))
     for column in ("loss", "update_norm"):
         np.testing.assert_allclose([float(row[column]) for row in ours], getattr(metrics, column), rtol=2e-5)
-    for column in ("uploaded", "downloaded", "participants"):
+    for column in ("bytes_up", "bytes_down", "participants"):
         assert [int(row[column]) for row in ours] == getattr(metrics, column).tolist()
     assert float(ours[-1]["test_loss"]) == pytest.approx(float(scores["loss"]), rel=2e-5)
     assert float(ours[-1]["test_accuracy"]) == pytest.approx(float(scores["accuracy"]))
