@@ -51,7 +51,7 @@ def test_golden_choices_and_one_client_in_each_cluster_is_training_alone():
         state, metrics = round(state, TWO.cohort([0, 1]), jax.random.key(t))
     # Four steps each: the distance to the minimum shrinks by 1 - 0.1 a in each.
     np.testing.assert_allclose(state.params, [1 - 0.5 * 0.9**4, -1 + 0.5 * 0.7**4], rtol=1e-13)
-    assert (metrics.uploaded, metrics.downloaded) == (2, 2)
+    assert (metrics.bytes_up, metrics.bytes_down) == (8 + 4, 16)  # a model and the choice; both models
     np.testing.assert_array_equal(state.members, [1, 1])
 
 

@@ -58,7 +58,7 @@ def test_golden_traces(method, own, shared, rounds):
         np.testing.assert_allclose(state.personal.rows[own], rows, atol=1e-7)
         assert method.params(state)[shared] == pytest.approx(value, abs=1e-7)
         assert method.params(state)[own] == START[own]
-        assert (metrics.uploaded, metrics.downloaded) == (1, 1), "only the shared part travels"
+        assert (metrics.bytes_up, metrics.bytes_down) == (8, 8), "only the shared part travels"
     stacked = method.client_params(state, [1, 0])
     np.testing.assert_array_equal(stacked[own], state.personal.rows[own][::-1])
     np.testing.assert_array_equal(stacked[shared], np.full(2, state.params[shared]))
