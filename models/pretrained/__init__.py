@@ -17,15 +17,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Array, Params
+from fedjax_core import Array, Params, checks
 from models._common import Model
-from models.pretrained import _weights
+from models.pretrained import _lora, _weights
 from models.pretrained import bert as _bert
 from models.pretrained import vit as _vit
 from models.pretrained.bert import bert
 from models.pretrained.vit import vit
 
-__all__ = ["Pretrained", "bert", "from_config", "load", "minilm", "save", "sentence_embeddings", "tokenizer", "vit"]
+__all__ = [
+    "Pretrained",
+    "bert",
+    "from_config",
+    "load",
+    "load_lora",
+    "minilm",
+    "save",
+    "save_lora",
+    "sentence_embeddings",
+    "tokenizer",
+    "vit",
+]
 
 _FAMILIES = {"bert": (bert, _bert.table), "vit": (vit, _vit.table), "dinov2": (vit, _vit.table)}
 
@@ -120,6 +132,44 @@ def save(folder: str | Path, params: Params, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     _weights.save_file(tensors, folder / _weights.WEIGHTS)
+
+
+def save_lora(
+    folder: str | Path, adapter: Params, config: Mapping[str, Any], *, alpha: float = 16.0, scaling: str = "rank"
+) -> None:
+    """Writes a LoRA adapter as the package peft does, for `PeftModel.from_pretrained` on the checkpoint.
+
+    Args:
+      folder: made if it is not there.
+      adapter: of `models.adapted(model, lora(...), ...)`; a head that was trained too is saved with the checkpoint.
+      config: of the checkpoint.
+      alpha: that of `lora`.
+      scaling: that of `lora`.
+
+    Raises:
+      ValueError: if the adapter is none of such a model, or has several ranks.
+    """
+    checks.scalar("alpha", alpha)
+    checks.one_of("scaling", scaling, ("rank", "root", "constant"))
+    table = _family(config)[1](config, {"pooler": ()} if "pooler" in adapter else {})
+    _lora.save(Path(folder), adapter, table, config, float(alpha), scaling)
+
+
+def load_lora(folder: str | Path, config: Mapping[str, Any]) -> tuple[Params, dict[str, Any]]:
+    """Reads a LoRA adapter that `save_lora` or the package peft wrote.
+
+    Args:
+      folder: with adapter_config.json and adapter_model.safetensors.
+      config: of the checkpoint that it was trained on.
+
+    Returns:
+      The adapter, and the arguments of `models.adapters.lora` for it: {"rank", "alpha", "scaling"}.
+
+    Raises:
+      ValueError: if it belongs to layers that such a model does not have, or is of a kind not computed here.
+      FileNotFoundError: if there is none.
+    """
+    return _lora.load(Path(folder), _family(config)[1](config, {"pooler": ()}), config)
 
 
 def tokenizer(folder: str | Path, max_len: int | None = None) -> Callable[[Sequence[str]], np.ndarray]:

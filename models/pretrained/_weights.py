@@ -115,6 +115,15 @@ def opened(folder: Path) -> Iterator[Shards]:
         yield Shards({name: shards[file] for name, file in files.items()})
 
 
+@contextmanager
+def opened_file(file: Path) -> Iterator[Shards]:
+    """The tensors of one file."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent} lacks {file.name}: copy all its files")
+    with _safetensors().safe_open(file, framework="numpy") as tensors:
+        yield Shards(dict.fromkeys(tensors.keys(), tensors))
+
+
 def read(shards: Shards, table: Table, shapes: Params, skip: tuple[str, ...] = ()) -> Params:
     """The parameters of the given tree of shapes; leaves below the top-level entries `skip` stay shapes.
 

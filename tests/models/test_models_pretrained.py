@@ -7,6 +7,7 @@ numbers are checked where neither is installed. Where they are (the extra `parit
 import importlib.util
 import json
 import os
+import re
 import sys
 
 import jax
@@ -112,35 +113,71 @@ def test_logits_are_those_of_transformers_and_a_checkpoint_comes_back(name, tmp_
         np.testing.assert_allclose(logits, GOLDEN[name], atol=1e-5)
 
 
-@every
-def test_transformers_side_by_side(name, tmp_path):
-    """Both ways: what is saved here is read there, and what is saved there, in shards, is read here."""
-    transformers = pytest.importorskip("transformers", reason="the extra parity is not installed")
-    torch = pytest.importorskip("torch", reason="the extra parity is not installed")
+def kind_of(transformers, name):
     of = {"bert": "BertForSequenceClassification", "vit": "ViTForImageClassification"}
-    kind = getattr(transformers, of.get(CONFIGS[name]["model_type"], "Dinov2ForImageClassification"))
+    return getattr(transformers, of.get(CONFIGS[name]["model_type"], "Dinov2ForImageClassification"))
+
+
+def logits_of(net, name):
+    """What a network of torch makes of the inputs."""
+    import torch
+
     x = inputs(name)
     if name == "bert":
         theirs = {"input_ids": TOKENS, "attention_mask": np.asarray(x["mask"], int), "token_type_ids": TYPES}
     else:
         theirs = {"pixel_values": np.asarray(x).transpose(0, 3, 1, 2)}
-        theirs |= {"interpolate_pos_encoding": True} if name == "vit" else {}
-    given = {key: torch.tensor(value) if isinstance(value, np.ndarray) else value for key, value in theirs.items()}
+    given = {key: torch.tensor(value) for key, value in theirs.items()}
+    with torch.no_grad():
+        return net(**given, **({"interpolate_pos_encoding": True} if name == "vit" else {})).logits.numpy()
 
+
+@every
+def test_transformers_side_by_side(name, tmp_path):
+    """Both ways: what is saved here is read there, and what is saved there, in shards, is read here."""
+    transformers = pytest.importorskip("transformers", reason="the extra parity is not installed")
+    torch = pytest.importorskip("torch", reason="the extra parity is not installed")
     with jax.enable_x64(False):
         checkpoint(name, tmp_path / "ours")
-        net = kind.from_pretrained(tmp_path / "ours", local_files_only=True).eval()
+        net = kind_of(transformers, name).from_pretrained(tmp_path / "ours", local_files_only=True).eval()
+        np.testing.assert_allclose(logits_of(net, name), GOLDEN[name], atol=1e-6)
+        torch.manual_seed(0)
         with torch.no_grad():
-            np.testing.assert_allclose(net(**given).logits, GOLDEN[name], atol=1e-6)
-            torch.manual_seed(0)
             for parameter in net.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
-            expected = net(**given).logits.numpy()
+        expected = logits_of(net, name)
         net.save_pretrained(tmp_path / "theirs", max_shard_size="3KB")
         assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
         found = pretrained.load(tmp_path / "theirs", **OPTIONS.get(name, {}))
-        logits = jax.jit(found.model.apply)(found.params, x)
+        logits = jax.jit(found.model.apply)(found.params, inputs(name))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("scaling", ["rank", "root"])
+def test_adapters_there_and_back(name, scaling, tmp_path):
+    """In the layout of peft, and where that is installed, with its logits."""
+    model = pretrained.from_config(CONFIGS[name], 3, **OPTIONS.get(name, {}))
+    # The first matrix of the gated perceptron is two modules there.
+    where = re.compile("block_.*(?<!/up)/kernel" if name == "dinov2 gated" else "block_.*")
+    tuned = models.adapted(model, adapters.lora(2, alpha=3.0, scaling=scaling), where)
+    rng = np.random.default_rng(1)
+    draw = lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    adapter = jax.tree.map(draw, jax.eval_shape(tuned.init, jax.random.key(0)))
+    pretrained.save_lora(tmp_path / "lora", adapter, CONFIGS[name], alpha=3.0, scaling=scaling)
+    found, settings = pretrained.load_lora(tmp_path / "lora", CONFIGS[name])
+    assert settings == {"rank": 2, "alpha": 3.0, "scaling": scaling}
+    assert jax.tree.structure(found) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+
+    transformers = pytest.importorskip("transformers", reason="the extra parity is not installed")
+    peft = pytest.importorskip("peft", reason="the extra parity is not installed")
+    _, params = checkpoint(name, tmp_path / "base")
+    net = kind_of(transformers, name).from_pretrained(tmp_path / "base", local_files_only=True)
+    logits = logits_of(peft.PeftModel.from_pretrained(net, tmp_path / "lora").eval(), name)
+    assert np.max(np.abs(logits - GOLDEN[name])) > 1e-3
+    with jax.enable_x64(False):
+        np.testing.assert_allclose(jax.jit(tuned.apply)(params, adapter, inputs(name)), logits, atol=1e-5)
 
 
 def test_padding_reaches_neither_attention_nor_pooling():
@@ -239,6 +276,12 @@ BAD = [
     ("entries", lambda folder: shapes_of("bert", {"input_ids": TOKENS}), ["'tokens'", "'input_ids'"]),
     ("mask", lambda folder: shapes_of("bert", {"tokens": TOKENS, "mask": TOKENS[0]}), ["x['mask']", "(2, 7)", "(7,)"]),
     ("length", lambda folder: shapes_of("bert", np.tile(TOKENS, 2)), ["max_len=7", "got 14"]),
+    (
+        "adapter of other layers",
+        lambda folder: pretrained.save_lora(folder, {"block_9/up": {"A": np.ones((8, 1)), "B": np.ones((1, 12))}}, VIT),
+        ["'block_9/up'", "no module that peft can adapt"],
+    ),
+    ("no adapter", lambda folder: pretrained.load_lora(folder, VIT), ["no adapter_config.json"]),
     ("tokenizer", lambda folder: pretrained.tokenizer(folder), ["no tokenizer.json"]),
 ]
 
