@@ -1,4 +1,4 @@
-"""One client step of the FedAvg CNN inside lax.scan: native convolution against dots.
+"""One client step of the FedAvg CNN inside lax.scan: native convolution, rewritten as in a plan, and dots.
 
     PYTHONPATH=. python benchmarks/convolution.py   # prints rows and writes benchmarks/results/convolution.json
 
@@ -22,14 +22,16 @@ import jax
 import jax.numpy as jnp
 
 import models
+from fedjax_core import convolutions
 from models.convolution import dot_conv_general_dilated
 
 RESULT = Path(__file__).parent / "results" / "convolution.json"
 VARIANTS = {
     "native": "native",
+    "rewritten": "native",
     "rows": partial(dot_conv_general_dilated, patches="rows"),
     "full": partial(dot_conv_general_dilated, patches="full"),
-    "auto": "auto",
+    "dots": "dots",
 }
 CLIENTS = 2
 
@@ -57,7 +59,7 @@ def quartiles(seconds: list[float], count: int) -> dict[str, float]:
     }
 
 
-def compile_steps(convolution, batch_size: int, steps: int | None, vmapped: bool):
+def compile_steps(convolution, batch_size: int, steps: int | None, vmapped: bool, rewrite: bool = False):
     """Compiled SGD steps in a scan (one step and no scan for None), and the seconds their compilation took."""
     model = models.cnn(convolution=convolution)
     loss_fn = models.losses.cross_entropy(model)
@@ -79,6 +81,8 @@ def compile_steps(convolution, batch_size: int, steps: int | None, vmapped: bool
     if vmapped:
         train = jax.vmap(train)
         params, batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * CLIENTS), (params, batches))
+    if rewrite:
+        train = convolutions.rewritten(train)
     lowered = jax.jit(train).lower(params, batches)
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -106,7 +110,7 @@ def main() -> None:
         for vmapped in (False, True):
             for name, convolution in VARIANTS.items():
                 steps = options.native_steps if name == "native" else options.steps
-                run, compile_s = compile_steps(convolution, batch_size, steps, vmapped)
+                run, compile_s = compile_steps(convolution, batch_size, steps, vmapped, name == "rewritten")
                 row = {"variant": name, "batch_size": batch_size, "clients": CLIENTS if vmapped else 1}
                 cases.append((row | {"compile_s": round(compile_s, 2)}, run, steps))
         # A peer without the loop: the same step called from Python, where the fast convolution is kept.

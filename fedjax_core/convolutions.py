@@ -346,8 +346,12 @@ def _parts(x: Array, window: Sequence[int]) -> list[Array]:
 
 
 def _max_pool(x: Array, *, window_dimensions: Sequence[int], **_: Any) -> Array:
-    """The maximum over each window; axes with a window of 1 stay."""
-    return functools.reduce(jnp.maximum, _parts(x, window_dimensions))
+    """The maximum over each window, one axis after the other, so that few slices are long."""
+    for axis, window in enumerate(window_dimensions):
+        if window > 1:
+            alone = [1] * axis + [window] + [1] * (x.ndim - axis - 1)
+            x = functools.reduce(jnp.maximum, _parts(x, alone))
+    return x
 
 
 def _max_pool_gradient(source: Array, x: Array, *, window_dimensions: Sequence[int], **_: Any) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from fedjax_core import checks, keys, masks, sums, tasks
+from fedjax_core import checks, convolutions, keys, masks, sums, tasks
 from fedjax_core.algorithm import View
 from fedjax_core.batching import Batch, local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client, gather
@@ -124,7 +124,7 @@ def evaluate_examples(
         return values_of(params, batch)
 
     starts = jnp.minimum(jnp.arange(num_batches) * batch_size, total - batch_size)
-    values = jax.lax.map(one, starts)
+    values = convolutions.rewritten(lambda starts: jax.lax.map(one, starts))(starts)
     last = num_batches * batch_size - total
 
     def join(leaf: Array) -> Array:

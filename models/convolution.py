@@ -1,11 +1,9 @@
 """Two-dimensional convolution and pooling made of slices and dots.
 
-XLA:CPU loses its fast convolution inside any loop body (https://github.com/jax-ml/jax/issues/12868), and
-`vmap` over per-client kernels turns a convolution into a grouped one, which is slow as well. A client's
-training is both: a scan of steps, mapped over clients. Slices, concatenations and matrix products stay fast
-in either, forwards and backwards, and their automatic derivatives were the fastest of those tried: rewriting
-the input gradient as a convolution of its own (custom_vjp) cost 10 to 40 percent more time, and forward-mode
-differentiation besides. `benchmarks/convolution.py` compares native, rows and full.
+`vmap` over per-client kernels turns a convolution into a grouped one, which accelerators are slow at: there dots were
+1.5 to 2.4 times as fast for a small CNN in many lanes (docs/gpu.md). On a processor the clients' loop rewrites
+convolutions by itself (`fedjax_core.convolutions`), in less time than dots take; `benchmarks/convolution.py` compares
+them all. Pooling by slices is as fast there as the rewritten `reduce_window`, and fast in loops of one's own.
 
 Axis letters: N examples, H height, W width, C input channels, F output channels (features), kernel KH x KW.
 """
@@ -13,7 +11,6 @@ Axis letters: N examples, H height, W width, C input channels, F output channels
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -33,25 +30,17 @@ def convolution(backend: Backend | Callable[..., Array] = "auto") -> Callable[..
     """The convolution to hand to flax as `nn.Conv(conv_general_dilated=...)`.
 
     Args:
-      backend: "dots" for `dot_conv_general_dilated`, "native" for `jax.lax.conv_general_dilated`, "auto" for
-        dots on CPU and native elsewhere, decided when a model is traced; or a function with the signature of
-        `jax.lax.conv_general_dilated`, returned as it is.
+      backend: "auto" or "native" for `jax.lax.conv_general_dilated`, which a plan makes fast on a processor; "dots"
+        for `dot_conv_general_dilated`; or a function with the signature of `jax.lax.conv_general_dilated`, returned as
+        it is. The command line tries out dots on an accelerator for "auto"; a model does not see how many lanes it has.
     """
     if callable(backend):
         return backend
-    if backend == "native":
+    if backend in ("auto", "native"):
         return lax.conv_general_dilated
     if backend == "dots":
         return dot_conv_general_dilated
-    if backend != "auto":
-        raise ValueError(f"convolution must be 'auto', 'dots', 'native' or a function, got {backend!r}.")
-    return _auto_conv_general_dilated
-
-
-def _auto_conv_general_dilated(*args: Any, **kwargs: Any) -> Array:
-    # Native off the CPU: one client at a time it is as fast as dots on a GPU. With many lanes, which make a grouped
-    # convolution of it, dots were 1.5 to 2.4 times as fast for a small CNN (docs/gpu.md); a model does not see lanes.
-    return convolution("dots" if jax.default_backend() == "cpu" else "native")(*args, **kwargs)
+    raise ValueError(f"convolution must be 'auto', 'dots', 'native' or a function, got {backend!r}.")
 
 
 def dot_conv_general_dilated(
@@ -143,9 +132,9 @@ def dot_conv_general_dilated(
 def max_pool_2x2(x: Array) -> Array:
     """Maximum over 2x2 windows with stride 2, as `nn.max_pool`; [N, H, W, C] -> [N, H // 2, W // 2, C].
 
-    Made of slices because `reduce_window` and the select-and-scatter of its gradient are 10 to 18 times
-    slower on CPU. Where entries of a window are equal the gradient is shared between them, half at each
-    comparison, whereas `nn.max_pool` gives all of it to the first.
+    Made of slices because the select-and-scatter of `reduce_window`'s gradient is slow on a CPU. Where entries of a
+    window are equal the gradient is shared between them, half at each comparison, whereas `nn.max_pool` gives all of
+    it to the first.
     """
     H, W = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     x = jnp.maximum(x[:, 0:H:2], x[:, 1:H:2])

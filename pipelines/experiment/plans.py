@@ -156,15 +156,14 @@ def _kept_trial(name: str) -> dict[str, Any] | None:
 
 
 def _measure(config: Config, experiment: Experiment) -> dict[str, Any]:
-    """Tries lanes with the convolution as it is, then the other convolution with the best lanes."""
+    """Tries lanes with the convolution as it is, then convolutions as dots with the best lanes."""
     devices, most = experiment.plan.num_devices, slots(experiment)
     plans = [Plan(n * devices, experiment.mesh) for n in LANES if n == 1 or n * devices <= most]
     trials = {"auto": trial(experiment, plans)}
     best = trials["auto"][0]
     if config.machine.convolution == "auto" and config.model in ("cnn", "resnet18_gn"):
-        for other in ("dots", "native"):
-            chosen = prepare(config.replace(methods=("fedavg",), settings={}, convolution=other))
-            trials[other] = trial(chosen, [best.plan])
+        chosen = prepare(config.replace(methods=("fedavg",), settings={}, convolution="dots"))
+        trials["dots"] = trial(chosen, [best.plan])
     convolution = min(trials, key=lambda name: trials[name][0].seconds)
     return {
         "lanes": best.plan.lanes,

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import models
-from fedjax_core import checks, evaluate_examples
+from fedjax_core import checks, convolutions, evaluate_examples
 from fedjax_core.types import ArrayLike, Examples, Key, Params, PyTree
 from pipelines.data.dataset import Dataset, normalized
 from pipelines.federation import partition
@@ -165,6 +165,7 @@ def _trained(
     optimizer = optax.adam(learning_rate)
 
     @jax.jit
+    @convolutions.rewritten
     def run(params: Params, train: Any, rows: Any, keys: Key) -> Any:
         def step(carry: PyTree, drawn: Any) -> tuple[Any, None]:
             (params, opt_state), (rows, key) = carry, drawn

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import algorithms
-from fedjax_core import Plan, Population, client_mesh, convolutions
+from fedjax_core import Plan, Population, client_mesh, convolutions, evaluate_examples
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -240,3 +240,19 @@ def test_a_round(plan):
 def test_fast_convolutions_is_a_bool():
     with pytest.raises(TypeError, match="fast_convolutions must be True or False, got 'no'"):
         Plan(fast_convolutions="no")
+
+
+def test_evaluation():
+    """A model whose images are NCHW, as Equinox has them, is evaluated in the processor's order."""
+    with jax.enable_x64(True):
+        x, k = arrays((5, 2, 4, 4), (3, 2, 3, 3))
+
+        def metric(params, batch):
+            return lax.conv_general_dilated(batch["x"], params, (1, 1), "SAME").mean(axis=(1, 2, 3))
+
+        def run(k, x):
+            return evaluate_examples(metric, k, {"x": x}, batch_size=2)
+
+        close(metric(k, {"x": x}), jax.jit(run)(k, x))
+        assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in lowered(run, k, x)
+        close(jax.grad(lambda k: metric(k, {"x": x}).sum())(k), jax.jit(jax.grad(lambda k: run(k, x).sum()))(k))

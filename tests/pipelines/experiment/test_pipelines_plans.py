@@ -67,13 +67,13 @@ def test_a_trial_weighs_both_convolutions(small, monkeypatch):
     # The seconds are made up: which one wins must not depend on the machine.
     def trial(experiment, tried):
         asked.append(experiment.config.machine.convolution)
-        return [plans.Trial(tried[0], {"auto": 2.0, "dots": 3.0, "native": 1.0}[asked[-1]], 0.0, 0, "")]
+        return [plans.Trial(tried[0], {"auto": 2.0, "dots": 1.0}[asked[-1]], 0.0, 0, "")]
 
     monkeypatch.setattr(plans, "trial", trial)
     with jax.enable_x64(False):
         measured = plans._measure(config, setup.prepare(config))
-    assert asked == ["auto", "dots", "native"]
-    assert measured["convolution"] == "native"
+    assert asked == ["auto", "dots"]
+    assert measured["convolution"] == "dots"
 
 
 def test_plans_get_smaller_until_one_client_is_trained_at_a_time(wide):
