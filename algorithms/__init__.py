@@ -24,7 +24,9 @@ from algorithms.participation.fedau import fedau, fedavg_ipw
 from algorithms.participation.fedfix import fedfix
 from algorithms.participation.fedstale import fedstale, fedvarp
 from algorithms.participation.mifa import mifa
+from algorithms.personalization.apfl import apfl
 from algorithms.personalization.baselines import fedavg_ft, local_only
+from algorithms.personalization.ditto import ditto
 from algorithms.personalization.fedper import fedper, lg_fedavg
 from algorithms.personalization.fedrep import fedrep
 from algorithms.personalization.ifca import ifca
@@ -41,7 +43,9 @@ from algorithms.zeroth_order.fzoos import fzoos
 __all__ = [
     "afa_cd",
     "afa_cs",
+    "apfl",
     "autoflip",
+    "ditto",
     "ewc",
     "fal",
     "fedadagrad",

@@ -668,6 +668,8 @@ def claims():
             error_of_adapters("products"),
             error_of_adapters("factors"),
         ),
+        "apfl": own_model_beats_fedavg("apfl"),
+        "ditto": own_model_beats_fedavg("ditto"),
         "fedper": own_model_beats_fedavg("fedper"),
         "fedrep": own_model_beats_fedavg("fedrep"),
         "lg_fedavg": own_model_beats_fedavg("lg_fedavg"),

@@ -57,6 +57,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Where a method does not have its defaults."""
 
 LEFT_OUT = {
+    "apfl": "is FedAvg, and every client's own model beside it",
+    "ditto": "is FedAvg, and every client's own model beside it",
     "fedavg_ipw": "is FedAvg where all clients are equally likely",
     "local_sgd": "is FedAvg without a server rate",
     "fedopt": "has no server optimizer of its own: see FedAdagrad, FedAdam and FedYogi",

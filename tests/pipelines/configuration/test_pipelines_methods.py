@@ -140,6 +140,10 @@ def test_local_work_is_kept_from_the_single_step_method():
         algorithms.fedsgd(loss_fn, optax.sgd(0.1), num_epochs=3)
 
 
+# Their global models have a part that is only trained in each client's own.
+PARTLY_TRAINED = ("fedper", "fedrep", "lg_fedavg", "local_only")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in methods.names() if name not in methods._WITHOUT_GRADIENTS])
 def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path):
@@ -150,4 +154,5 @@ def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path)
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
     assert all(math.isfinite(float(last[score])) for score in ("loss", "update_norm", "test_loss"))
-    assert float(last["test_accuracy"]) > 0.1
+    if name not in PARTLY_TRAINED:
+        assert float(last["test_accuracy"]) > 0.1
