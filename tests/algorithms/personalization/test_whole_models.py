@@ -77,9 +77,12 @@ def test_rounds_are_those_of_a_plain_loop(name):
         x = plain.mean(ends)
     assert_trees_close(state.params, x, rtol=1e-11, atol=1e-13)
     stacked = method.client_params(state, np.arange(len(SIZES)))
+    found = fc.evaluate_view(lambda p, batch: softmax_loss(p, batch, None), method.personal, state, POPULATION)
     for i, (v, a) in own.items():
         expected = v if name == "ditto" else {k: a * v[k] + (1 - a) * x[k] for k in v}
         assert_trees_close(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), expected, rtol=1e-11, atol=1e-13)
+        if SIZES[i]:
+            assert found[i] == pytest.approx(plain.loss(expected, plain.client(POPULATION, i)), rel=1e-11)
 
 
 def test_own_models_are_trained_alone_at_the_limits_and_the_global_one_is_fedavg():
