@@ -67,3 +67,16 @@ def test_a_haiku_transform_is_a_model(tmp_path):
         assert model.apply(params, dataset.test["x"], jax.random.key(1)).shape == (6, 3)
     with pytest.raises(ValueError, match=r"keeps the state of hk.transform_with_state.* group or layer normalization"):
         own_model.build(f"{tmp_path / 'net.py'}:normed", dataset)
+
+
+def test_a_flax_module_of_a_user_knows_its_groups_of_parameters(tmp_path):
+    (tmp_path / "flaxnet.py").write_text(
+        "import flax.linen as nn\n\n\n"
+        "class Net(nn.Module):\n    num_classes: int = 3\n\n    @nn.compact\n    def __call__(self, x, train=False):\n"
+        "        x = nn.LayerNorm()(nn.Dense(4)(x))\n"
+        "        return nn.Dense(self.num_classes, name='head')(nn.Dropout(0.5, deterministic=not train)(x))\n"
+    )
+    dataset = sources.from_arrays(np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3)
+    model = own_model.build(f"{tmp_path / 'flaxnet.py'}:Net", dataset)
+    assert model.paths("norm") == ("LayerNorm_0/bias", "LayerNorm_0/scale")
+    assert model.paths("head") == ("head/bias", "head/kernel")
