@@ -44,7 +44,7 @@ def fedlora(
     singular values: the mean of what the clients do, up to the values cut off. Leaves that belong to no such part, such
     as a head, are averaged as in FedAvg.
 
-    Down, up: r_k (in + out) numbers for each layer, and the other leaves.
+    Down, up: r_k (in + out) numbers for each layer, and the other leaves; up r_k too. The metrics count these bytes.
 
     Args:
       loss_fn: `loss_fn(adapter, batch, key) -> float[B]`, or with a fourth parameter `public`, in which it finds the
@@ -95,6 +95,11 @@ def fedlora(
         """What the loss takes, whose scale is that of the largest rank, for a client's own adapter."""
         return _cut(y, rank, strength(rank) / strength(_largest_rank(y)))
 
+    def sent(x: fc.Params, rank: fc.Array) -> fc.Message:
+        """An adapter as it travels, without the columns and rows beyond a client's rank (or those of all clients)."""
+        of_rank = fc.num_bytes([leaf for leaf in jax.tree.leaves(x, is_leaf=_is_part) if _is_part(leaf)])
+        return fc.Message(x, fc.num_bytes(x) - of_rank + of_rank / _largest_rank(x) * rank)
+
     def update(state: FedLoRAState, cohort: fc.Cohort, key: fc.Key):
         optimizer = fc.optimizer_at(client_optimizer, state.round)
 
@@ -113,14 +118,15 @@ def fedlora(
             loss, g = gradient(cut, batch)
             return loss, backward(g)[0]
 
-        program = fc.ClientProgram(client_init, client_step, lambda x, done: ((done[0], done[2]), ()))
+        program = fc.ClientProgram(client_init, client_step, lambda x, done: ((sent(done[0], done[2]), done[2]), ()))
+        ranks = fc.gather(state.ranks, cohort)
         results = clients.run(
             program,
-            state.params,
+            sent(state.params, ranks),
             cohort,
             key,
-            client_inputs=fc.gather(state.ranks, cohort),
-            aggregator=fc.mapped(lambda sent: summand(*sent), fc.weighted_mean()),
+            client_inputs=ranks,
+            aggregator=fc.mapped(lambda upload: summand(*upload), fc.weighted_mean()),
         )
         return state._replace(params=finished(results.aggregate, state.params)), results
 

@@ -84,13 +84,17 @@ def by_hand(rule, ranks, params, rounds=2):
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4, 4), (1, 2, 4, 3, 1)])
 @pytest.mark.parametrize("rule", RULES)
 def test_it_is_what_small_factors_give_in_numpy(rule, ranks):
-    state, _ = trained(made(rule, ranks), adapter())
+    state, metrics = trained(made(rule, ranks), adapter())
     A, B, head = by_hand(rule, ranks, adapter())
     got = state.params["layer"]
     np.testing.assert_allclose(got["A"] @ got["B"], A @ B, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(state.params["head"], head, rtol=1e-9)
     if rule != "products":  # whose factors have signs of their own
         np.testing.assert_allclose(got["A"], A, rtol=1e-9, atol=1e-12)
+    # What a client has no rank for does not travel; each tells its rank, an int32.
+    numbers = np.mean([ranks[i] * (5 + 3) + 3 for i in (0, 3, 1)])
+    assert float(metrics.bytes_down) == pytest.approx(8 * numbers, rel=1e-12)
+    assert float(metrics.bytes_up) == pytest.approx(8 * numbers + 4, rel=1e-12)
 
 
 def test_equal_ranks_averaged_by_factors_are_fedavg_of_the_adapter():
