@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import checkify
 
-from fedjax_core import checks, masks, sums, tasks
+from fedjax_core import checks, dependence, masks, sums, tasks
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client, current_population_size
 from fedjax_core.lengths import stand_in
@@ -31,11 +31,13 @@ def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
     """Mean loss over the real examples of a batch, float[].
 
     Padding has no part in it, nor in its gradient, where the loss of an example depends on that example alone. A loss
-    that looks at the whole batch takes a parameter `mask` and leaves padding out itself; see `fedjax_core.masks`.
+    that looks at the whole batch takes a parameter `mask` and leaves padding out itself; see `fedjax_core.masks`. One
+    that does so without a mask is warned of, where its program shows it (`fedjax_core.dependence`).
 
     Raises:
       ValueError: if the loss function does not return one value per example.
     """
+    dependence.warn_of_mixed(loss_fn, params, batch.examples, batch.key)
     values = masks.call(loss_fn, params, batch.examples, batch.key, mask=batch.mask, name="loss_fn")
     size = batch.mask.shape[0]
     if not isinstance(values, jax.Array) or values.shape != (size,) or not jnp.issubdtype(values.dtype, jnp.floating):
