@@ -256,3 +256,20 @@ def test_evaluation():
         close(metric(k, {"x": x}), jax.jit(run)(k, x))
         assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in lowered(run, k, x)
         close(jax.grad(lambda k: metric(k, {"x": x}).sum())(k), jax.jit(jax.grad(lambda k: run(k, x).sum()))(k))
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_inside_shard_map(check):
+    """Where JAX checks what differs between devices, convolutions stay as they are."""
+    x, k = arrays((2, 4, 4, 2), (3, 3, 2, 2))
+    mesh, spec = client_mesh(2), jax.sharding.PartitionSpec
+
+    def loss(k, x):
+        def local(k, x):
+            return lax.psum(jnp.sum(conv(x, k) ** 2), "clients")
+
+        own = spec("clients")
+        return jax.shard_map(local, mesh=mesh, in_specs=(spec(), own), out_specs=spec(), check_vma=check)(k, x)
+
+    compare(jax.value_and_grad(loss), k, x, tolerance=1e-5)
+    assert convolutions.has_any(jax.make_jaxpr(loss)(k, x).jaxpr) is not check
