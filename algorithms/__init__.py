@@ -6,6 +6,8 @@ from algorithms.averaging.fednova import fednova
 from algorithms.averaging.fedopt import fedadagrad, fedadam, fedavgm, fedopt, fedyogi
 from algorithms.continual.ewc import ewc
 from algorithms.continual.fot import fot
+from algorithms.distillation.feddf import FedDFData as FedDFData
+from algorithms.distillation.feddf import feddf
 from algorithms.drift.fedcm import fedcm
 from algorithms.drift.feddyn import feddyn
 from algorithms.drift.fedld import fedld
@@ -32,6 +34,7 @@ from algorithms.personalization.fedrep import fedrep
 from algorithms.personalization.ifca import ifca
 from algorithms.personalization.per_fedavg import per_fedavg
 from algorithms.robustness.fal import fal
+from algorithms.robustness.frl import frl
 from algorithms.sharpness.fedgamma import fedgamma
 from algorithms.sharpness.fedsam import fedasam, fedsam, mofedsam
 from algorithms.sharpness.fedsmoo import fedsmoo
@@ -60,6 +63,7 @@ __all__ = [
     "fedavg_m_vr",
     "fedavgm",
     "fedcm",
+    "feddf",
     "feddyn",
     "fedexp",
     "fedfix",
@@ -82,6 +86,7 @@ __all__ = [
     "fedyogi",
     "fedzo",
     "fot",
+    "frl",
     "fzoos",
     "ifca",
     "lg_fedavg",

@@ -12,7 +12,7 @@ import argparse
 import inspect
 import json
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,19 @@ import optax
 
 import algorithms
 import models
+from algorithms import messages
 from algorithms.exploration.autoflip import masked
 from algorithms.robustness.fal import pgd, robust
 from benchmarks import _measure
-from fedjax_core import ModelState, Population, continue_rounds, evaluate, evaluate_view, samplers
+from fedjax_core import (
+    ModelState,
+    Population,
+    continue_rounds,
+    evaluate,
+    evaluate_view,
+    samplers,
+    with_part,
+)
 from models import losses, metrics
 from pipelines.data import datasets
 from pipelines.federation import partition
@@ -360,6 +369,44 @@ def shift_loss(lam, rounds=30, clients=10):
     return np.asarray(jax.jit(jax.vmap(loss, (None, 0)))(population, keys))
 
 
+def plain_accuracy(algorithm, population, test, rounds=40, cohort=10):
+    """Mean test accuracy over the last ten rounds, for every seed."""
+    _, _, model = digits()
+    one = continue_rounds(algorithm, samplers.uniform(50, cohort), 1)
+
+    def late(population, test, key):
+        def body(state, _):
+            state, _ = one(state, population, key)
+            return state, evaluate(metrics.classification(model), algorithm.params(state), test)["accuracy"]
+
+        return jnp.mean(jax.lax.scan(body, algorithm.init(model.init(key), key), length=rounds)[1][-10:])
+
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    return np.asarray(jax.jit(jax.vmap(late, (None, None, 0)))(population, test, keys))
+
+
+def under_malicious_clients(name, attack, optimizer):
+    """The same with 10 malicious clients of 50."""
+    population, dataset, model = digits()
+    local = {"batch_size": 10, "num_epochs": 2}
+    algorithm = getattr(algorithms, name)(losses.cross_entropy(model), optimizer, **local)
+    attacked = with_part(algorithm, attack(np.arange(50) % 5 == 0), like=population)
+    return plain_accuracy(attacked, population, jax.tree.map(jnp.asarray, dict(dataset.test)))
+
+
+def distilled(server_steps):
+    """The same of FedDF, which has half of the test inputs as public data and is tested on the others."""
+    population, dataset, model = digits()
+    public, test = ({name: jnp.asarray(leaf[part::2]) for name, leaf in dataset.test.items()} for part in (0, 1))
+    algorithm = algorithms.feddf(
+        losses.cross_entropy(model),
+        optax.sgd(0.1),
+        logits=logits,
+        **{"batch_size": 10, "num_epochs": 20, "server_steps": server_steps, "server_batch_size": 60},
+    )
+    return plain_accuracy(algorithm, population.with_public({"x": public["x"]}), test, rounds=20, cohort=5)
+
+
 def robust_accuracy(name, settings=()):
     """Test accuracy under 20 steps of projected gradient ascent within 0.1 of every pixel, for every seed."""
     _, dataset, model = digits()
@@ -646,6 +693,20 @@ def claims():
             True,
             shift_loss(0.1),
             shift_loss(0.0),
+        ),
+        "feddf": lambda: Claim(
+            "reaches a higher accuracy than without steps of the server (FedAvg) when models have drifted apart",
+            "test accuracy, last 10 of 20 rounds, 20 local epochs",
+            False,
+            distilled(200),
+            distilled(0),
+        ),
+        "frl": lambda: Claim(
+            "learns while a fifth of the clients reverses rankings, FedAvg does not while they flip signs, ten times",
+            "test accuracy, last 10 of 40 rounds, 20 % malicious",
+            False,
+            under_malicious_clients("frl", messages.rank_reversal, optax.sgd(0.4, 0.9)),
+            under_malicious_clients("fedavg", partial(messages.sign_flip, factor=10.0), optax.sgd(0.1)),
         ),
         "fedlex": lambda: Claim(
             "its guidance is worth more than the same values on other parameters",

@@ -93,7 +93,11 @@ def growth(repeats):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--methods", nargs="*", default=methods.names())
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=[name for name in methods.names() if not methods.asks_for(name, "public")],
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", default="compiling")
     args = parser.parse_args()
@@ -104,7 +108,8 @@ def main() -> None:
         print(f"FedAvg, {name:12s} {row['median_s']:6.2f} s", flush=True)
     for name in args.methods:
         experiment = setup.prepare(Config(dataset="digits", model="logistic_regression", methods=(name,), seeds=1))
-        state = jax.eval_shape(experiment.algorithms[name].init, experiment.model.init(jax.random.key(0)))
+        key = jax.random.key(0)
+        state = jax.eval_shape(experiment.algorithms[name].init, experiment.model.init(key), key)
         cohort = jax.eval_shape(lambda p: p.cohort(np.arange(10)), experiment.population)
         row = result["methods"][name] = compile_seconds(
             experiment.algorithms[name].round, state, cohort, jax.random.key(0), repeats=1

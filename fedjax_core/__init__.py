@@ -12,6 +12,7 @@ from fedjax_core.aggregation import (
     Stacked,
     client_weights,
     elementwise_mean,
+    integer_sum,
     mapped,
     segment_mean,
     stacked,
@@ -61,7 +62,17 @@ from fedjax_core.evaluation import (
     is_weighted,
     metric_values,
 )
-from fedjax_core.facts import AdapterLossFn, FeatureFn, LayerInputsFn, LayerWidths, LogitsFn, Need, NumClients, needs
+from fedjax_core.facts import (
+    AdapterLossFn,
+    FeatureFn,
+    LayerInputsFn,
+    LayerWidths,
+    LogitsFn,
+    Need,
+    NumClients,
+    PublicFn,
+    needs,
+)
 from fedjax_core.gradients import (
     ClientOptimizer,
     Descent,
@@ -152,6 +163,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Population",
+    "PublicFn",
     "PyTree",
     "Sampler",
     "Scalar",
@@ -196,6 +208,7 @@ __all__ = [
     "global_algorithm",
     "global_client_params",
     "init_on_host",
+    "integer_sum",
     "is_weighted",
     "join_tables",
     "kept_by_client",

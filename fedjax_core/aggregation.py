@@ -178,6 +178,28 @@ def _over(total: Array, weight: Array) -> Array:
     return jnp.where(across > 0, total / jnp.where(across > 0, across, 1), 0)
 
 
+def integer_sum() -> Aggregator:
+    """Sum of the participants' uploads of integers, as integers: votes, counts, masked or encoded numbers.
+
+    It is exact, and modulo 2^b where it passes what the b bits of its dtype hold. Every participant counts once,
+    whatever the weights.
+
+    Raises (the functions that are returned):
+      TypeError: if something else than integers is uploaded.
+    """
+
+    def lift(upload: PyTree, weight: Array) -> PyTree:
+        for leaf in jax.tree.leaves(upload):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+                raise TypeError(
+                    f"integer_sum adds up integers, but the upload has a leaf of {jnp.result_type(leaf)}: round it to "
+                    "integers, or take weighted_sum"
+                )
+        return upload
+
+    return Aggregator(lift, lambda total: total)
+
+
 class Stacked(NamedTuple):
     """An aggregation that needs all uploads at once: a server's memory of each client, a rule that compares them.
 

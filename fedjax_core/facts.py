@@ -11,15 +11,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from fedjax_core.types import Array, Examples, Key, Params
+from fedjax_core.types import Array, Examples, Key, Params, PyTree
 
 
 class Need(NamedTuple):
     """Marks an argument of a factory as something that its caller has to bring.
 
     Attributes:
-      what: "loss", "adapter loss", "client optimizer", "num_clients", "features", "logits", "inputs", "layers" or
-        "personal"; a factory of one's own may name others.
+      what: "loss", "adapter loss", "client optimizer", "num_clients", "features", "logits", "inputs", "layers",
+        "public" or "personal"; a factory of one's own may name others.
     """
 
     what: str
@@ -37,6 +37,9 @@ LayerInputsFn = Annotated[Callable[[Params, Examples], Mapping[str, Array]], Nee
 """`inputs(params, batch) -> {path: float[samples, d]}`, what goes into the layers."""
 LayerWidths = Annotated[Mapping[str, int], Need("layers")]
 """Path of every layer to the width of what goes into it."""
+
+PublicFn = Annotated[Callable[[PyTree], Any], Need("public")]
+"""`unlabelled(public)`, the examples that a method wants among the population's public data; it cannot do without."""
 
 _BY_NAME = {
     "loss_fn": "loss",

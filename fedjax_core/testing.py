@@ -235,7 +235,8 @@ class Subject:
 
     def _population(self, dtype: Any) -> Population:
         given = self.problem.population
-        return Population.from_flat(_as_floats(given.examples, dtype), np.asarray(given.offsets))
+        cast = Population.from_flat(_as_floats(given.examples, dtype), np.asarray(given.offsets))
+        return cast.with_public(_as_floats(given.public, dtype))
 
     def make(self, values: Mapping[str, Any] | None = None, **settings: Any) -> Algorithm:
         """The method; one client after the other and examples in their order, which compiles fastest, unless told."""
@@ -472,6 +473,7 @@ class Subject:
         """One program does for all ids, sizes, keys, values and states of a population of so many examples."""
         sizes = np.asarray(self.population.sizes)[::-1]
         other = Population.from_sizes(jax.tree.map(lambda leaf: leaf[::-1], self.population.examples), sizes)
+        other = other.with_public(self.population.public)
         state = self.start()
         before = None
         for t, ids in enumerate((self.cohorts[0], self.cohorts[1], [-1] * 4)):
@@ -728,6 +730,7 @@ class Subject:
         state = init_on_host(self.algorithm.init, self.params, self.key, num_clients=self.num_clients)
         examples = jax.tree.map(np.asarray, self.population.examples)
         host = HostPopulation.from_flat(examples, np.asarray(self.population.offsets))
+        host = host.with_public(self.population.public)
         staged, _ = continue_staged(self.algorithm, self.sampler, 3)(state, host, self.key)
         _same(
             staged,

@@ -1,6 +1,6 @@
 """Parts for any method (`fedjax_core.messages.with_part`): codecs, aggregation rules, attacks, privacy."""
 
-from algorithms.messages.attacks import alie, inner_product_manipulation, sign_flip
+from algorithms.messages.attacks import alie, inner_product_manipulation, rank_reversal, sign_flip
 from algorithms.messages.codecs import stochastic_rounding, top_k
 from algorithms.messages.privacy import client_level_dp
 from algorithms.messages.rules import coordinate_median, krum, trimmed_mean
@@ -11,6 +11,7 @@ __all__ = [
     "coordinate_median",
     "inner_product_manipulation",
     "krum",
+    "rank_reversal",
     "sign_flip",
     "stochastic_rounding",
     "top_k",

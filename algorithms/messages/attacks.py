@@ -9,6 +9,7 @@ import numpy as np
 from jax.scipy.stats import norm
 
 import fedjax_core as fc
+from algorithms.parts import rankings
 from fedjax_core.messages import Part, Pass
 
 
@@ -59,6 +60,41 @@ def inner_product_manipulation(malicious: Any, *, epsilon: fc.Scalar = 0.1) -> P
     Paper: Xie, Koyejo, Gupta, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation", 2019.
     """
     return _attack("inner_product_manipulation", malicious, lambda own, mean, sd, n, f: -epsilon * mean)
+
+
+def rank_reversal(malicious: Any) -> Part:
+    """All malicious clients send the reverse of the ranking that they would elect among themselves.
+
+    V = sum of argsort(R_i) over the malicious participants, who train honestly;  they send argsort(-V)
+
+    For methods whose clients upload rankings, integers [n], such as `frl`.
+
+    Args:
+      malicious: bool[num_clients].
+
+    Paper: Mozaffari, Shejwalkar, Houmansadr, "Every Vote Counts: Ranking-Based Training of Federated Learning to
+    Resist Poisoning Attacks", 2023.
+    """
+
+    def around(state: Any, asked: Pass, key: fc.Key) -> Any:
+        bad = asked.cohort.per_client("malicious", jnp.asarray(malicious, bool)) & asked.cohort.mask
+
+        def attacked(votes: fc.Array) -> fc.Array:
+            if not jnp.issubdtype(votes.dtype, jnp.integer):
+                raise TypeError(
+                    f"rank_reversal reverses rankings, and what this method's clients upload is {votes.dtype}: take a "
+                    "method whose clients rank, such as frl"
+                )
+            places = jnp.where(bad[:, None], jax.vmap(rankings.reputation)(votes), 0)
+            reverse = rankings.ranking(~jnp.sum(places, axis=0))  # the complement falls where the sum rises
+            return jnp.where(bad[:, None] & (votes >= 0), reverse, votes)
+
+        def change(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
+            return jax.tree.map(attacked, uploads)
+
+        return asked.changed(change).run(), (), jnp.sum(bad, dtype=jnp.int32)
+
+    return Part(around, name="rank_reversal")
 
 
 def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:

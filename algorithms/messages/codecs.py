@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import fedjax_core as fc
+from algorithms.parts.selection import largest
 from fedjax_core import messages
 from fedjax_core.messages import Part, Pass
 
@@ -91,23 +92,8 @@ def stochastic_rounding(bits: int = 8, *, chunk: int = 512) -> Part:
 
 
 def kept_largest(x: fc.Array, k: int) -> fc.Array:
-    """x, [d], with zeros in the place of all but the k entries of largest size; of equal ones those that come first.
-
-    The k-th largest is found bit by bit, for sizes of floats are in the order of their bits: sorting takes twenty times
-    as long on a processor.
-    """
-    integer = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
-    pattern = jax.lax.bitcast_convert_type(jnp.abs(x), integer)
-    width = 8 * x.dtype.itemsize
-
-    def body(i: Any, found: fc.Array) -> fc.Array:
-        tried = found | (integer(1) << (integer(width - 1) - i.astype(integer)))
-        return jnp.where(jnp.sum(pattern >= tried) >= k, tried, found)
-
-    threshold = jax.lax.fori_loop(0, width, body, jnp.zeros((), integer))
-    larger, equal = pattern > threshold, pattern == threshold
-    left = k - jnp.sum(larger)
-    return jnp.where(larger | (equal & (jnp.cumsum(equal) <= left)), x, 0)
+    """x, [d], with zeros in the place of all but the k entries of largest size; of equal ones those that come first."""
+    return jnp.where(largest(jnp.abs(x), k), x, 0)
 
 
 def _codec(

@@ -1,1 +1,1 @@
-"""Models that withstand attacks on their inputs."""
+"""Models that withstand attacks on their inputs, training that withstands malicious clients."""

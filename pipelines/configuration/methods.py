@@ -178,6 +178,11 @@ def build(
       ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.
     """
     method = describe(name)
+    if asks_for(name, "public"):
+        raise ValueError(
+            f"{name} needs public data, which runs of the command line do not have: run it in Python, with "
+            "population.with_public(examples)"
+        )
     options = {key: value for key, value in local.items() if value is not None}
     if own.is_own(name):
         options = _taken(name, options)

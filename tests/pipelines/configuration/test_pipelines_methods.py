@@ -34,7 +34,11 @@ def test_the_classic_methods_are_there():
     assert {"fedavg", "fedsgd", "fedadam", "fedprox", "scaffold", "feddyn", "fednova"} <= set(methods.names())
 
 
-@pytest.mark.parametrize("name", methods.names())
+RUNNABLE = [name for name in methods.names() if not methods.asks_for(name, "public")]
+"""On the command line, which has no public data."""
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_every_method_describes_itself_and_builds(name):
     method = methods.describe(name)
     assert ": " in method.title, "the first line of a docstring is 'Name: one line'"
@@ -42,10 +46,16 @@ def test_every_method_describes_itself_and_builds(name):
     assert method.paper[-1] == "."
     assert "batch_size" not in method.hyperparameters
     algorithm = build(name, num_epochs=2, num_steps=None, order="shuffled", weights="uniform")
-    state = jax.eval_shape(algorithm.init, {"head": jnp.zeros(3)}, jax.random.key(0))
+    state = jax.eval_shape(algorithm.init, {"head": jnp.zeros((3, 2))}, jax.random.key(0))
     assert state.round.dtype == jnp.int32
     for key, default in method.hyperparameters.items():
         assert methods.parse(name, key, str(default)) == default
+
+
+def test_a_method_that_needs_public_data_is_left_to_python():
+    assert "feddf" in methods.names()
+    with pytest.raises(ValueError, match="feddf needs public data, which runs of the command line do not have: run it"):
+        build("feddf")
 
 
 def test_hyperparameters_are_the_keyword_arguments_with_plain_defaults():
@@ -145,7 +155,7 @@ PARTLY_TRAINED = ("fedper", "fedrep", "lg_fedavg", "local_only")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in methods.names() if name not in methods._WITHOUT_GRADIENTS])
+@pytest.mark.parametrize("name", [name for name in RUNNABLE if name not in methods._WITHOUT_GRADIENTS])
 def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path):
     """Those without gradients take minutes for a round of so large a model, which `methods.advice` says."""
     words = f"train --method {name} --rounds 2 --seeds 1 --eval-every 2 --mesh 1 --no-cache --out {tmp_path / 'run'}"
