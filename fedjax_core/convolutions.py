@@ -76,27 +76,27 @@ def has_any(jaxpr: Jaxpr) -> bool:
 
 
 def _any_in(value: Any) -> bool:
+    if isinstance(value, Jaxpr):  # which a closed one is too from JAX 0.12 on
+        return any(_replacement(eqn) is not None or any(map(_any_in, eqn.params.values())) for eqn in value.eqns)
     if isinstance(value, ClosedJaxpr):
         return _any_in(value.jaxpr)
-    if isinstance(value, Jaxpr):
-        return any(_replacement(eqn) is not None or any(map(_any_in, eqn.params.values())) for eqn in value.eqns)
     return isinstance(value, (tuple, list)) and any(map(_any_in, value))
 
 
 def _rewritten_value(value: Any, done: dict[int, Any]) -> Any:
     """A parameter of an equation, with the programs in it rewritten; `done` holds those that were, by identity."""
+    if isinstance(value, Jaxpr):
+        if id(value) not in done:
+            eqns = [_rewritten_equation(eqn, done) for eqn in value.eqns]
+            same = all(new is old for new, old in zip(eqns, value.eqns, strict=True))
+            done[id(value)] = value if same else value.replace(eqns=eqns)
+        return done[id(value)]
     if isinstance(value, ClosedJaxpr):
         jaxpr = _rewritten_value(value.jaxpr, done)
         if jaxpr is value.jaxpr:
             return value
         if id(value) not in done:
             done[id(value)] = ClosedJaxpr(jaxpr, value.consts)
-        return done[id(value)]
-    if isinstance(value, Jaxpr):
-        if id(value) not in done:
-            eqns = [_rewritten_equation(eqn, done) for eqn in value.eqns]
-            same = all(new is old for new, old in zip(eqns, value.eqns, strict=True))
-            done[id(value)] = value if same else value.replace(eqns=eqns)
         return done[id(value)]
     if isinstance(value, tuple | list):
         new = [_rewritten_value(v, done) for v in value]
