@@ -133,6 +133,10 @@ class Algorithm(_Functions):
         """Also behind `_replace`: a function that is put in another's place gets the checks too."""
         return cls(*functions)
 
+    def __hash__(self) -> int:
+        """That of its functions, so that it can be a static argument; views and events are dicts, which have none."""
+        return hash((self.init, self.round, self.params))
+
     @property
     def personal(self) -> View:
         """The view that each client would use: "personal" where the method has it, else "global"."""
@@ -272,6 +276,7 @@ _INIT = 2**31 - 1
 
 def first_state(algorithm: Algorithm, params: Params, key: Key) -> Any:
     """The state from which a simulation with this key begins."""
+    params = checks.params(params)  # before the key: they may be in each other's place
     return checked_init(algorithm.init)(params, keys.derive(keys.one(key), jnp.int32(_INIT)))
 
 

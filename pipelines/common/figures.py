@@ -17,7 +17,10 @@ from pipelines.common import files
 
 # Okabe and Ito's colors, which color-blind readers tell apart; black is left for axes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (3, 1)))
+LINES: tuple[Any, ...] = (
+    *("-", "--", ":", "-.", (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 4)), (0, (3, 1))),
+    *((0, (10, 2, 2, 2)), (0, (2, 6)), (0, (12, 6)), (0, (5, 1, 1, 1, 1, 1, 1, 1))),
+)
 """Line styles, so that colors can be used again."""
 _STYLE: Any = {
     "font.size": 10,

@@ -21,7 +21,7 @@ def test_duration(seconds, words):
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (12_300, "12 kB"), (3.4e6, "3.4 MB"), (5e12, "5000 GB")],
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (12_300, "12 kB"), (3.4e6, "3.4 MB"), (5e12, "5.0 TB")],
 )
 def test_size(number, words):
     assert progress.size(number) == words
