@@ -36,6 +36,7 @@ INSTEAD = {
     },
     "docs/mesh.md": {'jax.config.update("jax_num_cpu_devices", 2)': "", "client_mesh()": "client_mesh(2)"},
     "models/README.md": {"images, ": "images[:2], ", "labels}": "labels[:2]}"},
+    "docs/methods/feddf.md": {"server_steps=1000": "server_steps=2"},
     "docs/methods/fal.md": {"attack_steps=20": "attack_steps=2"},
     "docs/methods/autoflip.md": {"explore_epochs=20": "explore_epochs=2"},
     "docs/methods/fedlex.md": {"explore_epochs=20": "explore_epochs=2"},

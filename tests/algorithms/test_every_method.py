@@ -123,10 +123,15 @@ def hyperparameters(name):
     return {key: own.get(key, value) for key, value in values.items() if isinstance(value, float)}
 
 
+def population():
+    """The clients, beside examples without labels that some methods want."""
+    public = {"x": softmax_population([7], seed=4).examples["x"]}
+    return softmax_population(SIZES).with_public(public)
+
+
 @cache
 def subject(name):
-    public = {"x": softmax_population([7], seed=4).examples["x"]}
-    problem = testing.Problem(softmax_loss, params_of(name), softmax_population(SIZES).with_public(public))
+    problem = testing.Problem(softmax_loss, params_of(name), population())
     floats = {"lr": 0.1, **hyperparameters(name)}
     return testing.Subject(lambda **settings: make(name, **settings), problem, floats=floats, **KNOWN.get(name, {}))
 

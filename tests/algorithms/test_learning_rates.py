@@ -17,8 +17,8 @@ from fedjax_core import (
     simulate,
     simulate_staged,
 )
-from tests.algorithms.test_every_method import METHODS, SIZES, make, params_of
-from tests.problems import Q3_A, Q3_B, Q3_START, q3_population, quadratic_loss, softmax_population
+from tests.algorithms.test_every_method import METHODS, make, params_of, population
+from tests.problems import Q3_A, Q3_B, Q3_START, q3_population, quadratic_loss
 
 RATES = np.array([0.1, 0.2, 0.05])
 KEY = jax.random.key(0)
@@ -123,7 +123,7 @@ def test_every_method_asks_for_the_client(name):
     algorithm = make(name, optimizer=optimizer)
     state = algorithm.init(params_of(name), KEY)
     asked.clear()
-    jax.eval_shape(algorithm.round, state, softmax_population(SIZES).cohort(np.array([0, 4, 2, 1])), KEY)
+    jax.eval_shape(algorithm.round, state, population().cohort(np.array([0, 4, 2, 1])), KEY)
     assert any(isinstance(i, jax.core.Tracer) for i in asked)
 
 
