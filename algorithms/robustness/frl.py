@@ -40,6 +40,14 @@ class FRLMetrics(NamedTuple):
     refused: fc.Array
 
 
+class _Fixed(NamedTuple):
+    """What no round changes: theta, the first scores, and the leaves that are not ranked."""
+
+    weights: fc.Params
+    scores: fc.Params
+    others: fc.Params
+
+
 def frl(
     loss_fn: fc.LossFn,
     client_optimizer: fc.ClientOptimizer,
@@ -111,8 +119,25 @@ def frl(
         theta, first = _drawn(ranked, key)
         ranking = jax.tree.map(lambda s: rankings.ranking(ranked_by(s.reshape(-1))), first)
         scores = jax.tree.map(lambda s, r: s.reshape(-1)[r], first, ranking)
-        model = fc.combine(jax.tree.map(masked, theta, first), others)
-        return FRLState(model, theta, scores, ranking)
+        fixed = _Fixed(theta, scores, others)
+        return FRLState(model(first, fixed), theta, scores, ranking)
+
+    def start(shared: tuple[fc.PyTree, _Fixed], own: fc.PyTree = ()) -> fc.Params:
+        """The scores of a ranking."""
+        ranking, fixed = shared
+
+        def one(theta: fc.Array, r: fc.Array, first: fc.Array) -> fc.Array:
+            return jnp.zeros_like(first).at[r].set(first, unique_indices=True).reshape(theta.shape)
+
+        return jax.tree.map(one, fixed.weights, ranking, fixed.scores)
+
+    def model(s: fc.Params, fixed: _Fixed) -> fc.Params:
+        return fc.combine(jax.tree.map(masked, fixed.weights, s), fixed.others)
+
+    def direction(s, batch, shared, own):
+        _, fixed = shared
+        loss, g = gradient(model(s, fixed), batch)
+        return loss, jax.tree.map(through, _ranked(g)[0], fixed.weights, s)
 
     def upload(done: fc.Descent, shared: fc.PyTree) -> tuple[fc.Message, tuple[()]]:
         def vote(s: fc.Array) -> fc.Array:
@@ -128,29 +153,16 @@ def frl(
 
     def update(state: FRLState, cohort: fc.Cohort, key: fc.Key):
         _check_votes(state.ranking, cohort)
-        theta, (_, others) = state.weights, _ranked(state.params)
-
-        def scores(ranking: fc.PyTree, own: fc.PyTree = ()) -> fc.Params:
-            def one(theta: fc.Array, r: fc.Array, first: fc.Array) -> fc.Array:
-                return jnp.zeros_like(first).at[r].set(first, unique_indices=True).reshape(theta.shape)
-
-            return jax.tree.map(one, theta, ranking, state.scores)
-
-        def model(s: fc.Params) -> fc.Params:
-            return fc.combine(jax.tree.map(masked, theta, s), others)
-
-        def direction(s, batch, shared, own):
-            loss, g = gradient(model(s), batch)
-            return loss, jax.tree.map(through, _ranked(g)[0], theta, s)
-
-        optimizer = fc.optimizer_at(client_optimizer, state.round)
-        program = fc.local_descent(optimizer, direction, start=scores, upload=upload)
-        aggregator = fc.mapped(counted, fc.integer_sum())
-        shared = fc.Message(state.ranking, _size(state.ranking, 1.0))
-        results = clients.run(program, shared, cohort, key, aggregator=aggregator)
+        fixed = _Fixed(state.weights, state.scores, _ranked(state.params)[1])
+        # What is fixed is made of the seed: it goes along, and is not sent.
+        shared = fc.Message((state.ranking, fixed), _size(state.ranking, 1.0))
+        program = fc.local_descent(
+            fc.optimizer_at(client_optimizer, state.round), direction, start=start, upload=upload
+        )
+        results = clients.run(program, shared, cohort, key, aggregator=fc.mapped(counted, fc.integer_sum()))
         votes, count = results.aggregate
         new = jax.tree.map(lambda v, old: jnp.where(count > 0, rankings.ranking(v), old), votes, state.ranking)
-        state = state._replace(params=model(scores(new)), ranking=new)
+        state = state._replace(params=model(start((new, fixed)), fixed), ranking=new)
         return state, results, FRLMetrics(cohort.num_participants - count.astype(jnp.int32))
 
     return fc.federated(init, update)
