@@ -35,6 +35,7 @@ from fedjax_core import (
     continue_rounds,
     evaluate,
     evaluate_view,
+    run_events,
     samplers,
     with_part,
 )
@@ -418,15 +419,14 @@ def forgetting(name):
     method = continual.build(config, name, tasks)
     sampler = samplers.uniform(config.clients, config.cohort_size)
     run = jax.jit(continue_rounds(method, sampler, config.rounds))  # compiled once for all tasks, not once for each
-    end_task = jax.jit(method.events["end_task"].run) if hasattr(method, "end_task") else None
+    end_task = jax.jit(partial(run_events, method, "task"))
     metric_fn = metrics.classification(tasks.model)
 
     def matrix(populations, tests, key):
         state, rows = method.init(tasks.model.init(key)), []
         for population in populations:
             state, _ = run(state, population, key)
-            if end_task is not None:
-                state = end_task(state, population.cohort(sampler(key, state.round)), key)
+            state = end_task(state, population.cohort(sampler(key, state.round)), key)
             rows.append([evaluate(metric_fn, method.params(state), test)["accuracy"] for test in tests])
         return jnp.asarray(rows)
 

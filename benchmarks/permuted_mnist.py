@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import _measure
-from fedjax_core import Plan, client_mesh, continue_rounds, place, replicated, samplers, shardings
+from fedjax_core import Plan, client_mesh, continue_rounds, place, replicated, run_events, samplers, shardings
 from pipelines.common import processes
 from pipelines.common.progress import duration, plain
 from pipelines.studies import continual
@@ -112,9 +113,10 @@ def predict(config: Continual, rounds: int) -> None:
             state, _ = jax.block_until_ready(run(state, population, key))
             seconds.append(time.perf_counter() - begin)
         end = 0.0
-        if hasattr(method, "end_task"):
+        if method.events_at("task"):
             event = jax.device_put((state, population.cohort(sampler(key, 0)), key), jax.devices()[0])
-            end_task = jax.jit(continual.build(config, name, tasks).events["end_task"].run).lower(*event).compile()
+            ending = partial(run_events, continual.build(config, name, tasks), "task")
+            end_task = jax.jit(ending).lower(*event).compile()
             begin = time.perf_counter()
             jax.block_until_ready(end_task(*event))
             end = time.perf_counter() - begin

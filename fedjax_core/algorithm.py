@@ -142,6 +142,11 @@ class Algorithm(_Functions):
         """The view that each client would use: "personal" where the method has it, else "global"."""
         return self.views.get("personal", self.views["global"])
 
+    def events_at(self, when: Phase) -> list[Event]:
+        """The events of that time, in their order."""
+        checks.one_of("when", when, get_args(Phase))
+        return [event for event in self.events.values() if event.when == when]
+
     def client_params(self, state: Any, ids: ArrayLike) -> Params:
         """The model that each of the clients `ids`, int[C], would use, leaves stacked to [C, ...].
 
@@ -171,8 +176,7 @@ def run_events(algorithm: Algorithm, when: Phase, state: Any, cohort: Cohort, ke
       cohort: the clients that are asked; most methods want all of them.
       key: randomness; the k-th event gets `fold_in(key, k)`, and one alone gets the key itself.
     """
-    checks.one_of("when", when, get_args(Phase))
-    due = [event for event in algorithm.events.values() if event.when == when]
+    due = algorithm.events_at(when)
     for number, event in enumerate(due):
         state = event.run(state, cohort, key if len(due) == 1 else jax.random.fold_in(key, number))
     return state

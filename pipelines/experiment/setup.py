@@ -448,7 +448,7 @@ def begun(algorithm: Algorithm, states: PyTree, population: Population, keys: Ke
 
 def begins_with_everybody(algorithm: Algorithm) -> bool:
     """Whether the method asks all clients for something before the first round."""
-    return any(event.when == "before" for event in algorithm.events.values())
+    return bool(algorithm.events_at("before"))
 
 
 def run_keys(key: Key) -> tuple[Key, Key]:

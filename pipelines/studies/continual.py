@@ -532,7 +532,7 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
             if done + length < end:
                 save(state)
                 stop_if_asked(done + length)
-        if any(event.when == "task" for event in trainer.method.events.values()):
+        if trainer.method.events_at("task"):
             state = trainer.end_task(state, population, run_key, jax.random.fold_in(end_key, t))
         accuracy = np.vstack([accuracy, trainer.scores(state, tasks)])
         save(state)
