@@ -226,7 +226,10 @@ PARTS = {
     "sign_flip": parts.sign_flip(MALICIOUS),
     "alie": parts.alie(MALICIOUS),
     "inner_product_manipulation": parts.inner_product_manipulation(MALICIOUS),
+    "rank_reversal": parts.rank_reversal(MALICIOUS),
 }
+RANKED = {"rank_reversal"}
+"""Parts of methods whose clients upload rankings; FedAvg with them is refused."""
 
 
 def test_every_part_is_checked():
@@ -235,14 +238,16 @@ def test_every_part_is_checked():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
-def test_fedavg_with_a_part_is_a_method(name):
+def test_a_method_with_a_part_is_a_method(name):
     """Plans, meshes, staging, seeds under vmap, resuming: all that methods promise (`fedjax_core.testing`)."""
 
-    def make(*, lr=0.1, **settings):
-        method = algorithms.fedavg(PROBLEM.loss_fn, optax.sgd(lr), batch_size=4, **settings)
+    factory, rate = (algorithms.frl, 5.0) if name in RANKED else (algorithms.fedavg, 0.1)
+
+    def make(*, lr=rate, **settings):
+        method = factory(PROBLEM.loss_fn, optax.sgd(lr), batch_size=4, **settings)
         return with_part(method, PARTS[name], like=PROBLEM.population)
 
-    testing.check_algorithm(make, PROBLEM, floats={"lr": 0.1})
+    testing.check_algorithm(make, PROBLEM, floats={"lr": rate})
 
 
 def test_a_part_is_a_part():
