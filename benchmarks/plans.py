@@ -28,13 +28,13 @@ from models import losses
 BATCH = 20
 
 
-def make_model(name: str, native: bool = False):
+def make_model(name: str):
     shape = (28, 28, 1)
     if name == "logistic":
         return models.logistic_regression(shape, 10)
     if name == "mlp":
         return models.mlp(shape, 10)
-    return models.cnn(shape, 10, convolution="native" if native else "auto")
+    return models.cnn(shape, 10)
 
 
 def make_population(num_clients: int = 10) -> Population:
@@ -89,7 +89,7 @@ def measure(name: str, repeats: int, lanes: list[int]) -> dict:
     population = make_population()
     ids = np.arange(population.num_clients)
     contenders, report = {}, {}
-    loop = python_loop(make_model(name, native=True), population, 0.05)
+    loop = python_loop(make_model(name), population, 0.05)
     compile_s, _ = _measure.first_call(loop, params)
     contenders["python loop"] = partial(loop, params)
     report["python loop"] = {"first_call_s": compile_s}

@@ -168,13 +168,13 @@ def _times(value: Array, weight: Array) -> Array:
             f"elementwise_mean() has weights of shape {list(shape)} for values of shape {list(value.shape)}: give a "
             "weight for each entry along the leading axes of the values"
         )
-    across = jnp.reshape(weight, (*shape, *[1] * (value.ndim - len(shape)))).astype(value.dtype)
+    across = sums.across(jnp.asarray(weight), value).astype(value.dtype)
     return jnp.where(across != 0, across * value, 0)
 
 
 def _over(total: Array, weight: Array) -> Array:
     """Total over weight along the leading axes; 0 where the weight is 0."""
-    across = weight.reshape(*weight.shape, *[1] * (total.ndim - weight.ndim)).astype(total.dtype)
+    across = sums.across(weight, total).astype(total.dtype)
     return jnp.where(across > 0, total / jnp.where(across > 0, across, 1), 0)
 
 

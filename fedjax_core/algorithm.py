@@ -159,9 +159,7 @@ class Algorithm(_Functions):
         ids, view = _checked_ids(ids, state), self.personal
         shared, table = view.shared(state), view.rows(state)
         if table is None:
-            return jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf, (ids.shape[0], *jnp.shape(leaf))), view.model(shared, ())
-            )
+            return global_client_params(view.model(shared, ()), ids)
         rows = jax.tree.map(lambda leaf: leaf[ids], table.rows)
         return jax.vmap(lambda row: view.model(shared, row))(rows)
 

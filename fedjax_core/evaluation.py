@@ -359,7 +359,7 @@ def _evaluate_each(
     )
 
     def of_participants(leaf: Array) -> Array:
-        return jnp.where(cohort.mask.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.nan)
+        return jnp.where(sums.across(cohort.mask, leaf), leaf, jnp.nan)
 
     return jax.tree.map(of_participants, results.outputs)
 
@@ -452,14 +452,14 @@ def _summand(leaf: PyTree, mask: Array | None = None) -> Weighted:
     weight = jnp.where(weight >= 0, weight, jnp.nan)
     if mask is not None:
         weight = jnp.where(mask, weight, 0)
-    across = weight.reshape(-1, *[1] * (value.ndim - 1)).astype(value.dtype)
+    across = sums.across(weight, value).astype(value.dtype)
     # where and not a product: what does not count may be NaN.
     return Weighted(jnp.where(across != 0, across * value, 0), weight)
 
 
 def _ratio(total: Array, weight: Array, leaf: PyTree) -> Array:
     """Total over weight, NaN where the weight is 0, in the dtype of the mean of `leaf`."""
-    weight = weight.reshape(*weight.shape, *[1] * (total.ndim - weight.ndim)).astype(total.dtype)
+    weight = sums.across(weight, total).astype(total.dtype)
     mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
     return mean.astype(sums.mean_dtype((leaf.value if is_weighted(leaf) else leaf).dtype))
 

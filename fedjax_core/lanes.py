@@ -251,7 +251,7 @@ def _iterate_without_queue(device: _Device, state: _State) -> _State:
     done = _is_done(lanes)
 
     def where_done(new: Array, old: Array) -> Array:
-        return jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return jnp.where(sums.across(done, new), new, old)
 
     summand, output, loss = jax.vmap(partial(_end, device))(lanes)
     summand = jax.tree.map(lambda s: where_done(s, jnp.zeros_like(s)), summand)

@@ -17,10 +17,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as extend
 import jax.numpy as jnp
 
-from fedjax_core import checks, execution, keys, sizes, sums
+from fedjax_core import checks, execution, keys, sizes, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
 from fedjax_core.algorithm import Algorithm, Event, separate
 from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of
@@ -133,9 +132,8 @@ class Pass(NamedTuple):
             if isinstance(inner, Stacked):
                 return inner.finish(uploads, weights)
 
-            def total(leaf: Array) -> Array:
-                taking = mask.reshape(-1, *[1] * (leaf.ndim - 1))
-                return sums.in_order(jnp.where(taking, leaf, 0))  # the same to the bit where nothing was changed
+            def total(leaf: Array) -> Array:  # the same to the bit where nothing was changed
+                return sums.in_order(jnp.where(sums.across(mask, leaf), leaf, 0))
 
             return inner.finish(jax.tree.map(total, jax.vmap(inner.lift)(uploads, weights)))
 
@@ -260,10 +258,10 @@ class _Route:
         self._part, self._states, self._key = part, states, key
         self._new: list[Any] = []
         self._infos: list[Any] = []
-        self._trace = _trace()
+        self._trace = tasks.current_trace()
 
     def __call__(self, asked: Pass) -> ClientResults:
-        if self._trace is None or self._trace != _trace():
+        if self._trace is None or self._trace != tasks.current_trace():
             raise TypeError(_COMPILED.format(self._part.name))
         if not jax.tree.leaves(asked.upload()):
             return asked.run()
@@ -298,11 +296,6 @@ _TAG = 2**30
 """Apart from what clients and methods fold into the key of a round."""
 
 
-def _trace() -> Any:
-    """What tells one trace from another, and from no trace."""
-    return extend.get_opaque_trace_state(convention="flax")
-
-
 def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation, name: str) -> list[PyTree]:
     """What a client uploads in each pass of a round that uploads something, as shapes and dtypes."""
     found: list[PyTree] = []
@@ -310,7 +303,7 @@ def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation
     begun: list[Any] = []
 
     def record(asked: Pass) -> ClientResults:
-        if _trace() != begun[0]:
+        if tasks.current_trace() != begun[0]:
             raise TypeError(_COMPILED.format(name))
         upload = asked.upload()
         if jax.tree.leaves(upload):
@@ -318,7 +311,7 @@ def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation
         return asked.run()
 
     def round(state: Any, population: Population, key: Key) -> Any:
-        begun.append(_trace())
+        begun.append(tasks.current_trace())
         return algorithm.round(state, through(population.cohort(jnp.arange(1)), record), key)
 
     # Of the examples one row is enough to know their shapes.

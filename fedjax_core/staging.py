@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from fedjax_core import checks
+from fedjax_core import checks, sums
 from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state, first_state
 from fedjax_core.clients import join_tables, split_tables
 from fedjax_core.keys import derive, split, typed
@@ -698,8 +698,7 @@ def _round(algorithm: Algorithm, batched: bool) -> Callable[..., Any]:
             return device, None, info
 
         def newest(row: Array, newer: Array) -> Array:
-            found = (before >= 0).reshape(-1, *[1] * (row.ndim - 1))
-            return jnp.where(found, newer[jnp.maximum(before, 0)], row)
+            return jnp.where(sums.across(before >= 0, row), newer[jnp.maximum(before, 0)], row)
 
         state, info = algorithm.round(join_tables(device, jax.tree.map(newest, tables, changed)), cohort, key)
         return *split_tables(state), info

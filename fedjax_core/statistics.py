@@ -371,9 +371,7 @@ def _beside(inner: Aggregator | Stacked) -> Aggregator | Stacked:
     if isinstance(inner, Stacked):
 
         def finish(uploads: PyTree, weights: Array) -> tuple[PyTree, PyTree]:
-            total = jnp.sum(weights)
-            share = weights / jnp.where(total > 0, total, 1)
-            moved = sums.cast_like(sums.weighted(share, uploads[1]), uploads[1])
+            moved = sums.cast_like(sums.weighted(sums.shares(weights), uploads[1]), uploads[1])
             return inner.finish(uploads[0], weights), moved
 
         return Stacked(finish)

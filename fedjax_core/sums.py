@@ -66,13 +66,23 @@ def in_order(rows: Array) -> Array:
     return value(jax.lax.scan(lambda so_far, row: (add(so_far, row), None), first, rows)[0])
 
 
+def across(values: Array, leaf: Array) -> Array:
+    """Values [C], or of several axes, with axes behind on which they go with a leaf [C, ...] entry by entry."""
+    return values.reshape(*values.shape, *[1] * (leaf.ndim - values.ndim))
+
+
+def shares(weights: Array) -> Array:
+    """Weights over their sum, float[C]; zeros if it is 0."""
+    total = jnp.sum(weights)
+    return weights / jnp.where(total > 0, total, 1)
+
+
 def weighted(weights: Array, rows: PyTree) -> PyTree:
     """sum_i weights[i] rows[i], in the dtype to sum in: leaves [C, ...] become [...]; weights float[C]."""
 
     def one(leaf: Array) -> Array:
         leaf = widen(leaf)
-        scaled = weights.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)) * leaf
-        return total(scaled)
+        return total(across(weights.astype(leaf.dtype), leaf) * leaf)
 
     return jax.tree.map(one, rows)
 

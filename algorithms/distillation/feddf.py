@@ -168,9 +168,8 @@ def feddf(
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), gradient)
         results = clients.run(program, state.params, cohort, key, aggregator=fc.stacked())
-        total = jnp.sum(results.weights)
-        shares = results.weights / jnp.where(total > 0, total, 1)
-        average = fc.add_scaled(state.params, 1.0, fc.sums.weighted(shares, results.aggregate))
+        mean = fc.sums.weighted(fc.sums.shares(results.weights), results.aggregate)
+        average = fc.add_scaled(state.params, 1.0, mean)
         teachers = _Teachers(state.params, results.aggregate, cohort.mask)
         x, metrics = taught(average, teachers, cohort.public, jax.random.fold_in(key, _SERVER))
         return state._replace(params=x), results, metrics
@@ -195,8 +194,7 @@ class _Teachers(NamedTuple):
 
     def mean(self, values: fc.Array) -> fc.Array:
         """[...], the mean of [C, ...] over those that take part."""
-        taking = self.taking.reshape(-1, *[1] * (values.ndim - 1))
-        total = fc.sums.total(jnp.where(taking, values, 0))
+        total = fc.sums.total(jnp.where(fc.sums.across(self.taking, values), values, 0))
         return (total / jnp.maximum(jnp.sum(self.taking), 1)).astype(values.dtype)
 
 

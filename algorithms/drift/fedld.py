@@ -96,8 +96,7 @@ def fedld(
 
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
         def rebuilt(updates: fc.Params, weights: fc.Array) -> fc.Params:
-            total = jnp.sum(weights)
-            plain = fc.sums.weighted(weights / jnp.where(total > 0, total, 1), updates)
+            plain = fc.sums.weighted(fc.sums.shares(weights), updates)
             return optax.tree.where(state.round == 0, plain, principal_mean(updates, weights, kept))
 
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
@@ -125,8 +124,7 @@ def principal_mean(updates: fc.Params, weights: fc.Array, kept: fc.Scalar) -> fc
     """
     leaves, treedef = jax.tree.flatten(updates)
     dtype = jnp.result_type(jnp.float32, *leaves)
-    total = jnp.sum(weights)
-    p = (weights / jnp.where(total > 0, total, 1)).astype(dtype)
+    p = fc.sums.shares(weights).astype(dtype)
     root = jnp.sqrt(p)
     rows = [jnp.where(p[:, None] > 0, leaf.reshape(leaf.shape[0], -1), 0).astype(dtype) for leaf in leaves]
     gram = jnp.stack([jnp.matmul(g, g.T, precision=jax.lax.Precision.HIGHEST) for g in rows])

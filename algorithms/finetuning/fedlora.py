@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import fedjax_core as fc
 
@@ -100,25 +99,18 @@ def fedlora(
         of_rank = fc.num_bytes([leaf for leaf in jax.tree.leaves(x, is_leaf=_is_part) if _is_part(leaf)])
         return fc.Message(x, fc.num_bytes(x) - of_rank + of_rank / _largest_rank(x) * rank)
 
+    def direction(y: fc.Params, batch: fc.Batch, x: fc.Params, rank: fc.Array):
+        cut, backward = jax.vjp(lambda y: in_loss(y, rank), y)
+        loss, g = gradient(cut, batch)
+        return loss, backward(g)[0]
+
+    def upload(done: fc.Descent, x: fc.Params):
+        return (sent(_cut(done.params, done.own), done.own), done.own), ()
+
     def update(state: FedLoRAState, cohort: fc.Cohort, key: fc.Key):
-        optimizer = fc.optimizer_at(client_optimizer, state.round)
-
-        def client_init(x, rank, key):
-            y = received(x, rank)
-            return y, optimizer.init(y), rank
-
-        def client_step(x, now, batch):
-            y, opt_state, rank = now
-            (loss, g) = gradient_of_cut(y, batch, rank)
-            u, opt_state = optimizer.update(g, opt_state, y)
-            return (optax.apply_updates(y, _cut(u, rank)), opt_state, rank), loss
-
-        def gradient_of_cut(y, batch, rank):
-            cut, backward = jax.vjp(lambda y: in_loss(y, rank), y)
-            loss, g = gradient(cut, batch)
-            return loss, backward(g)[0]
-
-        program = fc.ClientProgram(client_init, client_step, lambda x, done: ((sent(done[0], done[2]), done[2]), ()))
+        program = fc.local_descent(
+            fc.optimizer_at(client_optimizer, state.round), direction, start=received, upload=upload
+        )
         ranks = fc.gather(state.ranks, cohort)
         results = clients.run(
             program,

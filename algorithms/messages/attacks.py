@@ -76,25 +76,17 @@ def rank_reversal(malicious: Any) -> Part:
     Resist Poisoning Attacks", 2023.
     """
 
-    def around(state: Any, asked: Pass, key: fc.Key) -> Any:
-        bad = asked.cohort.per_client("malicious", jnp.asarray(malicious, bool)) & asked.cohort.mask
+    def attacked(votes: fc.Array, bad: fc.Array, honest: fc.Array) -> fc.Array:
+        if not jnp.issubdtype(votes.dtype, jnp.integer):
+            raise TypeError(
+                f"rank_reversal reverses rankings, and what this method's clients upload is {votes.dtype}: take a "
+                "method whose clients rank, such as frl"
+            )
+        places = jnp.where(bad[:, None], jax.vmap(rankings.reputation)(votes), 0)
+        reverse = rankings.ranking(~jnp.sum(places, axis=0))  # the complement falls where the sum rises
+        return jnp.where(bad[:, None] & (votes >= 0), reverse, votes)
 
-        def attacked(votes: fc.Array) -> fc.Array:
-            if not jnp.issubdtype(votes.dtype, jnp.integer):
-                raise TypeError(
-                    f"rank_reversal reverses rankings, and what this method's clients upload is {votes.dtype}: take a "
-                    "method whose clients rank, such as frl"
-                )
-            places = jnp.where(bad[:, None], jax.vmap(rankings.reputation)(votes), 0)
-            reverse = rankings.ranking(~jnp.sum(places, axis=0))  # the complement falls where the sum rises
-            return jnp.where(bad[:, None] & (votes >= 0), reverse, votes)
-
-        def change(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
-            return jax.tree.map(attacked, uploads)
-
-        return asked.changed(change).run(), (), jnp.sum(bad, dtype=jnp.int32)
-
-    return Part(around, name="rank_reversal")
+    return _by_malicious("rank_reversal", malicious, attacked)
 
 
 def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
@@ -103,28 +95,30 @@ def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
     own [C, ...] are all uploads, mean and sd [...] those of the honest ones (with n - f - 1), n counts participants and
     f the malicious ones among them; what is returned is [...] or [C, ...].
     """
-    nobody = fc.checks.is_concrete(malicious) and not np.any(malicious)
+
+    if fc.checks.is_concrete(malicious) and not np.any(malicious):  # uploads need not be stacked
+        return Part(lambda state, asked, key: (asked.run(), (), jnp.int32(0)), name=name)
+
+    def attacked(leaf: fc.Array, bad: fc.Array, honest: fc.Array) -> fc.Array:
+        count, mask, wide = jnp.sum(honest), fc.sums.across(honest, leaf), fc.sums.widen(leaf)
+        mean = fc.sums.total(jnp.where(mask, wide, 0)) / jnp.maximum(count, 1)
+        squares = fc.sums.total(jnp.where(mask, jnp.square(wide - mean), 0))
+        sd = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+        other = sent(wide, mean, sd, jnp.sum(honest | bad), jnp.sum(bad))
+        return jnp.where(fc.sums.across(bad, leaf), other.astype(leaf.dtype), leaf)
+
+    return _by_malicious(name, malicious, attacked)
+
+
+def _by_malicious(name: str, malicious: Any, attacked: Callable[..., fc.Array]) -> Part:
+    """`attacked(leaf, bad, honest)` in the place of each leaf of the uploads, [C, ...]; bad and honest are bool[C]."""
 
     def around(state: Any, asked: Pass, key: fc.Key) -> Any:
-        if nobody:  # uploads need not be stacked
-            return asked.run(), (), jnp.int32(0)
         bad = asked.cohort.per_client("malicious", jnp.asarray(malicious, bool)) & asked.cohort.mask
         honest = asked.cohort.mask & ~bad
 
         def change(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
-            count = jnp.sum(honest)
-
-            def attacked(leaf: fc.Array) -> fc.Array:
-                rows = [-1, *[1] * (leaf.ndim - 1)]
-                mask = honest.reshape(rows)
-                wide = fc.sums.widen(leaf)
-                mean = fc.sums.total(jnp.where(mask, wide, 0)) / jnp.maximum(count, 1)
-                squares = fc.sums.total(jnp.where(mask, jnp.square(wide - mean), 0))
-                sd = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
-                other = sent(wide, mean, sd, jnp.sum(asked.cohort.mask), jnp.sum(bad))
-                return jnp.where(bad.reshape(rows), other.astype(leaf.dtype), leaf)
-
-            return jax.tree.map(attacked, uploads)
+            return jax.tree.map(lambda leaf: attacked(leaf, bad, honest), uploads)
 
         return asked.changed(change).run(), (), jnp.sum(bad, dtype=jnp.int32)
 

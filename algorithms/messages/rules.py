@@ -54,7 +54,7 @@ def trimmed_mean(malicious: int) -> Part:
 
         def one(leaf: fc.Array) -> fc.Array:
             ordered = _ordered(leaf, weights > 0)
-            rank = jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+            rank = fc.sums.across(jnp.arange(leaf.shape[0]), leaf)
             kept = (rank >= dropped) & (rank < n - dropped)
             total = fc.sums.total(jnp.where(kept, ordered, 0))
             return (total / jnp.maximum(n - 2 * dropped, 1)).astype(leaf.dtype)
@@ -138,8 +138,7 @@ def _rule(name: str, rule: Callable[[fc.PyTree, fc.Array], fc.PyTree]) -> Part:
 def _ordered(leaf: fc.Array, taking: fc.Array) -> fc.Array:
     """Sorted over the slots, those that take no part at the end."""
     wide = fc.sums.widen(leaf)
-    mask = taking.reshape(-1, *[1] * (leaf.ndim - 1))
-    return jnp.sort(jnp.where(mask, wide, jnp.inf), axis=0)
+    return jnp.sort(jnp.where(fc.sums.across(taking, leaf), wide, jnp.inf), axis=0)
 
 
 def _check_count(malicious: int) -> None:

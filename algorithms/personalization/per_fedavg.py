@@ -8,6 +8,7 @@ import optax
 
 import fedjax_core as fc
 from algorithms.parts import personal as parts
+from algorithms.parts.averaging import averaging
 
 
 def per_fedavg(
@@ -53,8 +54,6 @@ def per_fedavg(
     fc.checks.scalar("inner_lr", inner_lr, low=0)
     fc.checks.one_of("form", form, ("FO", "HF"))
     fc.checks.positive_int("adapt_steps", adapt_steps, "a client predicts after at least one step")
-    fc.checks.scalar("server_lr", server_lr, low=0)
-    clients = fc.local_training(**local)
     gradient = fc.value_and_grad(loss_fn)
 
     def direction(y, batch, x, own):
@@ -66,13 +65,9 @@ def per_fedavg(
             d = fc.add_scaled(d, -inner_lr, curved)
         return loss, d
 
-    def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
-        program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), direction)
-        results = clients.run(program, state.params, cohort, key)
-        return state._replace(params=fc.add_scaled(state.params, server_lr, results.aggregate)), results
-
-    adapting = clients.work._replace(num_epochs=None, num_steps=adapt_steps)
-    return fc.federated(fc.ModelState, update, views={"personal": parts.tuned(loss_fn, optax.sgd(inner_lr), adapting)})
+    adapting = fc.local_training(**local).work._replace(num_epochs=None, num_steps=adapt_steps)
+    views = {"personal": parts.tuned(loss_fn, optax.sgd(inner_lr), adapting)}
+    return averaging(direction, client_optimizer, server_lr=server_lr, **local)._replace(views=views)
 
 
 def parts_of(batch: fc.Batch, count: int) -> list[fc.Batch]:

@@ -304,7 +304,7 @@ def fzoos(
             )
         )
         memories, nu_i, values = jax.tree.map(
-            lambda first, later: jnp.where(new.reshape(-1, *[1] * (first.ndim - 1)), first, later),
+            lambda first, later: jnp.where(fc.sums.across(new, first), first, later),
             looked.outputs,
             surveyed.outputs,
         )

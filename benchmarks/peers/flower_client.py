@@ -36,13 +36,6 @@ def train(message: Message, context: Context) -> Message:
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     workload = task.workload
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=workload.learning_rate)
-    for _ in range(workload.num_epochs):
-        if task.shuffled:
-            order = torch.randperm(len(y), device=x.device)
-            x, y = x[order], y[order]
-        for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
-            optimizer.zero_grad()
-            torch_models.loss(model, batch_x, batch_y).backward()
-            optimizer.step()
+    torch_models.train(model, optimizer, x, y, workload, task.shuffled)
     reply = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(y)})}
     return Message(content=RecordDict(reply), reply_to=message)

@@ -1,6 +1,7 @@
 """What one writes without a framework: a loop over clients and batches in PyTorch, all threads."""
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,6 +22,21 @@ def run(task: Task, recorder: Recorder) -> None:
     torch.manual_seed(0)
     recorder.ready(device.type, {"torch": torch.__version__})
 
+    def train(x: torch.Tensor, y: torch.Tensor) -> None:
+        torch_models.train(model, optimizer, x, y, workload, task.shuffled)
+
+    rounds(task, recorder, model, clients, train)
+
+
+def rounds(
+    task: Task,
+    recorder: Recorder,
+    model: torch.nn.Module,
+    clients: list[tuple[torch.Tensor, torch.Tensor]],
+    train: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Federated averaging: `train(x, y)` trains the model on the examples of one client, where it is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     for ids in task.cohorts:
         start = [p.detach().clone() for p in trained]
         total = [torch.zeros_like(p) for p in start]
@@ -28,20 +44,12 @@ def run(task: Task, recorder: Recorder) -> None:
         for i, weight in zip(ids, weights / weights.sum(), strict=True):
             with torch.no_grad():
                 torch._foreach_copy_(trained, start)
-            for _ in range(workload.num_epochs):
-                x, y = clients[i]
-                if task.shuffled:
-                    order = torch.randperm(len(y), device=device)
-                    x, y = x[order], y[order]
-                for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
-                    optimizer.zero_grad()
-                    torch_models.loss(model, batch_x, batch_y).backward()
-                    optimizer.step()
+            train(*clients[i])
             with torch.no_grad():
                 torch._foreach_add_(total, trained, alpha=float(weight))
         with torch.no_grad():
             torch._foreach_copy_(trained, total)
-        if device.type == "cuda":
+        if trained[0].is_cuda:
             torch.cuda.synchronize()
         if not recorder.round_done(lambda: torch_models.unload(model, task.parameters)):
             break

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers import torch_models, workloads
+from benchmarks.peers.peer_torch import rounds
 from benchmarks.peers.worker import Recorder, Task
 
 
@@ -61,22 +62,10 @@ def run(task: Task, recorder: Recorder) -> None:
     torch.cuda.synchronize()
     recorder.ready(device.type, {"torch": torch.__version__})
 
-    for ids in task.cohorts:
-        start = [p.detach().clone() for p in trained]
-        total = [torch.zeros_like(p) for p in start]
-        weights = np.array([len(clients[i][1]) for i in ids])
-        for i, weight in zip(ids, weights / weights.sum(), strict=True):
-            with torch.no_grad():
-                torch._foreach_copy_(trained, start)
-            x, y = clients[i]
-            for _ in range(workload.num_epochs):
-                make = torch.randperm if task.shuffled else torch.arange
-                for rows in make(len(y), device=device).split(workload.batch_size):
-                    steps[len(rows)](x, y, rows)
-            with torch.no_grad():
-                torch._foreach_add_(total, trained, alpha=float(weight))
-        with torch.no_grad():
-            torch._foreach_copy_(trained, total)
-        torch.cuda.synchronize()
-        if not recorder.round_done(lambda: torch_models.unload(model, task.parameters)):
-            break
+    def train(x: torch.Tensor, y: torch.Tensor) -> None:
+        for _ in range(workload.num_epochs):
+            make = torch.randperm if task.shuffled else torch.arange
+            for rows in make(len(y), device=device).split(workload.batch_size):
+                steps[len(rows)](x, y, rows)
+
+    rounds(task, recorder, model, clients, train)

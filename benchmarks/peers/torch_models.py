@@ -161,6 +161,25 @@ def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    workload: Workload,
+    shuffled: bool,
+) -> None:
+    """The local epochs of a client, on the model as it is."""
+    for _ in range(workload.num_epochs):
+        if shuffled:
+            order = torch.randperm(len(y), device=x.device)
+            x, y = x[order], y[order]
+        for batch_x, batch_y in zip(x.split(workload.batch_size), y.split(workload.batch_size), strict=True):
+            optimizer.zero_grad()
+            loss(model, batch_x, batch_y).backward()
+            optimizer.step()
+
+
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on the device, set up for its fastest single precision.
 
