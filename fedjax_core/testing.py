@@ -552,10 +552,12 @@ class Subject:
                 "a ClientTable of the state, or None",
             )
         rows = jax.eval_shape(self.algorithm.client_params, self.state, jnp.array([2, 0, 5]))
-        _require(
-            all(leaf.shape[:1] == (3,) for leaf in jax.tree.leaves(rows)),
-            "client_params(state, ids) is not one model for each of three ids: return the model of one client from the "
-            "view's model(shared, row)",
+        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), self.params)
+        _same_shapes(
+            rows,
+            expected,
+            "client_params(state, ids) is not one model for each of three ids, stacked",
+            "return the model of one client from the view's model(shared, row)",
         )
 
     def a_state_can_be_donated(self) -> None:
