@@ -278,7 +278,7 @@ _INIT = 2**31 - 1
 
 def first_state(algorithm: Algorithm, params: Params, key: Key) -> Any:
     """The state from which a simulation with this key begins."""
-    params = checks.params(params)  # before the key: they may be in each other's place
+    params = checks.model(params)  # before the key: they may be in each other's place
     return checked_init(algorithm.init)(params, keys.derive(keys.one(key), jnp.int32(_INIT)))
 
 

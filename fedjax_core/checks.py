@@ -272,6 +272,17 @@ def params(params: Params, name: str = "params") -> Params:
     return arrays
 
 
+def model(variables: PyTree) -> PyTree:
+    """What a simulation begins with: parameters, or `Variables` if the method knows what becomes of statistics.
+
+    Raises:
+      TypeError, ValueError: as `params`; whether there may be statistics is for the method to say.
+    """
+    if isinstance(variables, Variables):
+        return variables._replace(params=params(variables.params))
+    return params(variables)
+
+
 def all_finite(tree: PyTree) -> bool:
     """Whether no float that can be looked at is NaN or infinite: one number a leaf comes from the device."""
     with jax.ensure_compile_time_eval():  # also where a function that is compiled has closed over the arrays

@@ -194,7 +194,7 @@ def simulate_staged(
 
     def run(params: Params, population: HostPopulation, key: Key) -> tuple[PyTree, Metrics]:
         key = _one_or_row(key)
-        params = checks.params(params)
+        params = checks.model(params)
         if not key.ndim:
             return run_rounds(first_state(algorithm, params, key), population, key)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:

@@ -253,11 +253,15 @@ def test_any_method_that_takes_gradients_carries_statistics(name, population, be
         assert np.any(old != new)
 
 
-def test_seeds_under_vmap(population, begun):
-    method = fedavg("average")
-    run = fc.simulate(method, fc.samplers.uniform(len(SIZES), 3), 2)
+def test_seeds_of_a_simulation_under_vmap_and_staged(population, begun):
+    method, sampler = fedavg("average"), fc.samplers.uniform(len(SIZES), 3)
+    run = fc.simulate(method, sampler, 2)
     keys = jax.random.split(jax.random.key(1), 2)
     together, _ = jax.jit(jax.vmap(run, (None, None, 0)))(begun, population, keys)
+    begins = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), begun)
+    host = fc.HostPopulation.from_flat(jax.tree.map(np.asarray, population.examples), np.asarray(population.offsets))
+    staged, _ = fc.simulate_staged(method, sampler, 2)(begins, host, keys)
+    same(staged, together)
     for seed in range(2):
         alone, _ = jax.jit(run)(begun, population, keys[seed])
         same(jax.tree.map(lambda leaf, s=seed: leaf[s], together), alone)
