@@ -20,6 +20,7 @@ from algorithms.drift.scaffold import scaffold
 from algorithms.exploration.autoflip import autoflip
 from algorithms.exploration.fedlex import fedlex
 from algorithms.finetuning.fedlora import fedlora
+from algorithms.finetuning.sfprompt import sfprompt
 from algorithms.participation.anarchic import afa_cd, afa_cs
 from algorithms.participation.fedamd import fedamd
 from algorithms.participation.fedau import fedau, fedavg_ipw
@@ -102,4 +103,5 @@ __all__ = [
     "scaffold_m",
     "scaffold_m_vr",
     "scaffold_zo",
+    "sfprompt",
 ]

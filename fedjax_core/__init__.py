@@ -71,6 +71,8 @@ from fedjax_core.facts import (
     Need,
     NumClients,
     PublicFn,
+    Split,
+    SplitModel,
     needs,
 )
 from fedjax_core.gradients import (
@@ -167,6 +169,8 @@ __all__ = [
     "PyTree",
     "Sampler",
     "Scalar",
+    "Split",
+    "SplitModel",
     "Stacked",
     "StatisticsState",
     "Stream",

@@ -18,17 +18,39 @@ class Need(NamedTuple):
     """Marks an argument of a factory as something that its caller has to bring.
 
     Attributes:
-      what: "loss", "adapter loss", "client optimizer", "num_clients", "features", "logits", "inputs", "layers",
-        "public" or "personal"; a factory of one's own may name others.
+      what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "features", "logits", "inputs",
+        "layers", "public" or "personal"; a factory of one's own may name others.
     """
 
     what: str
+
+
+class Split(NamedTuple):
+    """A model in three pieces, of which clients have the first and the last, and a server the one between.
+
+    What is trained, y, is in head and tail. The frozen parameters are `public`, the public data of the population. What
+    stands at the cuts is a pytree with leaves [B, ...]; the tail takes what the head gives as well as what the body
+    gives. A key means training, the same for all pieces of a step; None means evaluation.
+
+    Attributes:
+      head: `head(y, public, examples, key) -> s`, on the client.
+      body: `body(public, s, key) -> r`, on the server.
+      tail: `tail(y, public, r, key) -> outputs [B, ...]`, on the client.
+      loss: `loss(outputs, examples) -> float[B]`, of each example alone.
+    """
+
+    head: Callable[[Params, Any, Examples, Key | None], Any]
+    body: Callable[[Any, Any, Key | None], Any]
+    tail: Callable[[Params, Any, Any, Key | None], Array]
+    loss: Callable[[Array, Examples], Array]
 
 
 NumClients = Annotated[int, Need("num_clients")]
 """The size of the population, N."""
 AdapterLossFn = Annotated[Callable[..., Array], Need("adapter loss")]
 """A loss of low-rank parts {"A": [in, r], "B": [r, out]} and of other leaves, of a model that is frozen."""
+SplitModel = Annotated[Split, Need("split")]
+"""A model in the pieces that clients and server have of it."""
 FeatureFn = Annotated[Callable[[Params, Examples, Key], Array], Need("features")]
 """`features(params, batch, key) -> float[B, ...]`, the representation of each example."""
 LogitsFn = Annotated[Callable[[Params, Examples, Key], Array], Need("logits")]

@@ -8,6 +8,7 @@ from models.cnn import cnn
 from models.dense import logistic_regression, mlp
 from models.lstm import char_lstm
 from models.resnet import resnet18_gn
+from models.splitting import split
 from models.tasks import task
 from models.transformer import transformer
 
@@ -34,6 +35,7 @@ __all__ = [
     "num_parameters",
     "pretrained",
     "resnet18_gn",
+    "split",
     "task",
     "transformer",
 ]

@@ -12,6 +12,7 @@ from functools import cache
 import chex
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -19,7 +20,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import needs, testing
+from fedjax_core import Split, needs, testing
 from tests.problems import (
     assert_trees_equal,
     softmax_features,
@@ -51,6 +52,7 @@ SETTINGS = {
         **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30, "feature_lengthscale": 1.0},
         **{"radius": 0.5, "noise": 1e-2, "ridge": 1e-2},
     },
+    "sfprompt": {"self_epochs": 1},  # the plain loop is slow
 }
 
 # In stored order the second round of fzoos solves what single precision cannot.
@@ -78,16 +80,29 @@ def merged(adapter):
 def params_of(name):
     """Where a method starts."""
     params = softmax_params()
+    if "split" in needs(getattr(algorithms, name)).values():
+        return {**params, "prompt": jnp.zeros(params["w"].shape[0], params["w"].dtype)}
     if "adapter loss" not in needs(getattr(algorithms, name)).values():
         return params
     A = jax.random.normal(jax.random.key(5), (params["w"].shape[0], 2), params["w"].dtype)
     return {"w": {"A": A, "B": A.T @ params["w"]}, "b": params["b"]}
 
 
+def cut():
+    """A model in three pieces around what the softmax is of, the one between without parameters."""
+    return Split(
+        lambda y, public, examples, key: jnp.tanh(examples["x"] + y["prompt"]),
+        lambda public, s, key: s + jnp.square(s),
+        lambda y, public, r, key: r @ y["w"] + y["b"],
+        lambda logits, examples: optax.softmax_cross_entropy_with_integer_labels(logits, examples["y"]),
+    )
+
+
 # What factories ask for (`fedjax_core.needs`).
 BROUGHT = {
     "loss": softmax_loss,
     "adapter loss": lambda params, batch, key: softmax_loss(merged(params), batch, key),
+    "split": cut(),
     "num_clients": len(SIZES),
     "features": softmax_features,
     "logits": lambda params, batch, key: batch["x"] @ params["w"] + params["b"],
