@@ -231,14 +231,58 @@ def bytes_for_each(cohort: Cohort, tree: PyTree) -> Array:
 
 def upload_of(program: ClientProgram, shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
     """Shapes and dtypes of what a client uploads, the payloads of messages in their place."""
+    return _end_of(program, shared, client_inputs, key)[0]
 
-    def upload(shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
+
+def _end_of(program: ClientProgram, shared: PyTree, client_inputs: PyTree, key: Key) -> tuple[PyTree, PyTree]:
+    """Shapes and dtypes of what a client uploads and keeps, without its steps, which change neither."""
+
+    def end(shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
         own = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         with as_client(jnp.int32(0)):
             carry = execution.strip_weak_type(program.init(shared, own, key))
-            return execution.strip_weak_type(sizes.opened(program.final(shared, carry)[0]))
+            upload, output = program.final(shared, carry)
+        return execution.strip_weak_type((sizes.opened(upload), output))
 
-    return jax.eval_shape(upload, sizes.opened(shared), client_inputs, keys.one(key))
+    ends: tuple[PyTree, PyTree] = jax.eval_shape(end, sizes.opened(shared), client_inputs, keys.one(key))
+    return ends
+
+
+def without_steps(
+    program: ClientProgram,
+    shared: PyTree,
+    cohort: Cohort,
+    key: Key,
+    client_inputs: PyTree = (),
+    *,
+    work: LocalWork,
+    weights: Weights = "uniform",
+    aggregator: Aggregator | Stacked | None = None,
+    plan: Plan | None = None,
+) -> ClientResults:
+    """Zeros in the shapes and dtypes of what `for_each_client` returns, for whom wants no more (see `replaced`).
+
+    Steps cost by far the most to trace, and are not traced. Losses are of the default float type.
+    """
+    upload, output = _end_of(program, shared, client_inputs, key)
+    aggregator = aggregator or weighted_mean()
+    weight, nothing = client_weights(weights, cohort), _to_participants(cohort, 0)
+
+    def blank(shapes: PyTree, *slots: int) -> PyTree:
+        def one(leaf: Any) -> Array:  # there is no zero key
+            shape, is_key = (*slots, *leaf.shape), jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            return jnp.broadcast_to(keys.one(key), shape) if is_key else jnp.zeros(shape, leaf.dtype)
+
+        return jax.tree.map(one, shapes)
+
+    if isinstance(aggregator, Stacked):
+        aggregate = aggregator.finish(blank(upload, *weight.shape), weight)
+    else:
+        aggregate = aggregator.finish(aggregator.lift(blank(upload), weight[0]))
+    steps = jnp.zeros_like(cohort.ids)
+    return ClientResults(
+        aggregate, blank(output, *weight.shape), weight, nothing, steps, steps[0], bytes_up=nothing, bytes_down=nothing
+    )
 
 
 _REPLACEMENT: ContextVar[Callable[..., ClientResults] | None] = ContextVar("replacement", default=None)
@@ -256,6 +300,11 @@ def replaced(for_each_client: Callable[..., ClientResults] | None) -> Iterator[N
         yield
     finally:
         _REPLACEMENT.reset(token)
+
+
+def takes_steps() -> bool:
+    """Whether clients take steps in the passes that are traced, which they do not where only shapes are wanted."""
+    return _REPLACEMENT.get() is not without_steps
 
 
 _CLIENT: ContextVar[tuple[Array, list[bool], int | None] | None] = ContextVar("client", default=None)

@@ -37,48 +37,76 @@ _ALONG_ONE_AXIS = {"cumsum": "axis", "cumprod": "axis", "cummax": "axis", "cummi
 _looked_at: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def warn_of_mixed(loss_fn: Callable[..., Array], params: Params, examples: Examples, key: Key) -> None:
-    """Warns once of a loss that takes no mask and looks at the whole batch; what cannot be looked at passes.
+def losses_of(loss_fn: Callable[..., Array], params: Params, examples: Examples, key: Key, mask: Array) -> Any:
+    """What a loss returns, which should be float[B]; warns of one that takes no mask and looks at the whole batch.
+
+    A loss is looked at when it is first traced, and what was traced is what is computed then: it is not traced again to
+    be looked at. What cannot be looked at passes.
 
     Args:
-      loss_fn: `loss_fn(params, examples, key) -> float[B]`.
-      params: its arguments, or tracers; only shapes and dtypes are used.
+      loss_fn: `loss_fn(params, examples, key) -> float[B]`, with a mask if it takes one.
+      params: its arguments, or tracers.
       examples: leaves [B, ...].
       key: a key.
+      mask: bool[B].
     """
+    if not _is_due(loss_fn):
+        return masks.call(loss_fn, params, examples, key, mask=mask, name="loss_fn")
     try:
-        if loss_fn in _looked_at or masks.takes_mask(loss_fn):
-            return
-        _looked_at.add(loss_fn)
-    except TypeError:  # no hash or no weak reference
-        return
-    try:
-        found = mixes(loss_fn, params, examples, key)
-    except Exception:  # the loss itself is called next, and says better what is wrong
-        return
+        closed = _traced(loss_fn, params, examples, key)
+    except Exception:  # called as it is, it says what is wrong, or works on numbers alone
+        return masks.call(loss_fn, params, examples, key, mask=mask, name="loss_fn")
+    found = _mixed_by(closed, params, examples, key)
     if found:
         warnings.warn(
             f"loss_fn makes the loss of an example of other examples of the batch too ({found}), and where a batch is "
             "padded, padding counts among them: give it a parameter mask, bool[B], and leave out the rows where it is "
             "False (fedjax_core.masks), or make it a Task",
-            stacklevel=2,
+            stacklevel=3,
         )
+    return extend.jaxpr_as_fun(closed)(*jax.tree.leaves((params, examples, key)))[0]
 
 
 def mixes(loss_fn: Callable[..., Array], params: Params, examples: Examples, key: Key) -> str:
     """The operation by which a loss puts examples together, or "" if none is found; arguments as above."""
+    return _mixed_by(_traced(loss_fn, params, examples, key), params, examples, key)
+
+
+def _is_due(loss_fn: Callable[..., Array]) -> bool:
+    """Whether a loss takes no mask and is seen for the first time."""
+    try:
+        if loss_fn in _looked_at or masks.takes_mask(loss_fn):
+            return False
+        _looked_at.add(loss_fn)
+    except TypeError:  # no hash or no weak reference
+        return False
+    return True
+
+
+def _traced(loss_fn: Callable[..., Array], *arguments: Any) -> Any:
+    """The program of a loss, whose one result is an array; it may close over tracers."""
 
     def shape(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.numpy.result_type(leaf))
+        kind = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
 
     def losses(params: Params, examples: Examples, key: Key) -> Array:
-        return masks.call(loss_fn, params, examples, key, name="loss_fn")
+        values = masks.call(loss_fn, params, examples, key, name="loss_fn")
+        if not isinstance(values, jax.Array):
+            raise TypeError("no array")
+        return values
 
-    closed = jax.make_jaxpr(losses)(*jax.tree.map(shape, (params, examples, key)))
+    return jax.make_jaxpr(losses)(*jax.tree.map(shape, arguments))
+
+
+def _mixed_by(closed: Any, params: Params, examples: Examples, key: Key) -> str:
     counts = [len(jax.tree.leaves(tree)) for tree in (params, examples, key)]
     kinds: list[Kind] = [ALONE] * counts[0] + [0] * counts[1] + [ALONE] * counts[2]
     by: list[str] = []
-    results = _follow(closed.jaxpr, kinds, by)
+    try:
+        results = _follow(closed.jaxpr, kinds, by)
+    except Exception:  # an operation that is built in another way than is known here
+        return ""
     return by[0] if MIXED in results and by else ""
 
 

@@ -37,8 +37,7 @@ def batch_loss(loss_fn: LossFn, params: Params, batch: Batch) -> Array:
     Raises:
       ValueError: if the loss function does not return one value per example.
     """
-    dependence.warn_of_mixed(loss_fn, params, batch.examples, batch.key)
-    values = masks.call(loss_fn, params, batch.examples, batch.key, mask=batch.mask, name="loss_fn")
+    values: Any = dependence.losses_of(loss_fn, params, batch.examples, batch.key, batch.mask)
     size = batch.mask.shape[0]
     if not isinstance(values, jax.Array) or values.shape != (size,) or not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
 from fedjax_core.algorithm import Algorithm, Event, separate
-from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of
+from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of, without_steps
 from fedjax_core.population import Cohort, Population
 from fedjax_core.sizes import Message
 from fedjax_core.staging import HostPopulation
@@ -319,7 +319,7 @@ def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation
     offsets: Any = jax.ShapeDtypeStruct((like.num_clients + 1,), jnp.int32)
     public = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _dtype(leaf)), like.public)
     population = Population(examples, offsets, public)
-    with replaced(None):  # a plain loop could not be traced
+    with replaced(without_steps):
         jax.eval_shape(round, state, population, jax.random.key(0))
     return found
 

@@ -19,7 +19,7 @@ from fedjax_core import checks, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, weighted_mean
 from fedjax_core.algorithm import Algorithm, Event, View, check_algorithm, separate
 from fedjax_core.batching import Batch
-from fedjax_core.clients import ClientProgram, ClientResults, ClientTable, client_table, gather, scatter
+from fedjax_core.clients import ClientProgram, ClientResults, ClientTable, client_table, gather, scatter, takes_steps
 from fedjax_core.messages import Pass, through
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, Key, Metrics, PyTree, Variables
@@ -259,7 +259,7 @@ class _Route:
 
     def end(self, cohort: Cohort) -> PyTree:
         """The statistics after the round."""
-        if self._updates and not self._updated:
+        if self._updates and not self._updated and takes_steps():
             raise TypeError(
                 "no client of this method updates the statistics of the task in a pass that uploads: freeze them, "
                 "with_statistics(method, 'frozen'), or make the method with the task as its loss_fn"
