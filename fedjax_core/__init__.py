@@ -65,6 +65,7 @@ from fedjax_core.evaluation import (
 from fedjax_core.facts import (
     AdapterLossFn,
     FeatureFn,
+    GroupsOfClients,
     LayerInputsFn,
     LayerWidths,
     LogitsFn,
@@ -73,6 +74,7 @@ from fedjax_core.facts import (
     PublicFn,
     Split,
     SplitModel,
+    TaskOfEachGroup,
     needs,
 )
 from fedjax_core.gradients import (
@@ -88,6 +90,7 @@ from fedjax_core.gradients import (
     scale,
     value_and_grad,
 )
+from fedjax_core.groups import Groups
 from fedjax_core.lengths import Measured, first_length, measured, per_length
 from fedjax_core.messages import Part, PartState, Pass, uploads, with_part
 from fedjax_core.partition import Hole, Where, combine, leaf_paths, partition
@@ -140,6 +143,8 @@ __all__ = [
     "Event",
     "Examples",
     "FeatureFn",
+    "Groups",
+    "GroupsOfClients",
     "Hole",
     "HostPopulation",
     "Interrupted",
@@ -175,6 +180,7 @@ __all__ = [
     "StatisticsState",
     "Stream",
     "Task",
+    "TaskOfEachGroup",
     "Trial",
     "ValidSampler",
     "Variables",

@@ -11,7 +11,17 @@ import numpy as np
 
 from fedjax_core import checks, keys, masks
 from fedjax_core.batching import LocalWork
-from fedjax_core.clients import ClientProgram, ClientTable, check_tables, join_tables, round_metrics, split_tables
+from fedjax_core.clients import (
+    ClientProgram,
+    ClientTable,
+    check_tables,
+    has_own_index,
+    join_tables,
+    round_metrics,
+    split_tables,
+    tables_of,
+)
+from fedjax_core.groups import Groups
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, ArrayLike, Counter, Key, Metrics, Params, PyTree
 
@@ -30,12 +40,27 @@ class View(NamedTuple):
       model: `model(shared, row) -> params`, with which a client predicts; what is shared unless given.
       rows: `rows(state) -> ClientTable`, each client's own part; nothing unless given.
       adapt: what a client does with its own examples before it predicts, or None.
+      groups: where clients differ in architecture, who has which, else None. With groups `shared(state)` and
+        `rows(state)` are tuples of one entry for each, and `model` and `adapt` are given those of the client's group.
     """
 
     shared: Callable[[Any], PyTree]
     model: Callable[[PyTree, PyTree], Params] = lambda shared, row: shared
     rows: Callable[[Any], ClientTable | None] = lambda state: None
     adapt: "Adaptation | None" = None
+    groups: Groups | None = None
+
+    def of_group(self, number: int) -> "View":
+        """How the clients of one group predict: a view of theirs alone."""
+
+        def entry(given: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def of_state(state: Any) -> Any:
+                entries = given(state)
+                return None if entries is None else entries[number]
+
+            return of_state
+
+        return self._replace(shared=entry(self.shared), rows=entry(self.rows), groups=None)
 
 
 class Adaptation(NamedTuple):
@@ -151,16 +176,21 @@ class Algorithm(_Functions):
         """The model that each of the clients `ids`, int[C], would use, leaves stacked to [C, ...].
 
         Whole models are stacked, which is what is wanted for export; to evaluate clients take `evaluate_view`, which
-        does not. What a view adapts by examples is not adapted here.
+        does not. What a view adapts by examples is not adapted here. Where clients differ in architecture, ask for
+        those of one group at a time: other models do not stack.
 
         Raises:
-          ValueError: if there is no such client.
+          ValueError: if there is no such client, or they are of several groups.
+          TypeError: if there are groups and ids are traced, whose groups are not known.
         """
         ids, view = _checked_ids(ids, state), self.personal
+        if view.groups is not None:
+            view = view.of_group(_one_group(view.groups, ids))
         shared, table = view.shared(state), view.rows(state)
         if table is None:
             return global_client_params(view.model(shared, ()), ids)
-        rows = jax.tree.map(lambda leaf: leaf[ids], table.rows)
+        at = table.index[ids] if has_own_index(table) else ids
+        rows = jax.tree.map(lambda leaf: leaf[at], table.rows)
         return jax.vmap(lambda row: view.model(shared, row))(rows)
 
 
@@ -180,7 +210,7 @@ def run_events(algorithm: Algorithm, when: Phase, state: Any, cohort: Cohort, ke
     return state
 
 
-def global_client_params(params: Params, ids: Array) -> Params:
+def global_client_params(params: Params, ids: Array | np.ndarray) -> Params:
     """The global model once per client: leaves [...] become [C, ...] for ids [C]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (ids.shape[0], *jnp.shape(leaf))), params)
 
@@ -379,14 +409,31 @@ def check_algorithm(algorithm: object) -> None:
     )
 
 
-def _checked_ids(ids: ArrayLike, state: PyTree) -> Array:
+def _checked_ids(ids: ArrayLike, state: PyTree) -> Array | np.ndarray:
     """ids as an array int[C] of clients that are there, as far as that can be seen."""
     ids = checks.client_numbers(ids)
     if checks.is_concrete(ids) and np.size(ids):
-        sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(split_tables(state)[1]) if jnp.ndim(leaf)]
+        by_client = [table.index if has_own_index(table) else table.rows for table in tables_of(state)]
+        sizes = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(by_client) if jnp.ndim(leaf)]
         on_host = np.asarray(ids)
         least, most = int(on_host.min()), int(on_host.max())
         if least < 0 or (sizes and most >= min(sizes)):
             of = f"0 to {min(sizes) - 1}" if sizes else "from 0 on"
             raise ValueError(f"ids holds {least if least < 0 else most}: clients are numbered {of}")
-    return jnp.asarray(ids)
+    return ids
+
+
+def _one_group(groups: Groups, ids: ArrayLike) -> int:
+    """The group that all the clients are in."""
+    if not checks.is_concrete(ids):
+        raise TypeError(
+            "ids are traced, and clients of different architectures have no common stack: pass numpy integers, or "
+            "evaluate them all by evaluate_view"
+        )
+    found = sorted({int(groups.of[i]) for i in np.asarray(ids)})
+    if len(found) > 1:
+        raise ValueError(
+            f"ids are of clients of groups {' and '.join(map(str, found))}, whose models do not stack: ask for those "
+            f"of one group, such as groups.members({found[0]}), or evaluate them all by evaluate_view"
+        )
+    return found[0]

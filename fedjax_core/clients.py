@@ -440,9 +440,12 @@ class ClientTable(NamedTuple):
 
     Attributes:
       rows: pytree, leaves [num_clients, ...]; or [C, ...], the rows of one cohort (`fedjax_core.staging`).
+      index: int32[num_clients], the row of each client, -1 for a client that has none, where not every client has one
+        (`Groups.table`); () where row i is client i's.
     """
 
     rows: PyTree
+    index: PyTree = ()
 
 
 def client_table(num_clients: int, row: PyTree) -> ClientTable:
@@ -455,22 +458,30 @@ def client_table(num_clients: int, row: PyTree) -> ClientTable:
 
 
 def split_tables(state: PyTree) -> tuple[PyTree, list[PyTree]]:
-    """(the state with its tables of per-client state empty, the rows of these tables)."""
-    rows: list[PyTree] = []
-    return _map_tables(rows.append, state), rows
+    """(the state with its tables of per-client state without their rows, these rows)."""
+    rows = [table.rows for table in tables_of(state)]
+    return map_tables(lambda table: table._replace(rows=None), state), rows
 
 
 def join_tables(state: PyTree, rows: list[PyTree]) -> PyTree:
     """Puts rows into the tables that `split_tables` has left empty."""
     remaining = iter(rows)
-    return _map_tables(lambda _: next(remaining), state)
+    return map_tables(lambda table: table._replace(rows=next(remaining)), state)
 
 
-def _map_tables(function: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
-    def replace(node: PyTree):
-        return ClientTable(function(node.rows)) if isinstance(node, ClientTable) else node
+def tables_of(state: PyTree) -> list[ClientTable]:
+    """The tables of per-client state in a state, in the order of `split_tables`."""
+    nodes = jax.tree.leaves(state, is_leaf=_is_table)
+    return [node for node in nodes if _is_table(node)]
 
-    return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, ClientTable))
+
+def map_tables(function: Callable[[ClientTable], ClientTable], state: PyTree) -> PyTree:
+    """The state with what a function makes of its tables in their place."""
+    return jax.tree.map(lambda node: function(node) if _is_table(node) else node, state, is_leaf=_is_table)
+
+
+def _is_table(node: PyTree) -> bool:
+    return isinstance(node, ClientTable)
 
 
 def check_tables(state: PyTree, cohort: Cohort) -> None:
@@ -479,40 +490,59 @@ def check_tables(state: PyTree, cohort: Cohort) -> None:
     Raises:
       ValueError: if one has not, which would read other clients' rows and drop what is written.
     """
-    for leaf in jax.tree.leaves(split_tables(state)[1]):
-        rows = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
-        if cohort.table_size is not None and rows != cohort.table_size:
-            raise ValueError(
-                f"the state has rows for {rows} clients, but the population has {cohort.population_size}: make the "
-                f"method with num_clients={cohort.population_size}"
-                if cohort.table_size == cohort.population_size
-                else f"the state has tables of {rows} rows, but the cohort has {cohort.table_size} slots"
-            )
+    for table in tables_of(state):
+        has_index = has_own_index(table)
+        expected = cohort.population_size if has_index else cohort.table_size
+        for leaf in jax.tree.leaves(table.index if has_index else table.rows):
+            rows = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
+            if expected is not None and rows != expected:
+                made_with = "groups of as many clients" if has_index else f"num_clients={cohort.population_size}"
+                raise ValueError(
+                    f"the state has rows for {rows} clients, but the population has {cohort.population_size}: make the "
+                    f"method with {made_with}"
+                    if expected == cohort.population_size
+                    else f"the state has tables of {rows} rows, but the cohort has {expected} slots"
+                )
+
+
+def has_own_index(table: ClientTable) -> bool:
+    """Whether rows are found by `table.index`."""
+    return bool(jax.tree.leaves(table.index))
+
+
+def _rows_of(table: ClientTable, cohort: Cohort) -> Array:
+    """int32[C], the row of each slot's client in the table, -1 for a client without."""
+    return table.index[jnp.maximum(cohort.ids, 0)] if has_own_index(table) else cohort.rows
 
 
 def gather(table: ClientTable, cohort: Cohort) -> PyTree:
-    """The cohort's rows, leaves [C, ...] (any row stands in for an empty slot).
+    """The cohort's rows, leaves [C, ...] (any row stands in for an empty slot, or for a client without one).
 
     Raises:
       ValueError: if the table is of another population, see `check_tables`.
     """
     check_tables(table, cohort)
-    return jax.tree.map(lambda leaf: leaf[cohort.rows], table.rows)
+    rows = _rows_of(table, cohort)
+    if has_own_index(table):
+        rows = jnp.maximum(rows, 0)
+    return jax.tree.map(lambda leaf: leaf[rows], table.rows)
 
 
 def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
-    """Writes the cohort's rows, leaves [C, ...], back; only participants' rows change.
+    """Writes the cohort's rows, leaves [C, ...], back; only rows of participants that have one change.
 
     Raises:
       ValueError: if the table is of another population, see `check_tables`.
     """
     check_tables(table, cohort)
+    own = _rows_of(table, cohort)
+    writes = cohort.mask & (own >= 0) if has_own_index(table) else cohort.mask
 
     def write(leaf: Array, row: Array) -> Array:
-        index = jnp.where(cohort.mask, cohort.rows, leaf.shape[0])  # out of range: dropped
+        index = jnp.where(writes, own, leaf.shape[0])  # out of range: dropped
         return leaf.at[index].set(row.astype(leaf.dtype), mode="drop")
 
-    return ClientTable(jax.tree.map(write, table.rows, rows))
+    return table._replace(rows=jax.tree.map(write, table.rows, rows))
 
 
 def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: PyTree = ()) -> Metrics:

@@ -1,7 +1,7 @@
 """Evaluation of one model on all examples, of one row per client, and of what each client predicts with."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from fedjax_core import checks, convolutions, keys, masks, sums, tasks
 from fedjax_core.algorithm import View
 from fedjax_core.batching import Batch, local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client, gather
+from fedjax_core.groups import Groups
 from fedjax_core.population import Cohort, Population, check_population
 from fedjax_core.types import Array, ArrayLike, Examples, Key, Params, PyTree
 
@@ -191,7 +192,7 @@ def evaluate_personal(
 
 
 def evaluate_view(
-    metric_fn: MetricFn,
+    metric_fn: MetricFn | tuple[MetricFn, ...],
     view: View,
     state: PyTree,
     population: Population,
@@ -206,10 +207,12 @@ def evaluate_view(
     """Means per client, each predicting as a method's view says: a pytree of float[C], NaN for an empty slot.
 
     A client's model is put together where the client is evaluated. Of what clients share there is one, and of whole
-    models one for each lane.
+    models one for each lane. Clients of different architectures (`View.groups`) are evaluated group by group, and come
+    back in the order of `ids`.
 
     Args:
-      metric_fn: one value per example, or a `Weighted`. Each batch is of one client, and the last may be padded.
+      metric_fn: one value per example, or a `Weighted`. Each batch is of one client, and the last may be padded. With
+        groups a tuple of one for each, such as their tasks, or one for all.
       view: for example `algorithm.personal`, or `algorithm.views["global"]`.
       state: the method's state.
       population: examples to evaluate on.
@@ -224,7 +227,8 @@ def evaluate_view(
     Raises:
       TypeError: if `view` is no View.
       ValueError: as `evaluate`; if the view adapts and there is nothing to adapt on, or the other way round; if there
-        are no rows for the clients of the population.
+        are no rows for the clients of the population; if there are not as many metric functions as groups, or they
+        give metrics of other names.
     """
     if not isinstance(view, View):
         raise TypeError(
@@ -241,6 +245,13 @@ def evaluate_view(
             "examples, and key=jax.random.key(0)"
         )
     cohort = population.cohort(np.arange(population.num_clients) if ids is None else ids)
+    if view.groups is not None:
+        own: dict[str, Any] = {"adapt_on": adapt_on, "key": key, "at_once": at_once}
+        own |= {"batch_size": batch_size, "plan": plan}
+        return _evaluate_groups(metric_fn, view, view.groups, state, population, cohort, own)
+    if isinstance(metric_fn, tuple):
+        raise TypeError("metric_fn is a tuple, and the view has no groups of clients: pass one function, or a Task")
+    one_metric: MetricFn = metric_fn
     shared, table = view.shared(state), view.rows(state)
     _check_arguments(metric_fn, shared, "view.shared(state)")
 
@@ -248,7 +259,7 @@ def evaluate_view(
         return () if table is None else gather(table, cohort)
 
     def plainly(cohort: Cohort, inputs: PyTree, model: Callable[[PyTree, PyTree], Params]) -> PyTree:
-        return _evaluate_each(metric_fn, model, shared, inputs, cohort, batch_size=batch_size, plan=plan)
+        return _evaluate_each(one_metric, model, shared, inputs, cohort, batch_size=batch_size, plan=plan)
 
     if view.adapt is None or adapt_on is None or key is None:
         return plainly(cohort, rows_of(cohort), view.model)
@@ -281,6 +292,37 @@ def evaluate_view(
     at_once = min(at_once, count)
     filled = jnp.pad(cohort.ids, (0, -count % at_once), constant_values=-1).reshape(-1, at_once)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], jax.lax.map(some, filled))
+
+
+def _evaluate_groups(
+    metric_fn: MetricFn | tuple[MetricFn, ...],
+    view: View,
+    groups: Groups,
+    state: PyTree,
+    population: Population,
+    cohort: Cohort,
+    options: dict[str, Any],
+) -> PyTree:
+    """`evaluate_view` of a view of groups: each group's clients by its own metric, float[C]."""
+    of_groups = metric_fn if isinstance(metric_fn, tuple) else (metric_fn,) * len(groups)
+    if len(of_groups) != len(groups):
+        raise ValueError(
+            f"metric_fn has {len(of_groups)} entries, but the view has {len(groups)} groups: pass one for each, or one "
+            "for all"
+        )
+    means = [
+        evaluate_view(own, view.of_group(number), state, population, part.ids, **options)
+        for number, (own, part) in enumerate(zip(of_groups, groups.split(cohort), strict=True))
+    ]
+    for number, mean in enumerate(means[1:], 1):
+        one: object = jax.tree.structure(mean)
+        other: object = jax.tree.structure(means[0])
+        if one != other:
+            raise ValueError(
+                f"metric_fn gives {one} for group {number} and {other} for group 0: make all groups' metrics the same"
+            )
+    joined = groups.join(cohort, means)
+    return jax.tree.map(lambda leaf: jnp.where(sums.across(cohort.mask, leaf), leaf, jnp.nan), joined)
 
 
 def _evaluate_each(

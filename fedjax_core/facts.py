@@ -8,9 +8,11 @@ predicts is in the `Algorithm` that the factory returns; what its clients send, 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from fedjax_core.groups import Groups
+from fedjax_core.tasks import Task
 from fedjax_core.types import Array, Examples, Key, Params, PyTree
 
 
@@ -19,7 +21,7 @@ class Need(NamedTuple):
 
     Attributes:
       what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "features", "logits", "inputs",
-        "layers", "public" or "personal"; a factory of one's own may name others.
+        "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
     """
 
     what: str
@@ -62,6 +64,11 @@ LayerWidths = Annotated[Mapping[str, int], Need("layers")]
 
 PublicFn = Annotated[Callable[[PyTree], Any], Need("public")]
 """`unlabelled(public)`, the examples that a method wants among the population's public data; it cannot do without."""
+
+GroupsOfClients = Annotated[Groups, Need("groups")]
+"""Which architecture each client has."""
+TaskOfEachGroup = Annotated[Sequence[Task], Need("tasks")]
+"""A task for each group of clients, whose models differ in architecture."""
 
 _BY_NAME = {
     "loss_fn": "loss",

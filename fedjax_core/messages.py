@@ -22,7 +22,16 @@ import jax.numpy as jnp
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
 from fedjax_core.algorithm import Algorithm, Event, separate
-from fedjax_core.clients import ClientProgram, ClientResults, for_each_client, replaced, upload_of, without_steps
+from fedjax_core.clients import (
+    ClientProgram,
+    ClientResults,
+    for_each_client,
+    map_tables,
+    replaced,
+    upload_of,
+    without_steps,
+)
+from fedjax_core.groups import Groups
 from fedjax_core.population import Cohort, Population
 from fedjax_core.sizes import Message
 from fedjax_core.staging import HostPopulation
@@ -150,7 +159,8 @@ class Part(NamedTuple):
       around: `around(state, pass, key) -> (results, state, info)`: sends the pass on with `pass.run()`, changed as it
         may be. info is a pytree of arrays that the metrics show.
       init: `init(upload, num_clients) -> state` of one pass, from the shapes of what a client uploads; a
-        `ClientTable` in it has a row for every client. No state unless given.
+        `ClientTable` in it has a row for every client. Of a pass of a group (`Groups.split`) they are the group's
+        clients. No state unless given.
       name: in errors and metrics.
     """
 
@@ -209,7 +219,7 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
     def init(params: Params, key: Key | None = None) -> PartState:
         state = algorithm.init(params, key)
         uploads = _uploads(algorithm, state, like, part.name)
-        passes = tuple(part.init(upload, like.num_clients) for upload in uploads)
+        passes = tuple(_begun(part, upload, like.num_clients) for upload in uploads)
         return separate(PartState(state, passes), params)
 
     init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
@@ -296,9 +306,25 @@ _TAG = 2**30
 """Apart from what clients and methods fold into the key of a round."""
 
 
-def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation, name: str) -> list[PyTree]:
-    """What a client uploads in each pass of a round that uploads something, as shapes and dtypes."""
-    found: list[PyTree] = []
+class _Upload(NamedTuple):
+    """What a client uploads in a pass, as shapes and dtypes, and the group that the pass is of."""
+
+    shapes: PyTree
+    group: tuple[Groups, int] | None
+
+
+def _begun(part: Part, upload: _Upload, num_clients: int) -> Any:
+    """The part's state of a pass. Of a pass of a group its tables have rows for the clients of the group alone."""
+    if upload.group is None:
+        return part.init(upload.shapes, num_clients)
+    groups, number = upload.group
+    state, index = part.init(upload.shapes, int(groups.sizes[number])), groups.index(number)
+    return map_tables(lambda table: table._replace(index=jnp.asarray(index)), state)
+
+
+def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation, name: str) -> list[_Upload]:
+    """What a client uploads in each pass of a round that uploads something."""
+    found: list[_Upload] = []
 
     begun: list[Any] = []
 
@@ -307,7 +333,7 @@ def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation
             raise TypeError(_COMPILED.format(name))
         upload = asked.upload()
         if jax.tree.leaves(upload):
-            found.append(upload)
+            found.append(_Upload(upload, asked.cohort.group))
         return asked.run()
 
     def round(state: Any, population: Population, key: Key) -> Any:
@@ -333,7 +359,7 @@ def uploads(algorithm: Algorithm, params: Params, *, like: Population | HostPopu
       like: the population, or one with as many clients and examples of the same shapes.
     """
     state = jax.eval_shape(algorithm.init, params, jax.random.key(0))
-    return _uploads(algorithm, state, like, "uploads")
+    return [upload.shapes for upload in _uploads(algorithm, state, like, "uploads")]
 
 
 def _dtype(leaf: Any) -> Any:

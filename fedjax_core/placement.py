@@ -90,7 +90,8 @@ def shardings(state: PyTree, mesh: Mesh, *, batch_axes: int = 0) -> PyTree:
 
     def of_node(node: PyTree):
         if isinstance(node, ClientTable):
-            return ClientTable(jax.tree.map(lambda leaf: split(leaf, True), node.rows))
+            rows = jax.tree.map(lambda leaf: split(leaf, True), node.rows)
+            return ClientTable(rows, jax.tree.map(lambda _: replicated(mesh), node.index))
         return split(node, False)
 
     return jax.tree.map(of_node, state, is_leaf=lambda node: isinstance(node, ClientTable))

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Cohort:
       population_size: `num_clients` as a number known while tracing, with which everything that is given per client is
         compared; None in a cohort put together by hand, where nothing is compared.
       table_size: rows that tables of per-client state have where they go with this cohort; None likewise.
+      group: of a cohort that `Groups.split` has made, (the groups, number of the group); None of another.
       route: where passes over these clients go through on their way, or None (`fedjax_core.messages`). It is there
         only while a round is traced.
     """
@@ -49,6 +50,7 @@ class Cohort:
     public: PyTree = ()
     population_size: int | None = field(default=None, metadata={"static": True})
     table_size: int | None = field(default=None, metadata={"static": True})
+    group: tuple[Any, int] | None = field(default=None, metadata={"static": True})
     route: Callable[..., PyTree] | None = field(default=None, metadata={"static": True})
 
     @property

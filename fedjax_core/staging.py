@@ -17,6 +17,7 @@ Letters in shapes: N clients, C slots of a cohort, S simulations run at once (se
 
 import itertools
 import math
+import operator
 import signal
 import threading
 import weakref
@@ -35,7 +36,7 @@ from jax.typing import DTypeLike
 
 from fedjax_core import checks, sums
 from fedjax_core.algorithm import Algorithm, check_algorithm, check_rounds, check_state, first_state
-from fedjax_core.clients import join_tables, split_tables
+from fedjax_core.clients import ClientTable, has_own_index, join_tables, map_tables, split_tables, tables_of
 from fedjax_core.keys import derive, split, typed
 from fedjax_core.plans import auto_mesh
 from fedjax_core.population import (
@@ -274,16 +275,18 @@ def continue_staged(
         check_length(sampler, done, num_rounds)
         cohorts.prepare(population, keys, range(first, max(last, horizon or 0)))
         on_host = _has_host_tables(state)
-        device, tables = split_tables(state) if on_host else (state, None)
-        for leaf in jax.tree.leaves(split_tables(state)[1]):
-            if leaf.shape[int(batched)] != population.num_clients:
-                raise ValueError(
-                    f"a table of per-client state has {leaf.shape[int(batched)]} rows, but the population has "
-                    f"{population.num_clients} clients: make the method and its state with that num_clients"
-                )
+        for table in tables_of(state):
+            for leaf in jax.tree.leaves(table.index if has_own_index(table) else table.rows):
+                if leaf.shape[int(batched)] != population.num_clients:
+                    raise ValueError(
+                        f"a table of per-client state has {leaf.shape[int(batched)]} rows, but the population has "
+                        f"{population.num_clients} clients: make the method and its state with that num_clients"
+                    )
+        device, tables, indices = _to_host(state) if on_host else (state, None, [])
         # The caller keeps its state, as with any other function, but for the tables.
         device = jax.tree.map(jnp.copy, device)
-        stage = _Stage(population, cohorts, tables, batched, replicated)
+        where = _Where(indices, batched)
+        stage = _Stage(population, cohorts, tables, where, replicated)
         train_key = split(key)[..., 1]
         totals = jax.device_put(np.asarray([population.num_clients, population.num_examples], np.int32), replicated)
         public = jax.device_put(population.public, replicated)
@@ -313,13 +316,13 @@ def continue_staged(
                     # The device is busy now, and the rest is done meanwhile. The round before must have ended before
                     # its buffers are filled again, and its rows be in the tables before the next cohort's are read.
                     for before in so_far.running[:-1]:
-                        _finish(before, tables)
+                        _finish(before, tables, where)
                     so_far = so_far._replace(running=so_far.running[-1:])
                     if interrupted():
                         raise KeyboardInterrupt
                     if t + 1 < last:
                         staged = stage(t + 1, staged.ids)
-                _finish_all(so_far, tables)
+                _finish_all(so_far, tables, where)
                 reached(last)
                 if interrupted():
                     raise KeyboardInterrupt
@@ -327,15 +330,15 @@ def continue_staged(
                 # What has been sent to the device is finished, so that the tables are those of a round; rows that are
                 # in them already are written once more. Where that fails, the tables are not used again.
                 try:
-                    _finish_all(so_far, tables)
+                    _finish_all(so_far, tables, where)
                 except Exception:
                     raise error from None
                 reached(so_far.round)
                 if isinstance(error, KeyboardInterrupt) and so_far.round > first:
                     of_call = _stacked(metrics[: so_far.round - first], batched)
-                    raise Interrupted(so_far.round, _state(so_far.device, tables), of_call) from None
+                    raise Interrupted(so_far.round, _state(so_far.device, tables, indices), of_call) from None
                 raise
-        return _state(so_far.device, tables), _stacked(metrics, batched)
+        return _state(so_far.device, tables, indices), _stacked(metrics, batched)
 
     return run
 
@@ -370,14 +373,28 @@ class _Progress(NamedTuple):
     running: tuple[tuple["_Staged", PyTree, Metrics], ...]
 
 
-def _finish_all(so_far: _Progress, tables: PyTree) -> None:
+def _finish_all(so_far: _Progress, tables: PyTree, where: "_Where") -> None:
     for running in so_far.running:
-        _finish(running, tables)
+        _finish(running, tables, where)
     jax.block_until_ready(so_far.device)
 
 
-def _state(device: PyTree, tables: PyTree) -> PyTree:
-    return device if tables is None else join_tables(device, tables)
+def _to_host(state: PyTree) -> tuple[PyTree, list[PyTree], list[PyTree]]:
+    """The state without its tables, the rows of these, and the indices of these.
+
+    The round finds the rows of its cohort by their slots and has no use for an index.
+    """
+    device, rows = split_tables(state)
+    indices = [table.index for table in tables_of(device)]
+    return map_tables(lambda table: table._replace(index=()), device), rows, indices
+
+
+def _state(device: PyTree, rows: list[PyTree] | None, indices: list[PyTree]) -> PyTree:
+    """The state of `_to_host` again."""
+    if rows is None:
+        return device
+    whole = map(ClientTable, rows, indices)
+    return map_tables(lambda _: next(whole), device)
 
 
 def _stacked(metrics: list[Metrics], batched: bool) -> Metrics:
@@ -474,7 +491,7 @@ def init_on_host(
       The state; leaves of its tables are numpy arrays [N, ...] ([S, N, ...] with axis 1).
 
     Raises:
-      ValueError: if the directory is not empty, or a table has no axis of length N there.
+      ValueError: if the directory is not empty, a table has no axis of length N there, or rows differ.
     """
     folder = None if directory is None else Path(directory)
     if folder is not None:
@@ -482,20 +499,31 @@ def init_on_host(
         if any(folder.iterdir()):
             raise ValueError(f"directory {folder} is not empty: choose a new one, files are not written over")
 
-    _, shapes = split_tables(jax.eval_shape(init, *args))
-    for leaf in jax.tree.leaves(shapes):
-        if len(leaf.shape) <= axis or leaf.shape[axis] != num_clients:
-            raise ValueError(
-                f"a table of per-client state has shape {leaf.shape}, without num_clients={num_clients} rows along "
-                f"axis {axis}: pass the num_clients the method was made with, and axis=1 for a vmap over simulations"
-            )
+    state = jax.eval_shape(init, *args)
+    _, shapes = split_tables(state)
+    for table in tables_of(state):
+        for leaf in jax.tree.leaves(table.index if has_own_index(table) else table.rows):
+            if len(leaf.shape) <= axis or leaf.shape[axis] != num_clients:
+                raise ValueError(
+                    f"a table of per-client state has shape {leaf.shape}, without num_clients={num_clients} rows along "
+                    f"axis {axis}: pass the num_clients the method was made with, and axis=1 for a vmap over "
+                    "simulations"
+                )
 
-    def one_row(*args: Any) -> tuple[PyTree, PyTree]:
+    def one_row(*args: Any) -> tuple[PyTree, PyTree, PyTree]:
         device, tables = split_tables(init(*args))
-        return device, jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, 1, axis=axis), tables)
+        first = jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, 1, axis=axis), tables)
+        last = jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, leaf.shape[axis] - 1, None, axis=axis), tables)
+        return device, first, last
 
     # Inside one compiled function a slice of a repeated row is that row; the table is never made.
-    device, first = jax.jit(one_row)(*args)
+    device, first, last = jax.jit(one_row)(*args)
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True):
+        if not np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f"):
+            raise ValueError(
+                "the first client and the last begin with different rows, and init_on_host repeats one: begin with the "
+                "same row for all (a method's start that draws one for each client is for tables on the device)"
+            )
     names = (f"table-{number}.npy" for number in itertools.count())
 
     def allocate(shape: jax.ShapeDtypeStruct, row: ArrayLike) -> np.ndarray:
@@ -615,10 +643,10 @@ class _Stage:
     """Brings cohorts to the device, through two sets of buffers that take turns."""
 
     def __init__(
-        self, population: HostPopulation, cohorts: _Cohorts, tables: PyTree, batched: bool, sharding: Sharding | None
+        self, population: HostPopulation, cohorts: _Cohorts, tables: PyTree, where: "_Where", sharding: Sharding | None
     ) -> None:
         self._population, self._cohorts, self._tables = population, cohorts, tables
-        self._batched, self._sharding = batched, sharding
+        self._where, self._sharding = where, sharding
 
         def buffer(leaf: np.ndarray) -> np.ndarray:
             return _aligned((cohorts.num_rows, *leaf.shape[1:]), leaf.dtype)
@@ -653,9 +681,11 @@ class _Stage:
             before=_slots_in(ids, ids_before) if ids_before is not None else np.full_like(ids, -1),
         )
         sent = np.stack(slots).astype(np.int32)
-        at = _table_index(np.maximum(ids, 0), self._batched)
-        tables = jax.tree.map(lambda leaf: leaf[at], self._tables)
-        sent = sent if self._batched else sent[:, 0]
+        tables = self._tables and [
+            jax.tree.map(operator.itemgetter(self._where.read(number, ids)), rows)
+            for number, rows in enumerate(self._tables)
+        ]
+        sent = sent if self._where.batched else sent[:, 0]
         on_device, examples, tables = jax.device_put((sent, buffers, tables), self._sharding)
         return _Staged(on_device, examples, tables, ids)
 
@@ -723,21 +753,48 @@ def _is_wide(leaf: np.ndarray) -> bool:
     return checks.narrowed(leaf.dtype) is not None
 
 
-def _finish(running: tuple[_Staged, PyTree, Metrics], tables: PyTree) -> None:
+def _finish(running: tuple[_Staged, PyTree, Metrics], tables: PyTree, where: "_Where") -> None:
     """Waits for a round and writes the rows that it has changed into the tables."""
     staged, changed, info = running
     jax.block_until_ready(info)
     if tables is None:
         return
-    batched = staged.slots.ndim == 3
-    simulation, slot = np.nonzero(staged.ids >= 0)
-    client = staged.ids[simulation, slot]
-    to, of = ((simulation, client), (simulation, slot)) if batched else (client, slot)
+    for number, (table, rows) in enumerate(zip(tables, changed, strict=True)):
+        to, of = where.written(number, staged.ids)
+        for leaf, new in zip(jax.tree.leaves(table), jax.tree.leaves(rows), strict=True):
+            leaf[to] = np.asarray(new)[of]
 
-    def write(leaf: np.ndarray, rows: Array) -> None:
-        leaf[to] = np.asarray(rows)[of]
 
-    jax.tree.map(write, tables, changed)
+class _Where:
+    """Where the rows of clients are in tables on the host, [N, ...] or [S, N, ...].
+
+    Attributes:
+      batched: whether there are several simulations.
+    """
+
+    def __init__(self, indices: list[PyTree], batched: bool) -> None:
+        self.batched = batched
+        self._indices = [np.asarray(index) if jax.tree.leaves(index) else None for index in indices]
+
+    def _rows(self, number: int, ids: np.ndarray) -> np.ndarray:
+        """int64[S, C]: the rows of clients [S, C] in a table, -1 in empty slots and for clients without one."""
+        index = self._indices[number]
+        if index is None:
+            return ids
+        found = index[np.arange(len(ids))[:, None], ids] if self.batched else index[ids]
+        return np.where(ids >= 0, found, -1)
+
+    def read(self, number: int, ids: np.ndarray) -> Any:
+        """Indices for the rows of clients [S, C]; any row stands in where there is none."""
+        rows = np.maximum(self._rows(number, ids), 0)
+        return (np.arange(len(ids))[:, None], rows) if self.batched else rows[0]
+
+    def written(self, number: int, ids: np.ndarray) -> tuple[Any, Any]:
+        """Indices for the rows there are in a table, and for them in the rows of the cohort."""
+        rows = self._rows(number, ids)
+        simulation, slot = np.nonzero(rows >= 0)
+        row = rows[simulation, slot]
+        return ((simulation, row), (simulation, slot)) if self.batched else (row, slot)
 
 
 def _has_host_tables(state: PyTree) -> bool:
@@ -749,11 +806,6 @@ def _has_host_tables(state: PyTree) -> bool:
             "(init_on_host makes such a state) or none"
         )
     return any(on_host)
-
-
-def _table_index(ids: np.ndarray, batched: bool) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Where the rows of clients [S, C] are in a table [N, ...], or [S, N, ...]."""
-    return (np.arange(len(ids))[:, None], ids) if batched else ids[0]
 
 
 def _slots_in(ids: np.ndarray, before: np.ndarray) -> np.ndarray:

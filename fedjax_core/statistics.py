@@ -94,6 +94,11 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
     check_algorithm(algorithm)
     if hasattr(algorithm.init, "_has_statistics"):
         raise TypeError("the method has statistics already: wrap it once, with the rule that is wanted")
+    if any(view.groups is not None for view in algorithm.views.values()):
+        raise TypeError(
+            "the method's clients differ in architecture, and statistics are those of one: take models without "
+            "(group or layer normalization in the place of batch normalization)"
+        )
 
     frozen = rule == "frozen"
 
@@ -171,7 +176,8 @@ def _own_view(view: View) -> View:
 
     def rows(state: StatisticsState) -> ClientTable:
         own = view.rows(state.method)
-        return ClientTable((() if own is None else own.rows, state.statistics.rows.values))
+        values = state.statistics.rows.values
+        return state.statistics._replace(rows=(() if own is None else own.rows, values))
 
     def adapted(program: ClientProgram) -> ClientProgram:
         def init(shared: PyTree, row: PyTree, key: Key) -> PyTree:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, clients, reference, samplers, sizes
-from fedjax_core.algorithm import Algorithm
+from fedjax_core.algorithm import Algorithm, global_client_params
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
@@ -411,19 +411,25 @@ class Subject:
         after, _ = self.round(self.state, [f, b, -1, -1], self.key)
         absent = np.setdiff1d(np.arange(self.num_clients), [b, f])
         old, new = (clients.split_tables(state)[1] for state in (self.state, after))
-        for (path, one), other in zip(_leaves(old), jax.tree.leaves(new), strict=True):
-            was, now = _plain(one), _plain(other)
-            moved = [int(i) for i in absent if not np.array_equal(was[i], now[i], equal_nan=now.dtype.kind == "f")]
-            _require(
-                not moved,
-                f"clients {b} and {f} took part, and the state of the absent clients {moved} changes (table {path}): "
-                "write rows by fedjax_core.scatter, which leaves the others alone",
-            )
-            _require(
-                self.rows_may_stay or not np.array_equal(was[b], now[b]),
-                f"client {b} took part, and its state stays as it was (table {path}): return the table that "
-                "fedjax_core.scatter returns, or say rows_may_stay=True if a row may stay",
-            )
+        for number, table in enumerate(clients.tables_of(self.state)):
+            index = np.asarray(table.index) if clients.has_own_index(table) else np.arange(self.num_clients)
+            for (path, one), other in zip(_leaves(old[number]), jax.tree.leaves(new[number]), strict=True):
+                was, now = _plain(one), _plain(other)
+                same = {
+                    int(i): np.array_equal(was[index[i]], now[index[i]], equal_nan=now.dtype.kind == "f")
+                    for i in np.flatnonzero(index >= 0)
+                }
+                moved = [int(i) for i in absent if not same.get(int(i), True)]
+                _require(
+                    not moved,
+                    f"clients {b} and {f} took part, and the state of the absent clients {moved} changes (table "
+                    f"{number}{path and '.'}{path}): write rows by fedjax_core.scatter, which leaves the others alone",
+                )
+                _require(
+                    self.rows_may_stay or not same.get(b, False) or not np.any(index[[b]] >= 0),
+                    f"client {b} took part, and its state stays as it was (table {number}{path and '.'}{path}): return "
+                    "the table that fedjax_core.scatter returns, or say rows_may_stay=True if a row may stay",
+                )
 
     def same_key_same_bits(self) -> None:
         """A round is a function of its arguments."""
@@ -544,21 +550,27 @@ class Subject:
     def views_give_a_model_to_every_client(self) -> None:
         """`client_params(state, ids)` stacks a model for each id; views have a row for every client, or none."""
         for name, view in self.algorithm.views.items():
-            table = view.rows(self.state)
-            sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(table)} - {self.population.num_clients}
-            _require(
-                table is None or (isinstance(table, clients.ClientTable) and not sizes),
-                f"the rows of the view {name!r} are not one for each of {self.population.num_clients} clients: return "
-                "a ClientTable of the state, or None",
+            tables = view.rows(self.state)
+            for number, table in enumerate((tables,) if view.groups is None else tables or ()):
+                wanted = self.num_clients if view.groups is None else int(view.groups.sizes[number])
+                sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(table and table.rows)} - {wanted}
+                _require(
+                    table is None or (isinstance(table, clients.ClientTable) and not sizes),
+                    f"the rows of the view {name!r} are not one for each of {wanted} clients: return a ClientTable of "
+                    "the state, or None",
+                )
+        groups = self.algorithm.personal.groups
+        for number in range(1 if groups is None else len(groups)):
+            ids = np.array([2, 0, 5]) if groups is None else groups.members(number)
+            rows = jax.eval_shape(lambda state, ids=ids: self.algorithm.client_params(state, ids), self.state)
+            model = self.params if groups is None else self.params[number]
+            expected = jax.eval_shape(lambda model, ids=ids: global_client_params(model, ids), model)
+            _same_shapes(
+                rows,
+                expected,
+                f"client_params(state, ids) is not one model for each of {len(ids)} ids, stacked",
+                "return the model of one client from the view's model(shared, row)",
             )
-        rows = jax.eval_shape(self.algorithm.client_params, self.state, jnp.array([2, 0, 5]))
-        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), self.params)
-        _same_shapes(
-            rows,
-            expected,
-            "client_params(state, ids) is not one model for each of three ids, stacked",
-            "return the model of one client from the view's model(shared, row)",
-        )
 
     def a_state_can_be_donated(self) -> None:
         """No buffer is in a state twice, nor are the caller's params in it."""
@@ -627,7 +639,7 @@ class Subject:
         Of a model of which clients keep a part, the rest; where nothing is sent nothing moves. Where a `Message` states
         its size it may be less.
         """
-        rows = jax.tree.leaves(self.algorithm.personal.rows(self.state))
+        rows = jax.tree.leaves(clients.split_tables(self.algorithm.personal.rows(self.state))[1])
         size = sizes.num_bytes(self.params.params if isinstance(self.params, Variables) else self.params)
         size -= sizes.num_bytes([jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in rows])
         stated = self._states_sizes()
