@@ -30,6 +30,7 @@ from algorithms.participation.mifa import mifa
 from algorithms.personalization.apfl import apfl
 from algorithms.personalization.baselines import fedavg_ft, local_only
 from algorithms.personalization.ditto import ditto
+from algorithms.personalization.fedbn import fedbn
 from algorithms.personalization.fedper import fedper, lg_fedavg
 from algorithms.personalization.fedrep import fedrep
 from algorithms.personalization.ifca import ifca
@@ -63,6 +64,7 @@ __all__ = [
     "fedavg_m",
     "fedavg_m_vr",
     "fedavgm",
+    "fedbn",
     "fedcm",
     "feddf",
     "feddyn",

@@ -9,6 +9,7 @@ all rates and seeds run in one compile. The table goes to benchmarks/results/cla
 """
 
 import argparse
+import dataclasses
 import inspect
 import json
 import sys
@@ -34,12 +35,14 @@ from fedjax_core import (
     Plan,
     Population,
     Split,
+    Variables,
     continue_rounds,
     evaluate,
     evaluate_view,
     run_events,
     samplers,
     with_part,
+    with_statistics,
 )
 from models import losses, metrics
 from pipelines.data import datasets
@@ -290,6 +293,60 @@ def own_accuracy(name, rounds=40, turned=False, **settings):
 def own_model_beats_fedavg(name, **settings):
     text = "on clients that differ strongly its own models are better than FedAvg's"
     return lambda: Claim(text, OWN, False, own_accuracy(name, **settings), own_accuracy("fedavg"))
+
+
+def accuracy_with_normalization(make, rounds=40):
+    """As `own_accuracy`, of a network with batch normalization; clients hold all digits and see each its own way.
+
+    Args:
+      make: `make(task, optimizer, **local) -> Algorithm`.
+      rounds: of 5 of the 20 clients.
+    """
+    training, test = (_seen_differently(part) for part in own_digits(turned=True))
+
+    def init(key):
+        keys = jax.random.split(key)
+        weights = {"w": jax.random.normal(keys[0], (64, 50)) / 8, "head": jax.random.normal(keys[1], (50, 10)) / 7}
+        params = {**weights, "norm": {"scale": jnp.ones(50), "bias": jnp.zeros(50)}, "bias": jnp.zeros(10)}
+        return Variables(params, {"mean": jnp.zeros(50), "var": jnp.ones(50)})
+
+    def forward(model, examples, *, key, mask, frozen=False):
+        y, after = model
+        z = examples["x"].reshape(-1, 64) @ y["w"]
+        now = after
+        if key is not None and not frozen:
+            rows = (mask | ~jnp.any(mask))[:, None].astype(z.dtype)
+            mean = jnp.sum(rows * z, axis=0) / jnp.sum(rows)
+            now = {"mean": mean, "var": jnp.sum(rows * jnp.square(z - mean), axis=0) / jnp.sum(rows)}
+            after = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, after, now)
+        z = (z - now["mean"]) / jnp.sqrt(now["var"] + 1e-5)
+        return jax.nn.relu(y["norm"]["scale"] * z + y["norm"]["bias"]) @ y["head"] + y["bias"], after
+
+    plain = models.task(models.mlp((8, 8, 1), 10))  # for its loss and metrics
+    task = dataclasses.replace(
+        plain, init=init, forward=forward, features=None, head=None, paths=lambda kind: ("norm",), has_statistics=True
+    )
+    method = make(task, optax.sgd(0.1), batch_size=10, num_epochs=2)
+    run = continue_rounds(method, samplers.uniform(20, 5), rounds)
+
+    def final(training, test, key):
+        state, _ = run(method.init(init(key)), training, key)
+        return jnp.mean(evaluate_view(task, method.personal, state, test)["accuracy"])
+
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    return np.asarray(jax.jit(jax.vmap(final, (None, None, 0)))(training, test, keys))
+
+
+def _seen_differently(population):
+    """The clients of `own_digits(turned=True)`, upright again, each with a contrast and a brightness of its own."""
+    changed = []
+    for client in range(population.num_clients):
+        examples = population.client(client)
+        upright = examples["x"][:, ::-1, ::-1] if client % 2 else examples["x"]
+        rng = np.random.default_rng(client)
+        contrast, brightness = rng.choice([-1, 1]) * rng.uniform(0.2, 2), rng.uniform(-2, 2)
+        changed.append({"x": contrast * upright + brightness, "y": examples["y"]})
+    return Population.from_clients(changed)
 
 
 def logits(params, batch, key):
@@ -795,6 +852,15 @@ def claims():
         "apfl": own_model_beats_fedavg("apfl"),
         "ditto": own_model_beats_fedavg("ditto"),
         "fedper": own_model_beats_fedavg("fedper"),
+        "fedbn": lambda: Claim(
+            "where clients see the same digits each its own way, clients' models are better than FedAvg's",
+            OWN,
+            False,
+            accuracy_with_normalization(partial(algorithms.fedbn, num_clients=20)),
+            accuracy_with_normalization(
+                lambda task, optimizer, **local: with_statistics(algorithms.fedavg(task, optimizer, **local), "average")
+            ),
+        ),
         "fedrep": own_model_beats_fedavg("fedrep"),
         "lg_fedavg": own_model_beats_fedavg("lg_fedavg"),
         "local_only": own_model_beats_fedavg("local_only"),

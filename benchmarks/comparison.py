@@ -63,6 +63,7 @@ LEFT_OUT = {
     "local_sgd": "is FedAvg without a server rate",
     "fedopt": "has no server optimizer of its own: see FedAdagrad, FedAdam and FedYogi",
     "fedavg_ft": "is FedAvg, and every client's own model beside it",
+    "fedbn": "keeps normalizations at home, of which these models have none",
     "fedper": "makes a model for each client: the global one has no trained head",
     "fedrep": "makes a model for each client: the global one has no trained head",
     "ifca": "makes several models",

@@ -20,11 +20,11 @@ from fedjax_core import (
     Examples,
     HostPopulation,
     Key,
-    LossFn,
     Metrics,
     Plan,
     Population,
     Sampler,
+    Task,
     client_mesh,
     masks,
     num_bytes,
@@ -32,6 +32,7 @@ from fedjax_core import (
     run_events,
     samplers,
     split_tables,
+    tasks,
 )
 from fedjax_core.types import Params, PyTree
 from pipelines.common import own
@@ -62,10 +63,10 @@ class Experiment(NamedTuple):
       federation: who holds which examples of the data set.
       population: the clients' training examples, on the device or, staged, on the host.
       test: the data set's test part, leaves [m, ...].
-      model: the model.
+      model: the model, of inputs as the data set has them.
       metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
       score_fn: the same for the test examples, with "robust_accuracy" too if the configuration asks for an attack.
-      loss_fn: `loss_fn(params, batch, key) -> [B]`.
+      loss_fn: the task, which is called as `loss_fn(params, batch, key) -> [B]`.
       sampler: who takes part.
       algorithms: name to method, in the order they run.
       plan: how the hardware is used.
@@ -81,7 +82,7 @@ class Experiment(NamedTuple):
     model: models.Model
     metric_fn: Callable[[Any, Any], dict[str, Array]]
     score_fn: Callable[[Any, Any], dict[str, Array]]
-    loss_fn: LossFn
+    loss_fn: Task
     sampler: Sampler
     algorithms: dict[str, Algorithm]
     plan: Plan
@@ -191,24 +192,19 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     )
     inputs = datasets.normalized(model, dataset.normalization)
     plan = Plan(config.machine.lanes, _mesh(config.machine.mesh, config.machine.model_parallel))
-    if dataset.is_sequence:
-        loss_fn = models.losses.sequence_cross_entropy(inputs, dataset.pad_id)
-        metric_fn = models.metrics.sequence(inputs, dataset.pad_id)
-    else:
-        loss_fn, metric_fn = models.losses.cross_entropy(inputs), models.metrics.classification(inputs)
+    kind = {"kind": "sequence", "pad_id": dataset.pad_id} if dataset.is_sequence else {"kind": "classification"}
+    loss_fn = models.task(inputs, **kind)
+    metric_fn = tasks.as_metric(loss_fn)
 
-    def features(params: Params, batch: Examples, key: Key) -> Array:
-        return inputs.features(params, batch["x"], key)
-
-    def logits(params: Params, batch: Examples, key: Key) -> Array:
-        return inputs.apply(params, batch["x"], key)
+    def evaluated(params: Params, x: Array) -> Any:
+        return loss_fn.outputs(params, {"x": x})
 
     def layer_inputs(params: Params, batch: Examples) -> dict[str, Array]:
-        return models.capture.layer_inputs(inputs.apply)(params, batch["x"])
+        return models.capture.layer_inputs(evaluated)(params, batch["x"])
 
     def layer_widths() -> dict[str, int]:
         one = jax.tree.map(lambda leaf: leaf[:1], dataset.test["x"])
-        return models.capture.layer_widths(inputs.apply, jax.eval_shape(model.init, jax.random.key(0)), one)
+        return models.capture.layer_widths(evaluated, jax.eval_shape(model.init, jax.random.key(0)), one)
 
     local = {
         "batch_size": config.local.batch_size,
@@ -219,7 +215,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
     }
 
     def make(name: str, plan: Plan, rates: Mapping[str, Any] = MappingProxyType({})) -> Algorithm:
-        functions: dict[str, Any] = {"features": features, "inputs": layer_inputs, "logits": logits}
+        functions: dict[str, Any] = {"features": loss_fn.features, "inputs": layer_inputs, "logits": loss_fn.outputs}
         if methods.asks_for(name, "layers"):  # traces the model, which takes half a second for a deep one
             functions["layers"] = layer_widths()
         return methods.build(
@@ -396,7 +392,7 @@ def held_memory(experiment: Experiment, method: str, metrics: Any) -> tuple[dict
 
 
 def _under_attack(
-    config: Config, dataset: Dataset, loss_fn: LossFn, metric_fn: Callable[[Any, Any], dict[str, Array]]
+    config: Config, dataset: Dataset, loss_fn: Task, metric_fn: Callable[[Any, Any], dict[str, Array]]
 ) -> Callable[[Any, Any], dict[str, Array]]:
     """The metrics, and the accuracy on inputs that an attack has moved to raise the loss."""
     x = dataset.train["x"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_core import continue_rounds
+from fedjax_core import continue_rounds, leaf_paths
 from pipelines import Config
 from pipelines.configuration import methods
 from pipelines.data import datasets
@@ -68,11 +68,25 @@ def test_methods_that_explore_do_so_before_the_first_round(small):
 
 
 def test_states_have_no_weakly_typed_leaf(small):
-    names = [name for name in methods.names() if not methods.asks_for(name, "public")]
+    # The model has no normalization, which FedBN is about.
+    names = [name for name in methods.names() if not methods.asks_for(name, "public") and name != "fedbn"]
     experiment = setup.prepare(small.replace(methods=tuple(names)))
     for algorithm in experiment.algorithms.values():
         shapes = jax.eval_shape(lambda keys, a=algorithm: setup.initial_states(experiment, a, keys), experiment.keys)
         assert not any(leaf.weak_type for leaf in jax.tree.leaves(shapes))
+
+
+def test_fedbn_keeps_the_normalizations_of_a_model_of_the_command_line():
+    config = Config(
+        dataset="digits", partition="iid", clients=4, cohort_size=2, methods=("fedbn",), model="resnet18_gn"
+    )
+    experiment = setup.prepare(config)
+    state = jax.eval_shape(
+        lambda keys: setup.initial_states(experiment, experiment.algorithms["fedbn"], keys), experiment.keys
+    )
+    assert set(leaf_paths(state.personal.rows)) == set(experiment.model.paths("norm"))
+    with pytest.raises(ValueError, match="FedBN keeps normalizations at home, and the model has no parameters of kind"):
+        setup.prepare(config.replace(model="mlp"))
 
 
 @pytest.mark.parametrize("name", sorted(setup.SAMPLERS))
