@@ -39,6 +39,7 @@ from fedjax_core import (
     continue_rounds,
     evaluate,
     evaluate_view,
+    needs,
     run_events,
     samplers,
     with_part,
@@ -107,8 +108,7 @@ def distance(name, rounds=200, cohort=10, lr=0.1, heterogeneity=3.0, rank=10, no
     populations, optima = quadratics(heterogeneity, rank, noise)
     settings = {"batch_size": 1} | settings
     factory = getattr(algorithms, name)
-    if "num_clients" in inspect.signature(factory).parameters:
-        settings["num_clients"] = 20
+    settings |= {argument: 20 for argument, what in needs(factory).items() if what == "num_clients"}
     algorithm = factory(quadratic_loss, optax.sgd(lr), **settings)
     run = continue_rounds(algorithm, sampler or samplers.uniform(20, cohort), rounds)
 
@@ -274,8 +274,7 @@ def own_accuracy(name, rounds=40, turned=False, **settings):
     training, test = own_digits(turned)
     model = models.mlp((8, 8, 1), 10, hidden=(50,))
     factory = getattr(algorithms, name)
-    if "num_clients" in inspect.signature(factory).parameters:
-        settings["num_clients"] = 20
+    settings |= {argument: 20 for argument, what in needs(factory).items() if what == "num_clients"}
     settings = {"batch_size": 10, "num_epochs": 2} | settings
     method = factory(losses.cross_entropy(model), optax.sgd(0.1), **settings)
     run, view = continue_rounds(method, samplers.uniform(20, 5), rounds), method.personal

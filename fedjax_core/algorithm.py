@@ -97,6 +97,7 @@ class _Functions(NamedTuple):
     params: Callable[[Any], Params]
     views: Mapping[str, View]
     events: Mapping[str, Event]
+    main: str | None
 
 
 class ModelState(NamedTuple):
@@ -121,6 +122,7 @@ class Algorithm(_Functions):
       views: how the method predicts, by name. "global" is always there, the global model unless given; "personal" is
         what each client would use itself; other names are the method's own.
       events: what the method does beside its rounds, by name; see `run_events`.
+      main: name of the view that the method is to be judged by, or None; see `main_view`.
     """
 
     __slots__ = ()
@@ -132,6 +134,7 @@ class Algorithm(_Functions):
         params: Callable[[Any], Params],
         views: Mapping[str, View] | None = None,
         events: Mapping[str, Event] | None = None,
+        main: str | None = None,
     ) -> "Algorithm":
         """The functions with their checks; those that have them already stay as they are."""
         for name, view in (views or {}).items():
@@ -149,9 +152,10 @@ class Algorithm(_Functions):
                 )
             checks.one_of(f"events[{name!r}].when", event.when, get_args(Phase))
             checked[name] = event._replace(run=checked_round(event.run))
-        return super().__new__(
-            cls, checked_init(init), checked_round(round), params, {"global": View(params), **(views or {})}, checked
-        )
+        views = {"global": View(params), **(views or {})}
+        if main is not None:
+            checks.one_of("main", main, tuple(views))
+        return super().__new__(cls, checked_init(init), checked_round(round), params, views, checked, main)
 
     @classmethod
     def _make(cls, functions: Iterable[Any]) -> "Algorithm":  # type: ignore[override]
@@ -166,6 +170,11 @@ class Algorithm(_Functions):
     def personal(self) -> View:
         """The view that each client would use: "personal" where the method has it, else "global"."""
         return self.views.get("personal", self.views["global"])
+
+    @property
+    def main_view(self) -> str:
+        """Name of the view that the method is to be judged by: `main`, or "personal" if there is that, or "global"."""
+        return self.main or ("personal" if "personal" in self.views else "global")
 
     def events_at(self, when: Phase) -> list[Event]:
         """The events of that time, in their order."""
@@ -231,6 +240,7 @@ def federated(
     *,
     views: Mapping[str, View] | None = None,
     events: Mapping[str, Event] | None = None,
+    main: str | None = None,
     skip_empty: bool = True,
 ) -> Algorithm:
     """A method from what is its own: how its state begins, and what a round makes of it.
@@ -247,6 +257,7 @@ def federated(
       params: `params(state)`, the global model; the field of that name unless given.
       views: how the method predicts, see `Algorithm`; every client by the global model unless given.
       events: what it does beside its rounds, likewise.
+      main: the view that it is to be judged by, likewise.
       skip_empty: whether a round without participants leaves the state as it is.
     """
 
@@ -261,7 +272,7 @@ def federated(
         metrics = round_metrics(results, cohort, state.params, new.params, *extra)
         return new._replace(round=state.round + 1), metrics
 
-    return Algorithm(begin, round, params, views, events)
+    return Algorithm(begin, round, params, views, events, main)
 
 
 def _unless_empty(cohort: Cohort, new: PyTree, old: PyTree) -> PyTree:

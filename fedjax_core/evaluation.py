@@ -271,7 +271,8 @@ def evaluate_view(
     program, work = view.adapt
     own_examples, key = adapt_on, keys.one(key)
 
-    def unadapted(row: PyTree, client_key: Key) -> PyTree:
+    # What is shared is passed on: on a mesh it may not be closed over.
+    def unadapted(shared: PyTree, row: PyTree, client_key: Key) -> PyTree:
         return program.final(shared, program.init(shared, row, client_key))[1]
 
     def some(ids: Array) -> PyTree:
@@ -282,7 +283,7 @@ def evaluate_view(
 
         def model(shared: PyTree, own: PyTree) -> Params:
             row, adapted, has_adapted, client_key = own
-            as_it_is = unadapted(row, client_key)
+            as_it_is = unadapted(shared, row, client_key)
             now = jax.tree.map(lambda new, old: jnp.where(has_adapted, new, old), adapted, as_it_is)
             return view.model(shared, now)
 

@@ -13,18 +13,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from fedjax_core.groups import Groups
 from fedjax_core.tasks import Task
-from fedjax_core.types import Array, Examples, Key, Params, PyTree
-
-
-class Need(NamedTuple):
-    """Marks an argument of a factory as something that its caller has to bring.
-
-    Attributes:
-      what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "features", "logits", "inputs",
-        "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
-    """
-
-    what: str
+from fedjax_core.types import Array, Examples, Key, Need, Params, PyTree
 
 
 class Split(NamedTuple):
@@ -70,6 +59,8 @@ GroupsOfClients = Annotated[Groups, Need("groups")]
 TaskOfEachGroup = Annotated[Sequence[Task], Need("tasks")]
 """A task for each group of clients, whose models differ in architecture."""
 
+_NEVER_OPTIONAL = ("loss", "client optimizer")
+
 _BY_NAME = {
     "loss_fn": "loss",
     "client_optimizer": "client optimizer",
@@ -82,7 +73,7 @@ def needs(factory: Callable[..., Any]) -> dict[str, str]:
     """What a factory asks for: argument name to `Need.what`, in the order of the arguments.
 
     An argument that is not annotated with a `Need` counts by its usual name (`loss_fn`, `num_clients`, ...), unless
-    another one is declared to be that.
+    another one is declared to be that. A loss or a client optimizer that may be None is an option and no need.
     """
     try:
         hints = get_type_hints(factory, include_extras=True)
@@ -107,6 +98,6 @@ def _declared(annotation: Any) -> str | None:
             return str(marks[-1])
         return _declared(get_args(annotation)[0])
     for option in get_args(annotation):  # `FeatureFn | None`
-        if get_origin(option) is Annotated and (what := _declared(option)) is not None:
+        if get_origin(option) is Annotated and (what := _declared(option)) not in (None, *_NEVER_OPTIONAL):
             return what
     return None

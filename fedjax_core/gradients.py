@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.extend.core
@@ -15,13 +15,14 @@ from fedjax_core import checks, dependence, masks, sums, tasks
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, current_client, current_population_size
 from fedjax_core.lengths import stand_in
-from fedjax_core.types import Array, Counter, Key, LossFn, Params, PyTree, Scalar
+from fedjax_core.types import Array, Counter, Key, LossFn, Need, Params, PyTree, Scalar
 
-ClientOptimizer: TypeAlias = (
+ClientOptimizer: TypeAlias = Annotated[
     optax.GradientTransformation
     | Callable[[Counter], optax.GradientTransformation]
-    | Callable[[Counter, Array], optax.GradientTransformation]
-)
+    | Callable[[Counter, Array], optax.GradientTransformation],
+    Need("client optimizer"),
+]
 """An optax optimizer; or a function of the round (int32[]) that gives one, for learning rates that decay over rounds:
 `lambda t: optax.sgd(0.1 * 0.998**t)`; or of the round and the client's id (int32[] both), for learning rates that
 differ by client: `lambda t, i: optax.sgd(rates[i])`, with `rates` a jax array [num_clients]."""

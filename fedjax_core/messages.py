@@ -248,6 +248,7 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
             for name, view in algorithm.views.items()
         },
         {name: passing_by(event) for name, event in algorithm.events.items()},
+        algorithm.main,
     )
 
 

@@ -139,7 +139,7 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
         views |= {name: _own_view(view) for name, view in algorithm.views.items() if name != "global"}
         views["personal"] = _own_view(algorithm.personal)
     events = {name: reading(event) for name, event in algorithm.events.items()}
-    return Algorithm(init, round, params, views, events)
+    return Algorithm(init, round, params, views, events, algorithm.main)
 
 
 def _shared_view(view: View, of_server: Callable[[StatisticsState], PyTree], frozen: bool) -> View:

@@ -1,7 +1,7 @@
 """Names for the few types that all parts of the library use."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,19 @@ Counter = int | jax.Array
 Weights = str | ArrayLike
 """Weights of the clients: "uniform", "examples" (number of examples), or float[num_clients]."""
 
-LossFn = Callable[..., Array]
+
+class Need(NamedTuple):
+    """Marks an argument of a factory as something that its caller has to bring (`fedjax_core.needs`).
+
+    Attributes:
+      what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "features", "logits", "inputs",
+        "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
+    """
+
+    what: str
+
+
+LossFn = Annotated[Callable[..., Array], Need("loss")]
 """`loss_fn(params, batch, key) -> float[B]`: one value per example of the batch.
 
 With a fourth parameter named `mask` it is given bool[B] as well, False where the batch is padded: for a loss that looks

@@ -149,7 +149,7 @@ def fedlora(
         return in_loss(received(x, rank), rank)
 
     personal = fc.View(lambda state: state.params, in_prediction, lambda state: state.ranks)
-    return fc.federated(init, update, views={"personal": personal})
+    return fc.federated(init, update, views={"personal": personal}, main="global")
 
 
 def _is_part(node: Any) -> bool:

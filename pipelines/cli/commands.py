@@ -210,7 +210,7 @@ def _supervised(out: Path) -> int:
 
 def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], reporter: progress.Reporter) -> int:
     """Runs a configuration and returns the exit code."""
-    from pipelines.experiment import plans, setup
+    from pipelines.experiment import plans, setup, views
     from pipelines.results import early, report
     from pipelines.run import train
 
@@ -251,12 +251,15 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             return _failed(reporter, error, 1)
         eval_rounds = train.history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
         for name, result in results.items():
-            accuracy = early.reported(config, result.history, eval_rounds)["test/accuracy"]
-            final = report.mean_sd(accuracy[:, -1].astype(float))
+            view = views.evaluated(config, experiment.algorithms[name]).main
+            shown = early.reported(config, result.history, eval_rounds)
+            accuracy = shown[train.history.of_view("test", view, "accuracy")]
+            final = report.mean_sd(train.history.final_scores(shown, view, "accuracy").astype(float))
             reached = report.rounds_to_target(accuracy, eval_rounds, config.report.target)
+            of = "" if view == views.GLOBAL else f"{view} "
             compiled = "" if config.machine.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
             reporter.say(
-                f"{name}: test accuracy {final}, rounds to {100 * config.report.target:g} %: {reached} "
+                f"{name}: {of}test accuracy {final}, rounds to {100 * config.report.target:g} %: {reached} "
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(

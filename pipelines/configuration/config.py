@@ -184,6 +184,21 @@ class EvaluationConfig(Section):
     keep_best: bool = switch("Keep the model that is best on the validation part; --patience and --stop-at do so too.")
     best_by: str = choice("accuracy", ("accuracy", "loss"), "What is best there: accuracy or loss.")
     clients_over_time: bool = switch("Measure every client at every evaluation, and write clients.parquet at the end.")
+    evaluate: tuple[str, ...] = names(
+        (),
+        "view",
+        "Views to evaluate, such as global,personal: the model of all, and what each client would use on examples of "
+        "its own. The first that the method is made for is the one that is plotted and decides.",
+        may_be_empty=True,
+        metavar="VIEW,VIEW",
+        shown="those that each method has",
+    )
+    evaluate_clients: int | None = count(
+        None,
+        "Clients to test, drawn once, in views in which clients differ.",
+        fix="test at least one client",
+        shown="all",
+    )
     attack_radius: float = number(
         0.0,
         "Largest change of an input in an attack under which test accuracy is measured too; 0 for none.",
@@ -411,7 +426,13 @@ class Config(Configuration):
         """This configuration with the methods of a run that it is to join, first those, with their settings."""
         added = tuple(name for name in self.methods if name not in there.methods)
         own = {m: chosen for m, chosen in there.settings.items() if m not in self.methods}
-        return dataclasses.replace(self, methods=(*there.methods, *added), settings={**own, **self.settings})
+        views = self.evaluation.evaluate or there.evaluation.evaluate
+        return dataclasses.replace(
+            self,
+            methods=(*there.methods, *added),
+            settings={**own, **self.settings},
+            evaluation=dataclasses.replace(self.evaluation, evaluate=views),
+        )
 
     def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
         """Choices that differ and make another run: name to (here, there)."""
@@ -429,7 +450,9 @@ class Config(Configuration):
 
     def slug(self) -> str:
         """A short readable name, the same for the same configuration and for no other."""
-        digest = growth.digest(self.flat(), named(Config, "place", "machine"))
+        # Choices that there were not always do not change the name of a run that leaves them alone.
+        later = [name for name, usual in _LATER.items() if getattr(self.evaluation, name) == usual]
+        digest = growth.digest(self.flat(), [*named(Config, "place", "machine"), *later])
         return f"{self.federation_slug()}-{own.file_name(self.model)}-{digest}"
 
     def federation_slug(self) -> str:
@@ -442,6 +465,8 @@ class Config(Configuration):
         """The choices that say what the federation is."""
         return {name: value for name, value in self.flat().items() if name in FEDERATION_FIELDS}
 
+
+_LATER: Mapping[str, Any] = {"evaluate": (), "evaluate_clients": None}
 
 FEDERATION_FIELDS = tuple(
     name

@@ -157,7 +157,7 @@ def _of_type(where: str, field: Field, value: Any) -> Any:
     kind, items = typing.get_origin(field.kind) or field.kind, typing.get_args(field.kind)
     if kind is tuple and items[0] is str:
         listed = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
+        if isinstance(listed, list) and (listed or not field.default) and all(isinstance(each, str) for each in listed):
             return tuple(listed)
         raise ValueError(f"{where} is {value!r}: write a list of names")
     if kind is tuple:

@@ -103,12 +103,12 @@ def paper_name(name: str) -> str:
 
 
 def looks_own(name: str) -> bool:
-    """Whether a name of the form `module:name` is that of a function whose first argument is the loss.
+    """Whether a name of the form `module:name` is that of a function that asks for a loss.
 
     Raises:
       ValueError: as `pipelines.common.own.function`.
     """
-    return own.is_own(name) and [p.name for p in own.signature("name", name)[:1]] == ["loss_fn"]
+    return own.is_own(name) and "loss" in needs(own.function("name", name)).values()
 
 
 def parse(method: str, hyperparameter: str, value: Value) -> Value:

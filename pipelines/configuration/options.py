@@ -154,12 +154,12 @@ def switch(help: str, **option: Any) -> Any:
     return declared(False, check, help, **option)
 
 
-def names(default: tuple[str, ...], kind: str, help: str, **option: Any) -> Any:
-    """A list of names, at least one and none twice; on the command line the option is given for each."""
+def names(default: tuple[str, ...], kind: str, help: str, *, may_be_empty: bool = False, **option: Any) -> Any:
+    """A list of names, none twice and at least one unless told; on the command line the option is given for each."""
 
     def check(name: str, value: Any) -> tuple[str, ...]:
         found = _tuple(name, value)
-        if not found:
+        if not found and not may_be_empty:
             raise ValueError(f"{name} is empty: name at least one {kind}")
         for each in found:
             written(name, each)

@@ -43,7 +43,7 @@ from pipelines.configuration.options import LIMIT
 from pipelines.data import datasets
 from pipelines.data.dataset import fits_single
 from pipelines.data.datasets import Dataset
-from pipelines.experiment import memory, own_model
+from pipelines.experiment import memory, own_model, views
 from pipelines.federation import federations, skew
 from pipelines.federation.federations import Federation
 
@@ -245,6 +245,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         # Their shapes only, until it is known that there is room for what has them.
         keys=jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(len(seeds), jnp.int32))),
     )
+    views.check_names(config, experiment.algorithms)
     with own.explain_errors("model", config.model):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
     largest = -(-int(np.max(population.sizes)) // config.local.batch_size)
@@ -255,9 +256,9 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
             f"{LIMIT} steps or examples of one client in a round, which devices cannot count: lower one of them"
         )
     for name, algorithm in experiment.algorithms.items():
-        if config.machine.staged and begins_with_everybody(algorithm):
+        if config.machine.staged and (when := asks_everybody(algorithm)):
             raise ValueError(
-                f"{name} asks all clients before the first round, but staged=True brings only the clients of "
+                f"{name} asks all clients {when}, but staged=True brings only the clients of "
                 "one round to the device: leave out --staged"
             )
         # Tracing one round finds what does not fit together, without compiling.
@@ -272,6 +273,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
                     f"({error}): take a smaller model, or smaller settings"
                 ) from None
             _check_round(name, traced)
+            _check_views(experiment, name)
         host, device = held_memory(experiment, name, traced[1][1])
         smaller = _smaller_model(config, dataset)
         if jax.default_backend() == "cpu":
@@ -434,7 +436,7 @@ def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> P
 
 def begun(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
     """States [S, ...] after what a method does before its first round, an exploration say; all clients are asked."""
-    if not begins_with_everybody(algorithm):
+    if not algorithm.events_at("before"):
         return states
     cohort = population.cohort(jnp.arange(population.num_clients))
     # A key of its own: the rounds split theirs.
@@ -442,9 +444,19 @@ def begun(algorithm: Algorithm, states: PyTree, population: Population, keys: Ke
     return jax.vmap(partial(run_events, algorithm, "before"), (0, None, 0))(states, cohort, keys)
 
 
-def begins_with_everybody(algorithm: Algorithm) -> bool:
-    """Whether the method asks all clients for something before the first round."""
-    return bool(algorithm.events_at("before"))
+def ended(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
+    """States [S, ...] after what a method does after its last round, a calibration say; all clients are asked."""
+    if not algorithm.events_at("after"):
+        return states
+    cohort = population.cohort(jnp.arange(population.num_clients))
+    keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xAF))(keys)
+    return jax.vmap(partial(run_events, algorithm, "after"), (0, None, 0))(states, cohort, keys)
+
+
+def asks_everybody(algorithm: Algorithm) -> str:
+    """When the method asks all clients for something beside its rounds, in words; an empty string if it does not."""
+    times = {"before": "before the first round", "after": "after the last round"}
+    return " and ".join(words for when, words in times.items() if algorithm.events_at(when))  # type: ignore[arg-type]
 
 
 def run_keys(key: Key) -> tuple[Key, Key]:
@@ -570,7 +582,7 @@ def memory_fix(experiment: Experiment, method: str) -> str:
     """How a run of a method needs less memory, by what it needs most of."""
     config, parts = experiment.config, dict(predicted_memory(experiment, method))
     smaller = _smaller_model(config, experiment.dataset)
-    if not config.machine.staged and not begins_with_everybody(experiment.algorithms[method]):
+    if not config.machine.staged and not asks_everybody(experiment.algorithms[method]):
         states = jax.eval_shape(partial(initial_states, experiment, experiment.algorithms[method]), experiment.keys)
         rows = num_bytes(jax.tree.leaves(split_tables(states)[1]))
         if rows > parts["state"] / 2 and rows > parts["local training"] + parts["evaluation"]:
@@ -615,6 +627,23 @@ def _check_round(name: str, traced: Any) -> None:
                 f"the round of {name!r} makes state{jax.tree_util.keystr(path)} {then.dtype}{list(then.shape)} from "
                 f"{leaf.dtype}{list(leaf.shape)}: keep shapes and dtypes as init gives them"
             )
+
+
+def _check_views(experiment: Experiment, name: str) -> None:
+    """Raises ValueError if a view of a method cannot be evaluated in this run."""
+    config, algorithm = experiment.config, experiment.algorithms[name]
+    states = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
+    if views.evaluated(config, algorithm).of_clients(algorithm, states):
+        try:
+            views.own_tests(config, experiment.federation)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    rows = split_tables(states)[1]
+    if config.machine.staged and config.evaluation.validates and views.keeps_states(config, algorithm) and rows:
+        raise ValueError(
+            f"{name} keeps rows of all clients, and staged=True with patience, stop_at or keep_best would keep them "
+            "three times: evaluate the global model alone (evaluate global), or leave one of these out"
+        )
 
 
 def _shapes(population: Population | HostPopulation) -> Any:

@@ -234,14 +234,18 @@ def options(name: str) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "seed"]
 
 
+def reads(name: str) -> str:
+    """What a partition goes by: "labels", "groups" or "embeddings", the name of its first argument."""
+    return next(iter(inspect.signature(PARTITIONS[name]).parameters))
+
+
 def _partition(config: Config, dataset: Dataset, rows: np.ndarray) -> Assignment:
     chosen = config.federation
     function = PARTITIONS[chosen.partition]
-    reads = next(iter(inspect.signature(function).parameters))
     takes_all = len(rows) == len(dataset.train["y"])
-    if reads == "embeddings":
+    if reads(chosen.partition) == "embeddings":
         source = embedding.embed(dataset, seed=chosen.partition_seed)
-    elif reads == "groups":
+    elif reads(chosen.partition) == "groups":
         if dataset.groups is None:
             raise ValueError(
                 f"partition={chosen.partition!r} assigns examples by group, and {dataset.name} has no groups: take a "

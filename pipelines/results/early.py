@@ -1,11 +1,12 @@
 """Early stopping, and the best model on the examples that clients keep back for validation.
 
 At every evaluation the models of all seeds are scored on the validation examples of all clients; test examples are
-never looked at. A seed's best model is the one with the best score so far, the first of equals. A seed stops when its
-score has not improved for `patience` evaluations, or its accuracy has reached `stop_at`. Seeds run at once, so one that
-has stopped is computed on until the last has stopped, and what is reported of it stays as it was: its last model, its
-best one, and all numbers. Both decisions are functions of the scores alone, made by comparisons, so that a run that was
-interrupted anywhere decides alike.
+never looked at. The model is that of the method's main view (`pipelines.experiment.views`); where clients differ in it,
+the score is the mean over clients, each by its own model on its own examples. A seed's best model is the one with the
+best score so far, the first of equals. A seed stops when its score has not improved for `patience` evaluations, or its
+accuracy has reached `stop_at`. Seeds run at once, so one that has stopped is computed on until the last has stopped,
+and what is reported of it stays as it was: its last model, its best one, and all numbers. Both decisions are functions
+of the scores alone, made by comparisons, so that a run that was interrupted anywhere decides alike.
 
 Letters: S seeds, e evaluations done. In a history the scores are "validated/<metric>", [S, e].
 """
@@ -20,15 +21,19 @@ import numpy as np
 from fedjax_core import Algorithm, Array, split_tables
 from fedjax_core.types import Params, PyTree
 from pipelines.configuration.config import Config
+from pipelines.experiment import views
 from pipelines.results.history import History, is_score
 
 
 class Models(NamedTuple):
     """What is remembered of the evaluations so far, for all seeds.
 
+    What is kept of a method is the global model, or its whole state where something else is made of it too
+    (`pipelines.experiment.views.keeps_states`).
+
     Attributes:
-      best: the best models, leaves [S, ...].
-      last: the latest models, of a seed that has stopped those of that moment, leaves [S, ...].
+      best: what is kept of the best round, leaves [S, ...].
+      last: of the latest, of a seed that has stopped of that moment, leaves [S, ...].
       score: float[S], of the best models: higher is better.
       waited: int32[S], evaluations since then.
       stopped: bool[S].
@@ -71,10 +76,10 @@ def begin(config: Config, algorithm: Algorithm, state: PyTree) -> PyTree:
     """A state, leaves [S, ...], before the first evaluation; with what is remembered if the run validates."""
     if not config.evaluation.validates:
         return state
-    params = jax.vmap(algorithm.params)(split_tables(state)[0])
-    seeds = jax.tree.leaves(params)[0].shape[0]
+    kept = of_state(config, algorithm, state)
+    seeds = jax.tree.leaves(kept)[0].shape[0]
     # Copies: a compiled chunk takes each of its arguments over.
-    best, last = (jax.tree.map(jnp.copy, params) for _ in range(2))
+    best, last = (jax.tree.map(jnp.copy, kept) for _ in range(2))
     score = jnp.full(seeds, -jnp.inf, jnp.result_type(float))
     return Kept(state, Models(best, last, score, jnp.zeros(seeds, jnp.int32), jnp.zeros(seeds, bool)))
 
@@ -89,19 +94,52 @@ def joined(state: PyTree, models: Models | None) -> PyTree:
     return state if models is None else Kept(state, models)
 
 
-def last_params(algorithm: Algorithm, tree: PyTree) -> Params:
-    """The models that are reported, leaves [S, ...], of what an engine or a checkpoint holds."""
+def of_state(config: Config, algorithm: Algorithm, state: PyTree) -> PyTree:
+    """What is kept of a state, leaves [S, ...]."""
+    return state if views.keeps_states(config, algorithm) else global_params(algorithm, state)
+
+
+def global_params(algorithm: Algorithm, state: PyTree) -> Params:
+    """The global models of states [S, ...]."""
+    return jax.vmap(algorithm.params)(split_tables(state)[0])
+
+
+class Reported(NamedTuple):
+    """What a method has come to, of all seeds.
+
+    Attributes:
+      params: the global models, leaves [S, ...].
+      state: the state that they are of, or None where only models were kept.
+    """
+
+    params: Params
+    state: Any
+
+
+def last(config: Config, algorithm: Algorithm, tree: PyTree) -> Reported:
+    """What is reported at the end, of what an engine or a checkpoint holds: of a stopped seed as it was then."""
     state, models = split(tree)
-    return jax.vmap(algorithm.params)(split_tables(state)[0]) if models is None else models.last
+    return _reported(config, algorithm, state if models is None else models.last, models is None)
 
 
-def updated(config: Config, models: Models, params: Params, scores: Mapping[str, Array]) -> Models:
+def best(config: Config, algorithm: Algorithm, models: Models) -> Reported:
+    """The same of the best rounds."""
+    return _reported(config, algorithm, models.best, False)
+
+
+def _reported(config: Config, algorithm: Algorithm, kept: Any, is_state: bool) -> Reported:
+    if is_state or views.keeps_states(config, algorithm):
+        return Reported(global_params(algorithm, kept), kept)
+    return Reported(kept, None)
+
+
+def updated(config: Config, models: Models, kept: PyTree, scores: Mapping[str, Array]) -> Models:
     """What is remembered after an evaluation.
 
     Args:
       config: the configuration.
       models: what was remembered before.
-      params: the models now, leaves [S, ...].
+      kept: what is kept of the states now (`of_state`), leaves [S, ...].
       scores: metric to float[S], on the validation examples.
     """
     going = ~models.stopped
@@ -114,8 +152,8 @@ def updated(config: Config, models: Models, params: Params, scores: Mapping[str,
     if config.evaluation.stop_at is not None:
         stopped |= going & (scores["accuracy"].astype(models.score.dtype) >= config.evaluation.stop_at)
     return Models(
-        jax.tree.map(lambda new, old: jnp.where(_rows(improved, new), new, old), params, models.best),
-        jax.tree.map(lambda new, old: jnp.where(_rows(going, new), new, old), params, models.last),
+        jax.tree.map(lambda new, old: jnp.where(_rows(improved, new), new, old), kept, models.best),
+        jax.tree.map(lambda new, old: jnp.where(_rows(going, new), new, old), kept, models.last),
         jnp.where(improved, score, models.score),
         waited,
         stopped,

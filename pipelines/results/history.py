@@ -2,7 +2,9 @@
 
 Letters: S seeds, r rounds done, e evaluations done, N clients. Names are "round/<metric>" [S, r, ...],
 "test/<metric>" [S, e], "validated/<metric>" [S, e] in runs that validate (`pipelines.results.early`), "each/<metric>"
-[S, e, N] in runs that follow their clients and, when a method is finished, "client/<metric>" [S, N].
+[S, e, N] in runs that follow their clients and, when a method is finished, "client/<metric>" [S, N]. These are of the
+global model; of another view they are "test/<view>/<metric>", "each/<view>/<metric>" and "client/<view>/<metric>"
+(`of_view`). Of a method that does something after its last round "final/test/..." [S] is what has come of it.
 """
 
 import csv
@@ -280,6 +282,24 @@ def _cell(value: Any, name: str) -> str:
 def total_bytes(per_participant: Any, participants: Any) -> int:
     """Bytes that all participants have sent or been sent, from the mean."""
     return round(float(per_participant) * int(participants))
+
+
+def of_view(kind: str, view: str, metric: str) -> str:
+    """The name of a metric of a view: "test/accuracy" of the global model, "test/personal/accuracy" of another view."""
+    return f"{kind}/{metric}" if view == "global" else f"{kind}/{view}/{metric}"
+
+
+def views_of(history: History, kind: str = "test") -> list[str]:
+    """Names of the views that were evaluated, the global one first."""
+    known = [""] if f"{kind}/accuracy" in history else []
+    of_others = [name.split("/") for name in history if name.startswith(f"{kind}/")]
+    return [each or "global" for each in known] + [p[1] for p in of_others if len(p) == 3 and p[2] == "accuracy"]
+
+
+def final_scores(history: History, view: str, metric: str) -> np.ndarray:
+    """float[S], the last scores on the test examples: after what a method does after its last round, if it does."""
+    name = of_view("test", view, metric)
+    return history[f"final/{name}"] if f"final/{name}" in history else history[name][:, -1]
 
 
 def is_score(name: str) -> bool:

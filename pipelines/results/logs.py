@@ -92,7 +92,7 @@ def scalars(
 ) -> list[list[tuple[int, dict[str, float]]]]:
     """For each seed (round, metrics) of every evaluation that is reported; what is not known is left out."""
     names = [name for name in history if is_score(name)]
-    rounds = eval_rounds[eval_rounds > begin][: history["test/accuracy"].shape[1]]
+    rounds = eval_rounds[eval_rounds > begin][: history[names[0]].shape[1]]
     losses = mean_losses(history, rounds - begin)
     seeds = []
     for s in range(len(losses)):

@@ -25,10 +25,20 @@ from pipelines.common import figures, files
 from pipelines.common.progress import duration, size
 from pipelines.configuration import methods
 from pipelines.configuration.config import CLIENT_SETTINGS, Config
+from pipelines.experiment import views
 from pipelines.experiment.setup import ATTACK_STEPS, Experiment
 from pipelines.federation import portrait
 from pipelines.results import early, latex
-from pipelines.results.history import History, evaluated_rounds, mean_losses, to_csv, total_bytes
+from pipelines.results.history import (
+    History,
+    evaluated_rounds,
+    final_scores,
+    mean_losses,
+    of_view,
+    to_csv,
+    total_bytes,
+    views_of,
+)
 
 _CLIENT_METRICS = ("loss", "accuracy", "train_loss", "train_accuracy")
 _NOTHING = "no examples"
@@ -67,23 +77,38 @@ def write(
 
 
 def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.ndarray) -> str:
-    """How the final global model does for every client, one row per method, seed and client.
+    """How the final models do for every client, one row per method, seed and client, and per view if there are several.
 
-    loss and accuracy are held out (the test examples, weighted to the client's mix of labels); train_loss and
-    train_accuracy are on the client's own training examples. In a run that validates, best_... is of its best model.
+    loss and accuracy are held out: of the global model on the test examples, weighted to the client's mix of labels,
+    and of a view in which clients differ on the client's own; train_loss and train_accuracy are on the client's own
+    training examples. In a run that validates, best_... is of its best model.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    best = [f"best/client/{name}" for name in _CLIENT_METRICS]
-    best = best if any(best[0] in history for history in histories.values()) else []
-    writer.writerow(["method", "seed", "client", "examples", *_CLIENT_METRICS, *(f"best_{n[12:]}" for n in best)])
+    with_best = any(name.startswith("best/client/") for history in histories.values() for name in history)
+    in_views = _in_views(histories)
+    heads = ["method", "seed", *(["view"] if in_views else []), "client", "examples", *_CLIENT_METRICS]
+    writer.writerow([*heads, *(f"best_{name}" for name in _CLIENT_METRICS if with_best)])
     for method, history in histories.items():
         for s, seed in enumerate(seeds):
-            for client, count in enumerate(sizes.tolist()):
-                columns = [*(f"client/{name}" for name in _CLIENT_METRICS), *best]
-                values = [str(history[name][s, client]) for name in columns]
-                writer.writerow([method, seed, client, count, *values])
+            for view in views_of(history, "client"):
+                columns = [of_view("client", view, name) for name in _CLIENT_METRICS]
+                columns += [of_view("best/client", view, name) for name in _CLIENT_METRICS if with_best]
+                for client, count in enumerate(sizes.tolist()):
+                    values = [str(history[name][s, client]) if name in history else "" for name in columns]
+                    writer.writerow([method, seed, *([view] if in_views else []), client, count, *values])
     return text.getvalue()
+
+
+def _in_views(histories: Mapping[str, History]) -> bool:
+    """Whether other views than the global one are reported."""
+    return any(views_of(history, "client") != [views.GLOBAL] for history in histories.values())
+
+
+def main_view(experiment: Experiment, name: str, history: History) -> str:
+    """The view that stands for a method."""
+    main, there = views.evaluated(experiment.config, experiment.algorithms[name]).main, views_of(history)
+    return main if main in there or not there else there[0]
 
 
 def part_of_clients(experiment: Experiment) -> str:
@@ -92,36 +117,49 @@ def part_of_clients(experiment: Experiment) -> str:
 
 
 def clients_parquet(experiment: Experiment, histories: Mapping[str, History], path: Path) -> None:
-    """Writes how the global model did for every client at every evaluation: a row per method, seed, round and client.
+    """Writes how the models did for every client at every evaluation: a row per method, seed, round and client.
 
-    loss and accuracy are means over the client's own examples of the part that the column says, as many as the column
-    examples says; NaN for a client without any. A seed that stopped early has rows up to there.
+    If other views than the global one are evaluated, there is a column view, and a row for each of them. loss and
+    accuracy are means over the client's own examples of the part that the column says, as many as the column examples
+    says; NaN for a client without any. A seed that stopped early has rows up to there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     config, part = experiment.config, part_of_clients(experiment)
     eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
-    sizes = np.diff(experiment.federation.host_population(part).offsets).astype(np.int64)
-    clients = len(sizes)
+    # (method, view) to (its part of the federation, how many examples of it clients hold)
+    parts: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
+    for method, history in histories.items():
+        for view in views_of(history, "each"):
+            if view == views.GLOBAL:
+                parts[method, view] = part, experiment.federation.parts[part].assignment.sizes
+            else:
+                parts[method, view] = "test", views.own_tests(config, experiment.federation).assignment.sizes
+    in_views = any(view != views.GLOBAL for _, view in parts)
     counts = [("seed", pa.int64()), ("round", pa.int64()), ("client", pa.int64()), ("examples", pa.int64())]
-    kind = pa.from_numpy_dtype(next(iter(histories.values()))["each/loss"].dtype)
+    method, view = next(iter(parts))
+    kind = pa.from_numpy_dtype(histories[method][of_view("each", view, "loss")].dtype)
     measured = [("loss", kind), ("accuracy", kind)]
-    schema = pa.schema([("method", pa.string()), *counts, ("part", pa.string()), *measured])
+    of_views = [("view", pa.string())] if in_views else []
+    schema = pa.schema([("method", pa.string()), *of_views, *counts, ("part", pa.string()), *measured])
     with pq.ParquetWriter(path, schema) as writer:
-        for method, history in histories.items():
+        for (method, view), (part, sizes) in parts.items():
+            history, clients = histories[method], len(sizes)
+            values = {name: history[of_view("each", view, name)].astype(kind.to_pandas_dtype()) for name, _ in measured}
             found = early.course(config, history)
             for s, seed in enumerate(experiment.seeds):
-                evaluations = history["each/loss"].shape[1] if found is None else int(found.ends[s])
+                evaluations = values["loss"].shape[1] if found is None else int(found.ends[s])
                 rows = evaluations * clients
                 columns = {
                     "method": pa.repeat(pa.scalar(method), rows),
+                    **({"view": pa.repeat(pa.scalar(view), rows)} if in_views else {}),
                     "seed": pa.repeat(pa.scalar(seed, pa.int64()), rows),
                     "round": np.repeat(eval_rounds[:evaluations].astype(np.int64), clients),
                     "client": np.tile(np.arange(clients, dtype=np.int64), evaluations),
-                    "examples": np.tile(sizes, evaluations),
+                    "examples": np.tile(sizes.astype(np.int64), evaluations),
                     "part": pa.repeat(pa.scalar(part), rows),
-                    **{name: history[f"each/{name}"][s, :evaluations].reshape(-1) for name, _ in measured},
+                    **{name: each[s, :evaluations].reshape(-1) for name, each in values.items()},
                 }
                 writer.write_table(pa.table(columns, schema=schema))
 
@@ -131,16 +169,17 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
     config = experiment.config
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = {}
+    losses, accuracies = {}, {}
     for i, (method, history) in enumerate(histories.items()):
-        _band(left, eval_rounds, history["test/accuracy"], i, methods.paper_name(method))
+        accuracies[method] = history[of_view("test", main_view(experiment, method, history), "accuracy")]
+        _band(left, eval_rounds, accuracies[method], i, _label(experiment, method, history))
         # A round's loss is that of a few clients; the mean since the last evaluation shows the course.
-        losses[method] = mean_losses(history, eval_rounds[: history["test/accuracy"].shape[1]])
+        losses[method] = mean_losses(history, eval_rounds[: accuracies[method].shape[1]])
         if (found := early.course(config, history)) is not None:
             losses[method] = early.hold(losses[method], found.ends)
         _band(right, eval_rounds, losses[method], i, methods.paper_name(method))
     # Most of a curve is its beginning; what methods differ in is its end.
-    finals = np.concatenate([h["test/accuracy"].mean(axis=0) for h in histories.values()])
+    finals = np.concatenate([each.mean(axis=0) for each in accuracies.values()])
     finals = finals[np.isfinite(finals)]
     low = max(0.0, float(np.quantile(finals, 0.05)) - 0.05) if len(finals) else 0.0
     left.set_ylim(low, min(1.0, max(finals.max(initial=0.0), config.report.target) + 0.02))
@@ -164,7 +203,7 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
 
 
 def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -> Figure:
-    """How the accuracy of the final global model is spread over clients: one histogram per method, all seeds."""
+    """How the accuracy of the final models is spread over clients: one histogram per method, all seeds."""
     config = experiment.config
     columns = min(len(histories), 4)
     rows = -(-len(histories) // columns)
@@ -173,7 +212,8 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
     axes = list(grid.reshape(-1)[: len(histories)])
     for unused in grid.reshape(-1)[len(histories) :]:
         unused.remove()
-    values = {m: h["client/accuracy"][~np.isnan(h["client/accuracy"])] for m, h in histories.items()}
+    of_clients = {m: h[of_view("client", main_view(experiment, m, h), "accuracy")] for m, h in histories.items()}
+    values = {m: accuracy[~np.isnan(accuracy)] for m, accuracy in of_clients.items()}
     lowest = min((float(v.min()) for v in values.values() if len(v)), default=0.0)
     bins = np.linspace(min(math.floor(10 * lowest) / 10, 0.9), 1, 21)
     for i, (axis, (method, accuracy)) in enumerate(zip(axes, values.items(), strict=True)):
@@ -181,7 +221,7 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
         axis.xaxis.set_major_formatter(figures.Percent())
         axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if not len(accuracy):
-            axis.set(title=methods.paper_name(method))
+            axis.set(title=_label(experiment, method, histories[method]))
             _say(axis, "no client has examples to be tested on")
             continue
         axis.hist(
@@ -190,11 +230,12 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
             weights=np.full(accuracy.shape, 1 / config.seeds),
             color=figures.COLORS[i % len(figures.COLORS)],
         )
-        tail = np.nanmean([worst_decile(row) for row in histories[method]["client/accuracy"]])
+        tail = np.nanmean([worst_decile(row) for row in of_clients[method]])
         axis.axvline(accuracy.mean(), color="#222222", linewidth=1, label="mean")
         axis.axvline(tail, color="#222222", linewidth=1, linestyle=":", label="mean of the worst tenth")
         axis.set_title(
-            f"{methods.paper_name(method)}\nmean {100 * accuracy.mean():.1f} %, worst tenth {100 * tail:.1f} %",
+            f"{_label(experiment, method, histories[method])}\n"
+            f"mean {100 * accuracy.mean():.1f} %, worst tenth {100 * tail:.1f} %",
             fontsize=9,
         )
     for lowest_of_column in axes[-columns:]:
@@ -218,15 +259,21 @@ def results_tex(experiment: Experiment, histories: Mapping[str, History]) -> str
 
 
 def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of results, without what depends on the machine."""
-    config = experiment.config
+    """Header and rows of the table of results, without what depends on the machine.
+
+    A row for each method, or for each of its views, the main one first, where other views than the global one are
+    evaluated.
+    """
+    config, in_views = experiment.config, _in_views(histories)
     eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
-    extra = _extra_parts(experiment)
+    extra, radius = _extra_parts(experiment), config.evaluation.attack_radius
     header = [
         "method",
+        *(["view"] if in_views else []),
         "test accuracy",
         *(["of the best model", "its round", "rounds"] if config.evaluation.validates else []),
-        *(["under attack"] if config.evaluation.attack_radius else []),
+        *(["under attack"] if radius else []),
+        *(["mean of clients", "s.d. of clients"] if in_views else []),
         "worst decile of clients",
         *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
         f"rounds to {100 * config.report.target:g} %",
@@ -234,22 +281,38 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
         "sent down",
     ]
     rows = []
-    for name, history in histories.items():
-        tails = np.asarray([worst_decile(row) for row in history["client/accuracy"]])
+    for name, view in rows_of(experiment, histories):
+        history = histories[name]
+        curve = history[of_view("test", view, "accuracy")]
+        of_clients = history[of_view("client", view, "accuracy")].astype(np.float64)
+        tails = np.asarray([worst_decile(row) for row in of_clients])
+        attacked = of_view("test", view, "robust_accuracy")
+        of_parts = [of_view(part, view, "accuracy") for part in extra]
         rows.append(
             [
                 methods.paper_name(name),
-                mean_sd(history["test/accuracy"][:, -1].astype(np.float64)),
-                *_of_the_best(config, history, eval_rounds),
-                *([mean_sd(history["test/robust_accuracy"][:, -1])] if config.evaluation.attack_radius else []),
+                *([view] if in_views else []),
+                mean_sd(final_scores(history, view, "accuracy").astype(np.float64)),
+                *_of_the_best(config, history, eval_rounds, curve),
+                *([_if_there(attacked in history and history[attacked][:, -1])] if radius else []),
+                *([mean_sd(_mean_of_clients(of_clients)), mean_sd(_sd_of_clients(of_clients))] if in_views else []),
                 mean_sd(tails),
-                *[mean_sd(_mean_of_clients(history[f"{part}/accuracy"])) for part in extra],
-                rounds_to_target(history["test/accuracy"], eval_rounds, config.report.target),
+                *[_if_there(part in history and _mean_of_clients(history[part])) for part in of_parts],
+                rounds_to_target(curve, eval_rounds, config.report.target),
                 size(transferred(history, "bytes_up")),
                 size(transferred(history, "bytes_down")),
             ]
         )
     return header, rows
+
+
+def rows_of(experiment: Experiment, histories: Mapping[str, History]) -> list[tuple[str, str]]:
+    """(method, view) of every row of the table of results."""
+    rows = []
+    for name, history in histories.items():
+        main, there = main_view(experiment, name, history), views_of(history, "client")
+        rows += [(name, view) for view in sorted(there, key=lambda view: view != main)]
+    return rows
 
 
 def summary(
@@ -264,7 +327,7 @@ def summary(
     extra = _extra_parts(experiment)
     header, rows = results(experiment, histories)
     header += ["compile", "run", "memory"]
-    for row, name in zip(rows, histories, strict=True):
+    for row, (name, _) in zip(rows, rows_of(experiment, histories), strict=True):
         spent = info[name]
         row += [
             "in run" if config.machine.staged else duration(spent["compile_seconds"]),
@@ -272,6 +335,8 @@ def summary(
             size(spent["memory"]) if spent["memory"] else "unknown",
         ]
     own = "its own test examples" if _tested_on_own(experiment) else "test examples weighted to its mix of labels"
+    of_views = _about_views(experiment) if _in_views(histories) else ""
+    ended = _about_ends(experiment, histories)
     also = "".join(
         f"{part.capitalize()} accuracy is the mean over {whose}. "
         for part, whose in (("validation", "clients, on their own"), ("new", "clients that took no part in training"))
@@ -301,9 +366,9 @@ def summary(
         "",
         f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
-        f"the mean over the tenth of the clients that fare worst. {validated}{under_attack}{also}Bytes are summed "
-        "over rounds and participants, as a mean over seeds. Memory is what the compiled program needs, data "
-        f"included.{missing}",
+        f"the mean over the tenth of the clients that fare worst. {of_views}{ended}{validated}{under_attack}{also}"
+        "Bytes are summed over rounds and participants, as a mean over seeds. Memory is what the compiled program "
+        f"needs, data included.{missing}",
         "",
         "![Test accuracy and training loss against rounds](curves.png)",
         "",
@@ -421,12 +486,12 @@ def mean_sd(values: np.ndarray) -> str:
     return f"{100 * known.mean():.2f} ± {100 * known.std(ddof=1):.2f} %"
 
 
-def _of_the_best(config: Config, history: History, eval_rounds: np.ndarray) -> list[str]:
-    """Test accuracy and round of the best models, and the rounds that were made, means over seeds."""
+def _of_the_best(config: Config, history: History, eval_rounds: np.ndarray, curve: np.ndarray) -> list[str]:
+    """Of float[S, e] test accuracy and round of the best models, and the rounds that were made, means over seeds."""
     found = early.course(config, history)
     if found is None:
         return []
-    accuracy = np.take_along_axis(history["test/accuracy"], found.best[:, None], axis=1)[:, 0]
+    accuracy = np.take_along_axis(curve, found.best[:, None], axis=1)[:, 0]
     rounds = [eval_rounds[found.best], early.rounds_of(found, eval_rounds)]
     stopped = f" ({found.stopped.sum()} of {_count(len(found.stopped), 'seed')} stopped)"
     return [mean_sd(accuracy), f"{rounds[0].mean():.0f}", f"{rounds[1].mean():.0f}{stopped}"]
@@ -444,8 +509,54 @@ def _mean_of_clients(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(count > 0, mean, np.nan))
 
 
+def _sd_of_clients(values: np.ndarray) -> np.ndarray:
+    """[S] of [S, N]: standard deviations over the clients that have a value; NaN where none has."""
+    mean = _mean_of_clients(values)
+    return np.asarray(np.sqrt(_mean_of_clients(np.square(values - mean[:, None]))))
+
+
+def _if_there(values: Any) -> str:
+    """`mean_sd`, or nothing where there is False in the place of values."""
+    return "" if values is False else mean_sd(values)
+
+
+def _label(experiment: Experiment, name: str, history: History) -> str:
+    """A method's name in figures, with the view that is shown unless that is the global one."""
+    view = main_view(experiment, name, history)
+    return methods.paper_name(name) + ("" if view == views.GLOBAL else f" ({view})")
+
+
 def _extra_parts(experiment: Experiment) -> list[str]:
     return [part for part in ("validation", "new") if part in experiment.federation.parts]
+
+
+def _about_views(experiment: Experiment) -> str:
+    """How views in which clients differ are tested, in words."""
+    config, federation = experiment.config, experiment.federation
+    dealt = (
+        "test examples that are dealt out to clients in their mix of labels (--test-share keeps some of a client's own "
+        "back instead)"
+        if views.is_dealt(federation)
+        else "its own test examples"
+    )
+    chosen = len(views.chosen_clients(config, federation.num_clients))
+    whose = "" if chosen == federation.num_clients else f"; {chosen} of {federation.num_clients} clients are tested"
+    return (
+        f"That is so in the view global. In the others each client is tested by the model that it would use itself, on "
+        f"{dealt}, and the test accuracy is the mean over clients{whose}. A method's first row, which the figures "
+        "show, is the view that it is made for. "
+    )
+
+
+def _about_ends(experiment: Experiment, histories: Mapping[str, History]) -> str:
+    """What is told of methods that do something after the last round, in words."""
+    names = [methods.paper_name(name) for name in histories if experiment.algorithms[name].events_at("after")]
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} something after the last round: final numbers are "
+        "of what has come of it, the curves and metrics.csv of the rounds. "
+    )
 
 
 def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[str]:

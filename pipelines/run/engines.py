@@ -1,6 +1,6 @@
 """How the rounds of a run are made: everything on the devices, or cohorts brought there from host memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ from fedjax_core import (
     split_tables,
 )
 from fedjax_core.types import Key, PyTree
-from pipelines.experiment.setup import EVAL_BATCH, Experiment, begun, initial_states, run_keys
+from pipelines.experiment import views
+from pipelines.experiment.setup import EVAL_BATCH, Experiment, begun, ended, initial_states, run_keys
 from pipelines.results import early
+from pipelines.results.history import of_view
 
 
 class Chunk(NamedTuple):
@@ -48,16 +50,19 @@ class Engine(NamedTuple):
       start: `start() -> state`, before the first round.
       place: `place(restored state) -> state`, where the chunks want it.
       compile: `compile(number of rounds, state) -> Chunk`.
+      finish: `finish(state of the method) -> state` after what the method does after its last round; the argument
+        stays as it is.
     """
 
     expected: PyTree
     start: Callable[[], Any]
     place: Callable[[Any], Any]
     compile: Callable[[int, Any], Chunk]
+    finish: Callable[[Any], Any]
 
 
 def engine(experiment: Experiment, algorithm: Algorithm) -> Engine:
-    """The engine of the configuration."""
+    """The engine of the configuration, for a method."""
     return (_staged if experiment.config.machine.staged else _in_memory)(experiment, algorithm)
 
 
@@ -110,6 +115,10 @@ def _in_memory(experiment: Experiment, algorithm: Algorithm) -> Engine:
 
         return jax.jit(first, out_shardings=where)(keys, population)
 
+    def finish(state: PyTree):
+        of_states = None if where is None else early.split(where)[0]
+        return jax.jit(partial(ended, algorithm), out_shardings=of_states)(state, population, keys)
+
     def place_state(state: PyTree):
         # A copy: the arrays that come from numpy are not XLA's to give away.
         return jax.tree.map(jnp.copy, state if where is None else place(state, where))
@@ -121,7 +130,7 @@ def _in_memory(experiment: Experiment, algorithm: Algorithm) -> Engine:
         compiled = jitted.lower(state, population, test, keys).compile()
         return Chunk(lambda state: compiled(state, population, test, keys), needed_memory(compiled))
 
-    return Engine(_with_places(shapes, where), start, place_state, compile)
+    return Engine(_with_places(shapes, where), start, place_state, compile, finish)
 
 
 def _staged(experiment: Experiment, algorithm: Algorithm) -> Engine:
@@ -161,7 +170,8 @@ def _staged(experiment: Experiment, algorithm: Algorithm) -> Engine:
 
         return Chunk(run, 0)
 
-    return Engine(shapes, start, place_state, compile)
+    # Of a method that asks all clients after the last round nothing is staged (`setup.prepare`).
+    return Engine(shapes, start, place_state, compile, lambda state: state)
 
 
 def _with_places(shapes: PyTree, where: Any) -> Any:
@@ -179,9 +189,12 @@ def _round_keys(keys: Key) -> Any:
 def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
     """`score(remembered, state, tests) -> (remembered, scores, whether the models are finite)`, for all seeds.
 
-    What is remembered is None in a run that does not validate. The models of a seed that has stopped may be anything.
+    Of the views of one model; those in which clients differ are `pipelines.run.client_scores`, and where one of them is
+    the main view nothing is decided here. What is remembered is None in a run that does not validate. The models of a
+    seed that has stopped may be anything.
     """
     config = experiment.config
+    chosen = views.evaluated(config, algorithm)
     on_test = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
     on_validation = jax.vmap(partial(evaluate, experiment.metric_fn, batch_size=EVAL_BATCH), (0, None))
 
@@ -190,10 +203,43 @@ def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any
         leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
         finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]
         sound = jnp.all(jnp.stack([jnp.ones(config.seeds, bool), *finite]), axis=0)
+        examples, held_back = (test, None) if models is None else test
+        model_of = {
+            view: jax.vmap(partial(views.one_model, algorithm, view))(state)
+            for view in chosen.of_one_model(algorithm, state)
+        }
+        scores = one_model_scores(on_test, model_of, examples)
         if models is None:
-            return None, on_test(params, test), jnp.all(sound)
-        held = on_validation(params, test[1])
-        scores = on_test(params, test[0]) | {f"validated/{name}": value for name, value in held.items()}
-        return early.updated(config, models, params, held), scores, jnp.all(sound | models.stopped)
+            return None, scores, jnp.all(sound)
+        if chosen.main in model_of:
+            held = on_validation(model_of[chosen.main], held_back)
+            scores |= {f"validated/{metric}": value for metric, value in held.items()}
+            models = early.updated(config, models, early.of_state(config, algorithm, state), held)
+        return models, scores, jnp.all(sound | models.stopped)
 
     return scoring
+
+
+def one_model_scores(on_test: Callable[..., Any], model_of: Mapping[str, Any], examples: Any) -> dict[str, Any]:
+    """The scores of views of one model, by their names in a history."""
+    return {
+        of_view("test", view, metric): value
+        for view, params in model_of.items()
+        for metric, value in on_test(params, examples).items()
+    }
+
+
+def final_scorer(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any], dict[str, Any]]:
+    """`score(state) -> scores` of the views of one model on the test examples, as at every evaluation."""
+    chosen = views.evaluated(experiment.config, algorithm)
+    on_test = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
+
+    def score(state: PyTree, examples: Any) -> dict[str, Any]:
+        model_of = {
+            view: jax.vmap(partial(views.one_model, algorithm, view))(state)
+            for view in chosen.of_one_model(algorithm, state)
+        }
+        return one_model_scores(on_test, model_of, examples)
+
+    jitted = jax.jit(score, out_shardings=replicated_results(experiment))
+    return lambda state: jitted(state, placement(experiment)(experiment.test))

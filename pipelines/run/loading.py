@@ -35,10 +35,13 @@ class Trained(NamedTuple):
 
     Attributes:
       algorithm: the method.
-      state: its state, numpy leaves [S, ...] (typed keys where it has some).
-      best: in a run that validates (`pipelines.results.early`) the models that were best on the validation examples,
-        numpy leaves [S, ...]; else None.
-      last: there the models of the rounds in which the seeds stopped; else None, and they are those of the state.
+      state: its state, numpy leaves [S, ...] (typed keys where it has some); after what the method does after its last
+        round, if the run has come to that.
+      best: in a run that validates (`pipelines.results.early`) the global models that were best on the validation
+        examples, leaves [S, ...]; else None.
+      last: there the models of the rounds in which the seeds stopped, where their states were not kept; else None, and
+        they are those of the state.
+      best_state: there the states of the best rounds, numpy leaves [S, ...], where they were kept; else None.
       seeds: the S seeds.
       rounds: rounds done with each seed.
       history: what was measured (`pipelines.results.history`), as far as all seeds have come.
@@ -55,6 +58,7 @@ class Trained(NamedTuple):
     x64: bool
     best: PyTree = None
     last: PyTree = None
+    best_state: PyTree = None
 
     def state_of(self, seed: int | None = None) -> PyTree:
         """The state of one seed, the first one unless given; leaves [...].
@@ -176,6 +180,7 @@ def load_run(
                 cohort_size=1,
                 attack_radius=0.0,
                 staged=False,
+                evaluate=("global",),
                 patience=None,
                 stop_at=None,
                 keep_best=False,
@@ -216,6 +221,7 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
         folder = train.folder_of(out, name, first)
         saved = checkpoint.restore_latest(folder, expected, f"the state of {name}", run=train.run_name(out))
         if saved is not None:
+            saved = _after(saved, folder / train.AFTER, early.split(expected)[0], name, train.run_name(out))
             parts.append(saved._replace(arrays=in_bytes(saved.arrays, model)))
             seeds += batch.seeds
             rounds += [saved.round] * len(batch.seeds)
@@ -223,14 +229,33 @@ def _trained(out: Path, config: Config, experiment: Experiment, name: str) -> Tr
         return None
     whole_state = parts[0].state if len(parts) == 1 else jax.tree.map(_side_by_side, *[part.state for part in parts])
     state, kept = early.split(whole_state)
+    last = best = best_state = None
+    if kept is not None:
+        with jax.enable_x64(config.machine.x64):
+            best, best_state = early.best(config, algorithm, kept)
+            last, last_state = early.last(config, algorithm, whole_state)
+        if last_state is not None:
+            state, last = last_state, None
     names = [key for key in parts[0].arrays if all(key in part.arrays for part in parts)]
     if all(np.all(early.stopped(part.state)) or part.round >= config.rounds for part in parts):
         history = side_by_side([{key: part.arrays[key] for key in names} for part in parts])
     else:
         history = {key: _as_far_as_all([part.arrays[key] for part in parts]) for key in names}
     num_clients = experiment.population.num_clients
-    models = (None, None) if kept is None else (kept.best, kept.last)
-    return Trained(algorithm, state, seeds, rounds, history, num_clients, config.machine.x64, *models)
+    x64 = config.machine.x64
+    return Trained(algorithm, state, seeds, rounds, history, num_clients, x64, best, last, best_state)
+
+
+def _after(saved: checkpoint.Saved, folder: Path, expected: Any, name: str, run: str) -> checkpoint.Saved:
+    """What is saved, with the state after what the method does after its last round, if it has done it since."""
+    found = checkpoint.restore_latest(
+        folder, expected, f"the state of {name}", lambda round: round == saved.round, run=run
+    )
+    if found is None:
+        return saved
+    _, models = early.split(saved.state)
+    state = early.joined(found.state, None if models is None else models._replace(last=found.state))
+    return saved._replace(state=state, arrays=saved.arrays | found.arrays)
 
 
 def _expected(experiment: Experiment, algorithm: Algorithm, keys: Key) -> Any:

@@ -14,7 +14,9 @@ A run directory:
                             name of the run, and digests of the data and of itself
     checkpoints/            a copy of config.json
     checkpoints/<method>/   `pipelines.run.checkpoint`: the latest states; seeds-<first>/ in it is a batch
-                            that joined later; <method>.journal/ has the metrics (`pipelines.run.journal`)
+                            that joined later; <method>.journal/ has the metrics (`pipelines.run.journal`). Of a method
+                            that does something after its last round (`fedjax_core.Event`) after/ in it has the state
+                            that has come of it; more rounds go on from the state before
     metrics.csv             every metric of every round: appended to with every checkpoint, put in order at the end;
                             later seeds when they are done
     clients.csv, summary.md, results.tex, and curves and clients as .png and .pdf     at the end
@@ -25,7 +27,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_core import Algorithm, evaluate_examples, is_weighted, metric_values, out_of_memory, split_tables
+from fedjax_core import Algorithm, evaluate_examples, is_weighted, metric_values, out_of_memory
 from fedjax_core.types import Params, PyTree
 from pipelines.common import files, processes
 from pipelines.common.files import Unwritable as Unwritable
@@ -41,15 +43,22 @@ from pipelines.common.processes import Refused
 from pipelines.common.progress import Progression, Reporter, Speed, duration, silent, size
 from pipelines.configuration import methods
 from pipelines.configuration.config import Config
-from pipelines.experiment import plans
+from pipelines.experiment import plans, views
 from pipelines.experiment.setup import EVAL_BATCH, Experiment, memory_fix, prepare
 from pipelines.federation import heterogeneity
 from pipelines.federation.federations import Federation
 from pipelines.results import early, history, report
 from pipelines.results.history import History
-from pipelines.run import checkpoint, engines, identity, run_directory
+from pipelines.run import checkpoint, client_scores, engines, identity, run_directory
 from pipelines.run.description import Description, described
 from pipelines.run.run_directory import Interrupted, Kind, Work, versions, waited_for
+
+AFTER = "after"
+"""Folder of the state after what a method does after its last round, in that of its checkpoints."""
+
+
+Scorers = Callable[[str], list[client_scores.Scorer]]
+"""Part of the federation to the scorers of the views in which clients differ; each is compiled once."""
 
 
 class Diverged(Exception):  # noqa: N818 (named for what happened)
@@ -149,9 +158,7 @@ def final_params(out: str | Path, method: str) -> Params:
 
     trained = loading.load_run(out, methods=[method], with_data=False).methods[method]
     with jax.enable_x64(trained.x64):
-        if trained.last is not None:
-            return trained.last
-        return jax.vmap(trained.algorithm.params)(split_tables(trained.state)[0])
+        return early.global_params(trained.algorithm, trained.state) if trained.last is None else trained.last
 
 
 def read_config(out: Path) -> Config:
@@ -164,7 +171,12 @@ def read_config(out: Path) -> Config:
 
 
 def _config(content: Any) -> Config:
-    return Config.from_values(content)
+    """The configuration of a record; in runs of before there were views the global model alone was evaluated."""
+    config = Config.from_values(content)
+    said = content.get("evaluation", {}) if isinstance(content, Mapping) else {}
+    if "evaluate" in content or (isinstance(said, Mapping) and "evaluate" in said):
+        return config
+    return config.replace(evaluate=(views.GLOBAL,))
 
 
 KIND = Kind("train", _config)
@@ -339,6 +351,8 @@ def _run_with_plan(
     experiment, label, folder = batch.experiment, batch.label, batch.folder
     config, algorithm = experiment.config, experiment.algorithms[name]
     engine, out, run = engines.engine(experiment, algorithm), work.out, work.run
+    chosen = views.evaluated(config, algorithm)
+    scorers = cache(partial(client_scores.scorers, experiment, algorithm))
     eval_rounds = history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
     last_but_end = config.rounds // config.evaluation.eval_every * config.evaluation.eval_every
 
@@ -356,8 +370,11 @@ def _run_with_plan(
 
     state, saved = first()
     round, info, mark = saved.round, saved.info, saved.mark
+    ending: History = {}
     if round >= config.rounds or np.all(early.stopped(state)):
         reporter.say(f"{label}: complete, {round} rounds")
+        ending = _ending(experiment, algorithm, engine, scorers, state, folder, round, work)
+        saved = saved._replace(arrays=saved.arrays | ending)
         if work.may_write:
             stops = early.last_rounds(config, saved.arrays, eval_rounds, len(experiment.seeds))
             reporter.log(name, experiment.seeds, 0, saved.arrays, stops)
@@ -418,15 +435,15 @@ def _run_with_plan(
             files.append_text(out / "metrics.csv", rows)
 
     speed = Speed(round)
-    ending: History = {}
-    on_clients = (
-        _part_scorer(experiment, report.part_of_clients(experiment)) if config.evaluation.clients_over_time else None
-    )
+    follow = _follower(experiment, algorithm)
+    judge = _judge(experiment, algorithm, scorers)
     for before, after in pairwise(grid):
         if after <= round:
             continue
         since = time.monotonic()
         state, metrics, scores, is_finite = waited_for(chunks[after - before].run(state))
+        state, of_clients, more = judge(state)
+        scores |= more
         new, going = history.from_rounds(metrics, scores), ends > round
         if history.first_bad_round(history.of_seeds(new, going)) or not bool(is_finite):
             good_round, good = round, measured.joined()
@@ -435,7 +452,7 @@ def _run_with_plan(
             for left, right in pairwise(grid):
                 # The state before this chunk was given away to it, so it is computed again from the last checkpoint.
                 if round <= left and right <= good_round:
-                    state = chunks[right - left].run(state)[0]
+                    state = judge(chunks[right - left].run(state)[0])[0]
             measured = history.Growing(history.growing(saved.arrays))
             evaluations = int(np.searchsorted(eval_rounds, round, side="right"))
             measured.append(history.after(good, round, evaluations))
@@ -445,30 +462,30 @@ def _run_with_plan(
             known = history.until(history.append(good, new), ends)
             cause = diagnose(experiment, name, known, known_losses)
             raise Diverged(f"{cause}\nThe state after round {round}, the last good one, is saved in {folder}.")
-        if on_clients is not None:
-            params = jax.vmap(algorithm.params)(split_tables(early.split(state)[0])[0])
-            new |= {f"each/{key}": value[:, None] for key, value in on_clients(params).items()}
+        if config.evaluation.clients_over_time:
+            new |= {key: value[:, None] for key, value in follow(state, of_clients).items()}
         measured.append(new)
         round = after
         ends = np.where(going & early.stopped(state), round, ends)
         info["run_seconds"] += time.monotonic() - since
         shown = history.of_seeds(new, going)
         loss = history.mean_known(history.mean_losses(shown, np.asarray([after - before])))
-        accuracy = float(shown["test/accuracy"].mean())
+        accuracy = float(shown[history.of_view("test", chosen.main, "accuracy")].mean())
         ended = round == config.rounds or bool(np.all(early.stopped(state)))
         rate = speed.at(round)
         reporter.log(name, experiment.seeds, before, new, ends)
         reporter.event("evaluated", _evaluation(experiment, name, round, rate, new, ends))
         reporter.update(Progression(label, round, config.rounds, rate, loss, accuracy))
         if ended:
-            ending = _per_client(experiment, early.last_params(algorithm, state))
-            if (models := early.split(state)[1]) is not None:
-                best = _per_client(experiment, models.best)
-                ending |= {f"best/{key}": value for key, value in best.items() if key.startswith("client/")}
+            ending = _at_the_end(experiment, algorithm, scorers, state)
         stop = work.stop()
         # From the last evaluation before an end between two a longer run can go on.
         if round % config.report.checkpoint_every == 0 or round == last_but_end or ended or stop:
             save(ending)
+        if ended and algorithm.events_at("after"):
+            if stop:
+                raise _interruption(batch, out, round, stop)
+            ending |= _ending(experiment, algorithm, engine, scorers, state, folder, round, work)
         if ended:
             reporter.event("finished", {"method": name, "seeds": experiment.seeds, "rounds": round})
             break
@@ -531,6 +548,117 @@ def _per_client(experiment: Experiment, params: Params) -> History:
     for name, (value, weight) in tested.items():
         by_class = _means(value[:, order], ends, weight[:, order])
         found[f"client/{name}"] = (weights @ by_class.T).T
+    return found
+
+
+def _judge(experiment: Experiment, algorithm: Algorithm, scorers: Scorers) -> Callable[[Any], tuple[Any, Any, History]]:
+    """`judge(state) -> (state, {view: scores of clients [S, N]}, scores)` for views in which clients differ.
+
+    What is remembered is decided here where one of these is the main view, and with the rounds otherwise. The scores go
+    by the names of a history.
+    """
+    config = experiment.config
+    chosen = views.evaluated(config, algorithm)
+    on_test = scorers("test")
+    decides = config.evaluation.validates and chosen.main in [each.view for each in on_test]
+    on_validation = [each for each in scorers("validation") if each.view == chosen.main] if decides else []
+    update = jax.jit(partial(early.updated, config))
+
+    def judge(tree: Any) -> tuple[Any, Any, History]:
+        state, models = early.split(tree)
+        of_clients = {each.view: each.scores(state) for each in on_test}
+        scores: History = {}
+        for view, values in of_clients.items():
+            scores |= client_scores.over_clients(view, values)
+        if on_validation and models is not None:
+            means = client_scores.means(on_validation[0].scores(state))
+            scores |= {f"validated/{metric}": value for metric, value in means.items()}
+            models = update(models, early.of_state(config, algorithm, state), means)
+        return early.joined(state, models), of_clients, scores
+
+    return judge
+
+
+def _follower(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any], History]:
+    """`follow(state, {view: scores of clients [S, N]})`: these and those of the global model, "each/..." [S, N]."""
+    over_time = experiment.config.evaluation.clients_over_time
+    with_global = over_time and views.GLOBAL in views.evaluated(experiment.config, algorithm).names
+    score = _part_scorer(experiment, report.part_of_clients(experiment)) if with_global else None
+
+    def follow(tree: Any, of_clients: Mapping[str, History]) -> History:
+        found = {
+            history.of_view("each", view, metric): value
+            for view, values in of_clients.items()
+            for metric, value in values.items()
+        }
+        if score is not None:
+            params = early.global_params(algorithm, early.split(tree)[0])
+            found |= {f"each/{metric}": value for metric, value in score(params).items()}
+        return found
+
+    return follow
+
+
+def _at_the_end(experiment: Experiment, algorithm: Algorithm, scorers: Scorers, tree: Any) -> History:
+    """How the last models, and in a run that validates the best ones, do for every client."""
+    config = experiment.config
+    found: History = {}
+    if not algorithm.events_at("after"):  # what is reported of one that goes on is made by `_ending`
+        found = _of_reported(experiment, algorithm, scorers, early.last(config, algorithm, tree))
+    if (models := early.split(tree)[1]) is not None:
+        best = _of_reported(experiment, algorithm, scorers, early.best(config, algorithm, models))
+        found |= {f"best/{key}": value for key, value in best.items() if key.startswith("client/")}
+    return found
+
+
+def _of_reported(experiment: Experiment, algorithm: Algorithm, scorers: Scorers, reported: early.Reported) -> History:
+    """`_per_client` of the global model, and the same of each view in which clients differ."""
+    chosen = views.evaluated(experiment.config, algorithm)
+    found = _per_client(experiment, reported.params) if views.GLOBAL in chosen.names else {}
+    if reported.state is None:
+        return found
+    names = {"train": "client/{}/train_", "test": "client/{}/", "validation": "validation/{}/"}
+    for part, kind in names.items():
+        if part != "test" and part not in experiment.federation.parts:
+            continue
+        for each in scorers(part):
+            begin = kind.format(each.view)
+            found |= {f"{begin}{metric}": value for metric, value in each.scores(reported.state).items()}
+    return found
+
+
+def _ending(
+    experiment: Experiment,
+    algorithm: Algorithm,
+    engine: engines.Engine,
+    scorers: Scorers,
+    tree: Any,
+    folder: Path,
+    round: int,
+    work: Work,
+) -> History:
+    """What is measured of the state after what a method does after its last round; nothing if it does nothing.
+
+    That state is computed once and saved beside the checkpoints. They keep the one before it, from which a longer run
+    goes on.
+    """
+    config = experiment.config
+    if not algorithm.events_at("after"):
+        return {}
+    shapes = early.split(engine.expected)[0]
+    saved = checkpoint.restore_latest(
+        folder / AFTER, shapes, "the state of this run", lambda at: at == round, run=work.run
+    )
+    if saved is not None:
+        return saved.arrays
+    work.check_writable()
+    state = waited_for(engine.finish(early.last(config, algorithm, tree).state))
+    found = _of_reported(experiment, algorithm, scorers, early.Reported(early.global_params(algorithm, state), state))
+    scores = {key: np.asarray(value) for key, value in engines.final_scorer(experiment, algorithm)(state).items()}
+    for each in scorers("test"):
+        scores |= client_scores.over_clients(each.view, each.scores(state))
+    found |= {f"final/{key}": value for key, value in scores.items()}
+    checkpoint.save(folder / AFTER, round, state, found, run=work.run, keep=1)
     return found
 
 
@@ -612,9 +740,9 @@ def class_shares(federation: Federation) -> np.ndarray:
         return counts / counts.sum(axis=1, keepdims=True)
 
 
-def _losses(experiment: Experiment, algorithm: Algorithm, state: PyTree) -> np.ndarray:
+def _losses(experiment: Experiment, algorithm: Algorithm, tree: PyTree) -> np.ndarray:
     """Mean training loss of the models of a state, [S]."""
-    params = early.last_params(algorithm, state)
+    params = early.last(experiment.config, algorithm, tree).params
     sizes = experiment.federation.sizes
     held = sizes > 0  # a client without examples has no loss
     return np.average(_on_part(experiment, params, "train")["loss"][:, held], axis=1, weights=sizes[held])
