@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -260,6 +262,46 @@ def test_methods_carry_their_paper_card(name: str):
 def test_parts_carry_their_paper(name: str):
     card = inspect.getdoc(getattr(messages, name)) or ""
     assert card.split("\n\n")[-1].startswith("Paper: "), f"the card of {name} must end with a paragraph `Paper: ...`"
+
+
+def code_lines(source: str) -> int:
+    """Lines with code on them: no comments, no docstrings, nothing empty."""
+    tree, text = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False):
+            text |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    nothing = {getattr(tokenize, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")}
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in nothing:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - text)
+
+
+@pytest.mark.quick
+def test_code_lines_are_counted():
+    assert (
+        code_lines('"""A.\n\nB."""\n\n\ndef f(x):\n    """C."""\n    # no\n    return (\n        x  # yes\n    )\n')
+        == 4
+    )
+
+
+# One for each corner of what methods do: parts of models, statistics, public data, several models, second derivatives,
+# votes, adapters, split models.
+SHORT = ("fedbn", "feddf", "fedlora", "fedrep", "frl", "ifca", "per_fedavg", "sfprompt")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", SHORT)
+def test_a_method_is_read_in_one_go(name: str):
+    source = Path(inspect.getsourcefile(getattr(algorithms, name))).read_text()
+    assert code_lines(source) < 120, "what makes it long belongs to algorithms/parts or fedjax_core"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", messages.__all__)
+def test_a_part_is_read_at_a_glance(name: str):
+    assert code_lines(inspect.getsource(getattr(messages, name))) < 40
 
 
 def test_algorithms_are_listed_in_order():

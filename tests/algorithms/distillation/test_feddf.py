@@ -166,6 +166,29 @@ def test_golden_values():
         assert metrics.extra.server_loss == pytest.approx(np.sum(target * (np.log(target) - np.log(q))), abs=1e-8)
 
 
+def test_the_gradient_of_a_student_that_knows_nothing():
+    """Teachers whose logits are (2, 1), and a student of logits (0, 0), which is their average."""
+    root = np.sqrt([2.0, 1.0])
+    population = fc.Population.from_sizes({"target": np.stack([root, -root])}, [1, 1]).with_public(
+        {"one": np.ones((1, 1))}
+    )
+
+    def loss(params, batch, key):  # a step of rate 1 goes to the client's target
+        return jnp.sum(jnp.square(params - batch["target"]), axis=1) / 2
+
+    method = algorithms.feddf(
+        loss,
+        optax.sgd(1.0),
+        logits=lambda params, batch, key: batch["one"] * (jnp.square(params) + params),
+        server_optimizer=optax.sgd(1.0),
+        server_steps=1,
+        batch_size=1,
+    )
+    state, metrics = jax.jit(method.round)(method.init(jnp.zeros(2)), population.cohort([0, 1]), KEY)
+    np.testing.assert_allclose(method.params(state), [0.23105858, -0.23105858], atol=1e-8)
+    assert metrics.extra.server_loss == pytest.approx(0.11094407, abs=1e-8)
+
+
 def test_the_schedule_is_adam_along_a_cosine():
     assert_trees_equal(
         one_round(server_optimizer=None, server_lr=1e-2, server_steps=4)[0],

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import algorithms
+import fedjax_core as fc
 import models
 from tests.problems import assert_trees_close, assert_trees_equal, softmax_loss, softmax_population
 
@@ -126,6 +127,36 @@ def test_one_client_alone_keeps_what_it_has_learned(rule):
     alone = one_step(made(rule), adapter())["layer"]
     expected = one_step(made("factors"), adapter())["layer"]
     np.testing.assert_allclose(alone["A"] @ alone["B"], expected["A"] @ expected["B"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_clients_come_to_what_one_of_them_does(rule):
+    """All rules agree; and weights by equal norms are equal weights."""
+    three = softmax_population((6,)).client(0)
+    population = fc.Population.from_clients([three] * N)
+    method = made(rule)
+    run = jax.jit(method.round)
+    ends = []
+    for ids in ([0, -1, -1], [0, 1, 2]):
+        state, _ = run(method.init(adapter()), population.cohort(ids), jax.random.key(0))
+        ends.append(state.params["layer"]["A"] @ state.params["layer"]["B"])
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-10, atol=1e-12)
+
+
+def test_averaging_factors_errs_in_the_second_order_of_a_step():
+    """From one A and no B: with a step ten times smaller the product of the means is 100 times nearer to the mean."""
+
+    def product(rule):
+        def of_rate(lr):
+            local = {"batch_size": 2, "order": "sequential"}
+            method = algorithms.fedlora(loss_fn, optax.sgd(lr), num_clients=N, rule=rule, alpha=ALPHA, **local)
+            state, _ = method.round(method.init(adapter(zero=True)), POPULATION.cohort(IDS), jax.random.key(0))
+            return state.params["layer"]["A"] @ state.params["layer"]["B"]
+
+        return jax.jit(jax.vmap(of_rate))(jnp.array([0.1, 0.01]))
+
+    errors = jnp.linalg.norm(product("factors") - product("products"), axis=(1, 2))
+    assert errors[0] > 90 * errors[1] > 0
 
 
 def deltas(state, ids=IDS):

@@ -99,6 +99,37 @@ def test_own_models_are_trained_alone_at_the_limits_and_the_global_one_is_fedavg
     assert_trees_equal(none[-1].personal, none[0].personal)
 
 
+def test_ditto_comes_to_rest_between_its_own_optimum_and_the_global_model():
+    """v* = (a b + lam x) / (a + lam) for f = a (v - b)^2 / 2, the nearer to x the larger lam is; lr lam < 1."""
+    lam, x = jnp.array([1.0, 9.0, 99.0]), 5.0
+
+    @jax.jit
+    @jax.vmap
+    def own(lam):
+        method = algorithms.ditto(
+            curved_loss, optax.sgd(0.9 / (3 + lam)), lam=lam, server_lr=0.0, num_clients=2, batch_size=1, num_steps=99
+        )
+        return method.round(method.init(jnp.asarray(x)), TWO.cohort([0, 1]), jax.random.key(0))[0].personal.rows
+
+    rows = own(lam)
+    np.testing.assert_allclose(rows[:, 0], (1 * 1 + lam * x) / (1 + lam), rtol=1e-12)
+    np.testing.assert_allclose(rows[:, 1], (3 * -1 + lam * x) / (3 + lam), rtol=1e-12)
+    assert np.all(np.abs(rows[-1] - x) < 0.2)
+
+
+def test_shares_of_apfl_stay_between_0_and_1_and_none_predicts_with_the_global_model():
+    """Where its own model is far better, and where it is far worse, than the global one."""
+    method = algorithms.apfl(curved_loss, optax.sgd(0.5), num_clients=2, batch_size=1, num_steps=3)
+    begun, round = method.init(jnp.asarray(9.0)), jax.jit(method.round)
+    for v, share in (([1.0, -1.0], [1, 1]), ([50.0, 50.0], [0, 0])):
+        rows = begun.personal.rows._replace(v=jnp.array(v))
+        state = begun._replace(personal=begun.personal._replace(rows=rows))
+        state, _ = round(state, TWO.cohort([0, 1]), jax.random.key(0))
+        np.testing.assert_array_equal(state.personal.rows.alpha, share)
+    predicted = method.client_params(state, np.arange(2))
+    np.testing.assert_array_equal(predicted, np.full(2, method.params(state)))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
