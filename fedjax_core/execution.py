@@ -13,7 +13,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fedjax_core import convolutions
 from fedjax_core.lanes import Run, Slots, run_on_device
@@ -145,7 +145,12 @@ def _run_on_devices(
     slots = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[:1]] * padding]), slots)
     steps = jnp.where(jnp.arange(per_device * devices) < num_slots, slots.steps, 0)
     slots = slots._replace(steps=steps)
-    order = _balanced_order(steps, devices)
+    # Every device finds the whole order for itself. Left to the compiler, it would be split over the devices, which
+    # would then talk to each other once a slot.
+    whole = NamedSharding(mesh, PartitionSpec())
+    order = jax.lax.with_sharding_constraint(
+        balanced_order(jax.lax.with_sharding_constraint(steps, whole), devices), whole
+    )
     slots = jax.tree.map(lambda leaf: leaf[order], slots)
 
     def local(slots: Slots, leaves: list[Array], examples: PyTree) -> tuple[PyTree, PyTree, Array, Array]:
@@ -166,7 +171,7 @@ def _run_on_devices(
     return in_own_dtypes(total), outputs, loss, executed
 
 
-def _balanced_order(steps: Array, devices: int) -> Array:
+def balanced_order(steps: Array, devices: int) -> Array:
     """The order of slots in which each device has equally many and about the same number of steps.
 
     Args:

@@ -27,6 +27,18 @@ NO_QUEUE_BYTES = 2**26
 """Up to so many bytes of all carries together, a device with a lane for each slot runs without a queue."""
 
 
+class _Loops(NamedTuple):
+    clients: str
+    steps: str
+    ends: str
+    starts: str
+
+
+LOOPS = _Loops("client_loop", "local_steps", "client_ends", "client_starts")
+"""Names of the loops in compiled programs and profiles: until all clients are done, in it local steps until one of them
+is, clients that end, and clients that begin."""
+
+
 class Slots(NamedTuple):
     """Per-slot inputs, leaves [M, ...]."""
 
@@ -208,7 +220,8 @@ def run_on_device(
         executed=jnp.int32(0),
     )
     iterate = _iterate_without_queue if without_queue else _iterate_with_queue
-    state = jax.lax.while_loop(partial(_is_unfinished, device), partial(iterate, device), state)
+    with jax.named_scope(LOOPS.clients):
+        state = jax.lax.while_loop(partial(_is_unfinished, device), partial(iterate, device), state)
     total, outputs, losses = state.results
     return [sums.value(t) for t in total], outputs, losses, jnp.full((num_groups,), state.executed)
 
@@ -236,12 +249,14 @@ def _iterate_with_queue(device: _Device, state: _State) -> _State:
     lanes, segment = _advance(device, state.lanes)
     # Two loops, for ends and for starts: in one, the lanes would be read and written at once, and the processor's
     # compiler would copy all of them for each client.
-    lanes, results = jax.lax.while_loop(
-        lambda s: jnp.any(_is_done(s[0])), partial(_end_one, device), (lanes, state.results)
-    )
-    lanes, taken = jax.lax.while_loop(
-        lambda s: jnp.any(_is_free(device, *s)), partial(_begin_one, device), (lanes, state.taken)
-    )
+    with jax.named_scope(LOOPS.ends):
+        lanes, results = jax.lax.while_loop(
+            lambda s: jnp.any(_is_done(s[0])), partial(_end_one, device), (lanes, state.results)
+        )
+    with jax.named_scope(LOOPS.starts):
+        lanes, taken = jax.lax.while_loop(
+            lambda s: jnp.any(_is_free(device, *s)), partial(_begin_one, device), (lanes, state.taken)
+        )
     return _State(lanes, taken, results, state.executed + segment * device.num_lanes)
 
 
@@ -274,7 +289,8 @@ def _advance(device: _Device, lanes: _Lane) -> tuple[_Lane, Array]:
     running = lanes.slot >= 0
     segment = jnp.min(jnp.where(running, lanes.left, jnp.iinfo(jnp.int32).max))
     segment = jnp.where(jnp.any(running), segment, 0)
-    return jax.lax.fori_loop(0, segment, lambda _, lanes: step_all(lanes), lanes), segment
+    with jax.named_scope(LOOPS.steps):
+        return jax.lax.fori_loop(0, segment, lambda _, lanes: step_all(lanes), lanes), segment
 
 
 def _step(device: _Device, lane: _Lane) -> _Lane:

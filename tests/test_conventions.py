@@ -168,7 +168,7 @@ def test_methods_share_parts_and_not_each_others_helpers():
     assert not wrong, "shared parts live in algorithms/parts:\n" + "\n".join(wrong)
 
 
-LAYERS = ["common", "data", "configuration", "federation", "experiment", "results", "run", "studies", "cli"]
+LAYERS = ["common", "data", "configuration", "federation", "experiment", "results", "run", "compiled", "studies", "cli"]
 
 
 @pytest.mark.quick

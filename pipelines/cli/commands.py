@@ -1,4 +1,4 @@
-"""The command line: `fedjax-core train`, `federate`, `continual`, `list`, `zeroth-order`, `evaluate` and `export`."""
+"""The command line: `fedjax-core train`, `federate`, `compile`, `continual`, `list`, `zeroth-order` and the others."""
 
 import logging
 import sys
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.cli import catalog, options, terminal
+from pipelines.cli.compile_command import compile_
 from pipelines.cli.run_commands import evaluate, export
 from pipelines.cli.terminal import usage_errors
 from pipelines.cli.zeroth_order_command import zeroth_order
@@ -42,6 +43,7 @@ fedjax-core list             what there is to choose from
 fedjax-core list scaffold    a method's card and hyper-parameters
 fedjax-core zeroth-order     compare methods that have function values and no gradients
 fedjax-core evaluate RUN     test the models of a finished run on a data set
+fedjax-core compile          compile a run for TPUs that are not there, and predict memory and time
 fedjax-core export RUN       write them to files that other programs read
 fedjax-core completion bash  make the shell complete all of these (or zsh, or fish)
 """
@@ -61,6 +63,7 @@ def main(debug: bool) -> None:
 main.add_command(zeroth_order)
 main.add_command(evaluate)
 main.add_command(export)
+main.add_command(compile_)
 
 
 _EXAMPLES = """
@@ -148,7 +151,7 @@ def train(
     with terminal.warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
-        chosen = _choices(typed, config_path)
+        chosen = choices_of(typed, config_path)
         config = Config(**chosen)
         if options.shown(config, write_config, print_config):
             return
@@ -364,7 +367,7 @@ def _train_part(config: Config, built: Any, partition: str) -> Any:
     return federations.build(other, built.dataset).parts["train"].assignment
 
 
-def _choices(typed: Mapping[str, Any], config_path: Path | None) -> dict[str, Any]:
+def choices_of(typed: Mapping[str, Any], config_path: Path | None) -> dict[str, Any]:
     """The choices of a run that are not left at their defaults: those that are given, then those of a file."""
     filed = {} if config_path is None else config_file.read(config_path)
     found = _beside(typed, filed)

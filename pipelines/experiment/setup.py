@@ -157,12 +157,14 @@ OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
 """Name to `build(learning_rate, momentum)`."""
 
 
-def prepare(config: Config, federation: Federation | None = None) -> Experiment:
+def prepare(config: Config, federation: Federation | None = None, *, plan: Plan | None = None) -> Experiment:
     """Builds everything a run needs.
 
     Args:
       config: the configuration.
       federation: what `federate(config)` gives, if that is there already; other methods and settings do not change it.
+      plan: a plan for devices of another machine, for which the rounds are compiled and not run; then nothing is asked
+        of the devices and the memory of this one.
 
     Raises:
       ValueError: naming the argument, the value and the fix, for anything that cannot work: an unknown name, a
@@ -191,7 +193,8 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         own_model.build(config.model, dataset) if own.is_own(config.model) else MODELS[config.model](dataset, config)
     )
     inputs = datasets.normalized(model, dataset.normalization)
-    plan = Plan(config.machine.lanes, _mesh(config.machine.mesh, config.machine.model_parallel))
+    here = plan is None
+    plan = plan or Plan(config.machine.lanes, _mesh(config.machine.mesh, config.machine.model_parallel))
     kind = {"kind": "sequence", "pad_id": dataset.pad_id} if dataset.is_sequence else {"kind": "classification"}
     loss_fn = models.task(inputs, **kind)
     metric_fn = tasks.as_metric(loss_fn)
@@ -265,7 +268,7 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
         with own.explain_errors("method", name), own.explain_errors("model", config.model):
             try:
                 traced = jax.eval_shape(
-                    partial(_one_round, experiment, algorithm), _shapes(population), experiment.keys
+                    partial(_one_round, experiment, algorithm), population_shapes(population), experiment.keys
                 )
             except OverflowError as error:
                 raise ValueError(
@@ -274,6 +277,8 @@ def prepare(config: Config, federation: Federation | None = None) -> Experiment:
                 ) from None
             _check_round(name, traced)
             _check_views(experiment, name)
+        if not here:
+            continue
         host, device = held_memory(experiment, name, traced[1][1])
         smaller = _smaller_model(config, dataset)
         if jax.default_backend() == "cpu":
@@ -646,7 +651,7 @@ def _check_views(experiment: Experiment, name: str) -> None:
         )
 
 
-def _shapes(population: Population | HostPopulation) -> Any:
+def population_shapes(population: Population | HostPopulation) -> Any:
     """What tracing a round needs to know of a population."""
     of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
     offsets: Any = jax.ShapeDtypeStruct((population.num_clients + 1,), jnp.int32)

@@ -22,7 +22,7 @@ from fedjax_core import (
     shardings,
     simulate,
 )
-from fedjax_core.execution import _balanced_order
+from fedjax_core.execution import balanced_order
 from tests.problems import assert_trees_close, softmax_loss, softmax_params, softmax_population
 
 SIZES = (1, 9, 4, 0, 13, 6, 2, 5)
@@ -150,6 +150,6 @@ def test_a_mesh_that_cannot_be(arguments, message):
 )
 def test_devices_have_about_the_same_number_of_steps(steps, devices, most):
     steps = jnp.array(steps, jnp.int32)
-    order = np.asarray(jax.jit(_balanced_order, static_argnums=1)(steps, devices))
+    order = np.asarray(jax.jit(balanced_order, static_argnums=1)(steps, devices))
     assert sorted(order) == list(range(len(steps)))
     assert np.asarray(steps)[order].reshape(devices, -1).sum(axis=1).max() == most
