@@ -21,6 +21,7 @@ from algorithms.exploration.autoflip import autoflip
 from algorithms.exploration.fedlex import fedlex
 from algorithms.finetuning.fedlora import fedlora
 from algorithms.finetuning.sfprompt import sfprompt
+from algorithms.heterogeneous.fedgh import fedgh
 from algorithms.participation.anarchic import afa_cd, afa_cs
 from algorithms.participation.fedamd import fedamd
 from algorithms.participation.fedau import fedau, fedavg_ipw
@@ -71,6 +72,7 @@ __all__ = [
     "fedexp",
     "fedfix",
     "fedgamma",
+    "fedgh",
     "fedld",
     "fedlex",
     "fedlora",

@@ -20,7 +20,7 @@ import pytest
 
 import algorithms
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import Split, needs, testing
+from fedjax_core import Groups, Split, Task, needs, testing
 from tests.problems import (
     assert_trees_equal,
     softmax_features,
@@ -52,6 +52,7 @@ SETTINGS = {
         **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30, "feature_lengthscale": 1.0},
         **{"radius": 0.5, "noise": 1e-2, "ridge": 1e-2},
     },
+    "fedgh": {"num_classes": 3},
     "sfprompt": {"self_epochs": 1},  # the plain loop is slow
 }
 
@@ -80,6 +81,8 @@ def merged(adapter):
 def params_of(name):
     """Where a method starts."""
     params = softmax_params()
+    if "tasks" in needs(getattr(algorithms, name)).values():
+        return tuple(jax.tree.map(jnp.float64, task.init(jax.random.key(5))) for task in TASKS)
     if "split" in needs(getattr(algorithms, name)).values():
         return {**params, "prompt": jnp.zeros(params["w"].shape[0], params["w"].dtype)}
     if "adapter loss" not in needs(getattr(algorithms, name)).values():
@@ -98,6 +101,36 @@ def cut():
     )
 
 
+def task_of(layers):
+    """A softmax of as many features as there are classes, which some layers make."""
+
+    def init(key):
+        keys = jax.random.split(key, layers)
+        body = {f"u{k}": jax.random.normal(keys[k], (3 if k else 5, 3)) for k in range(layers)}
+        return {"body": body, "w": jnp.eye(3), "b": jnp.zeros(3)}
+
+    def features(params, examples, key=None, mask=None):
+        z = examples["x"]
+        for k in range(layers):
+            z = jnp.tanh(z @ params["body"][f"u{k}"])
+        return z
+
+    def head(params, z):
+        return z @ params["w"] + params["b"]
+
+    return Task(
+        init,
+        lambda params, examples, *, key, mask: (head(params, features(params, examples)), ()),
+        lambda outputs, examples, mask: optax.softmax_cross_entropy_with_integer_labels(outputs, examples["y"]),
+        lambda outputs, examples, mask: {"accuracy": jnp.argmax(outputs, -1) == examples["y"]},
+        features,
+        head,
+        paths=lambda kind: ("w", "b"),
+    )
+
+
+TASKS = (task_of(1), task_of(2))
+
 # What factories ask for (`fedjax_core.needs`).
 BROUGHT = {
     "loss": softmax_loss,
@@ -110,6 +143,8 @@ BROUGHT = {
     "layers": {"w": 5},
     "personal": "b",
     "public": lambda public: public,
+    "tasks": TASKS,
+    "groups": Groups([0, 1, 1, 0, 0, 1, 0]),
 }
 
 
