@@ -31,6 +31,7 @@ from algorithms.exploration.autoflip import masked
 from algorithms.robustness.fal import pgd, robust
 from benchmarks import _measure
 from fedjax_core import (
+    Groups,
     ModelState,
     Plan,
     Population,
@@ -284,6 +285,38 @@ def own_accuracy(name, rounds=40, turned=False, **settings):
         state, _ = run(method.init(model.init(key), key), training, key)
         adapting = {"adapt_on": training, "key": key} if adapts else {}
         return jnp.mean(evaluate_view(metrics.classification(model), view, state, test, **adapting)["accuracy"])
+
+    keys = jax.random.split(jax.random.key(1), SEEDS)
+    return np.asarray(jax.jit(jax.vmap(final, (None, None, 0)))(training, test, keys))
+
+
+NETS = (50,), (30, 50)
+"""Hidden layers of the two architectures of clients that differ in it: every other client has the second."""
+
+
+@cache
+def mixed(name, rounds=10):
+    """`own_accuracy` where every other client has another architecture: of FedGH, or of each kind by another method."""
+    training, test = own_digits()
+    groups, sampler = Groups.by_modulo(20, len(NETS)), samplers.uniform(20, 5)
+    tasks = tuple(models.task(models.mlp((8, 8, 1), 10, hidden=hidden)) for hidden in NETS)
+    local = {"batch_size": 10, "num_epochs": 2}
+
+    def accuracies(method, of_tasks, start, training, test, key):
+        state, _ = continue_rounds(method, sampler, rounds)(method.init(start), training, key)
+        return evaluate_view(of_tasks, method.personal, state, test)["accuracy"]
+
+    def final(training, test, key):
+        starts = tuple(task.init(key) for task in tasks)
+        if name == "fedgh":
+            server = {"groups": groups, "num_classes": 10, "server_lr": 0.3, "server_epochs": 5}
+            method = algorithms.fedgh(tasks, optax.sgd(0.1), **server, **local)
+            return jnp.mean(accuracies(method, tasks, starts, training, test, key))
+        by_kind = []
+        for task, start in zip(tasks, starts, strict=True):
+            method = getattr(algorithms, name)(task, optax.sgd(0.1), num_clients=20, **local)
+            by_kind.append(accuracies(method, task, start, training, test, key))
+        return jnp.mean(jnp.stack(by_kind)[groups.of, np.arange(20)])
 
     keys = jax.random.split(jax.random.key(1), SEEDS)
     return np.asarray(jax.jit(jax.vmap(final, (None, None, 0)))(training, test, keys))
@@ -826,6 +859,13 @@ def claims():
             False,
             under_malicious_clients("frl", messages.rank_reversal, optax.sgd(0.4, 0.9)),
             under_malicious_clients("fedavg", partial(messages.sign_flip, factor=10.0), optax.sgd(0.1)),
+        ),
+        "fedgh": lambda: Claim(
+            "clients of two architectures learn more in 10 rounds than each by itself",
+            OWN,
+            False,
+            mixed("fedgh"),
+            mixed("local_only"),
         ),
         "fedlex": lambda: Claim(
             "its guidance is worth more than the same values on other parameters",
