@@ -287,8 +287,8 @@ def test_code_lines_are_counted():
 
 
 # One for each corner of what methods do: parts of models, statistics, public data, several models, second derivatives,
-# votes, adapters, split models.
-SHORT = ("fedbn", "feddf", "fedlora", "fedrep", "frl", "ifca", "per_fedavg", "sfprompt")
+# votes, adapters, split models, several architectures.
+SHORT = ("fedbn", "feddf", "fedgh", "fedlora", "fedrep", "frl", "ifca", "per_fedavg", "sfprompt")
 
 
 @pytest.mark.quick

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
+from algorithms.parts.architectures import check_headers, check_models, checked_tasks, head_of, put
+from algorithms.parts.prototypes import Pairs, class_means, in_order
 
 
 class FedGHState(NamedTuple):
@@ -78,7 +80,7 @@ def fedgh(
     """
     if not isinstance(groups, fc.Groups):
         raise TypeError(f"groups must be Groups, got {type(groups).__name__}: pass for example Groups.by_modulo(10, 2)")
-    tasks = _checked(tasks, len(groups))
+    tasks = checked_tasks(tasks, len(groups))
     fc.checks.positive_int("num_classes", num_classes, "the number of classes")
     fc.checks.positive_int("server_epochs", server_epochs, "1 is the paper's")
     fc.checks.scalar("server_lr", server_lr, low=0)
@@ -86,9 +88,9 @@ def fedgh(
     gradients = [fc.value_and_grad(task) for task in tasks]
 
     def init(models: tuple[fc.Params, ...], key: fc.Key | None = None) -> FedGHState:
-        _check_models(models, len(groups))
+        check_models(models, len(groups))
         headers = [headers_of(g, model) for g, model in enumerate(models)]
-        _check_headers(headers)
+        check_headers(headers)
         tables = tuple(groups.table(g, model) for g, model in enumerate(models))
         if own_start:
             if key is None:
@@ -129,7 +131,7 @@ def fedgh(
         pairs = in_order(cohort, groups.join(cohort, merged.aggregate))
         return state._replace(params=taught(state, pairs), clients=tuple(tables)), merged
 
-    def taught(state: FedGHState, pairs: "Pairs") -> tuple[fc.Array, ...]:
+    def taught(state: FedGHState, pairs: Pairs) -> tuple[fc.Array, ...]:
         def loss(h: Any, r: fc.Array, c: fc.Array) -> fc.Array:
             assert tasks[0].head is not None
             outputs = tasks[0].head(with_header(0, state.first[0], h), r)
@@ -165,106 +167,3 @@ def fedgh(
         lambda state: tuple(map(put, heads(state), state.first)),
         views={"personal": own, "global": own._replace(shared=heads, model=put)},
     )
-
-
-class Pairs(NamedTuple):
-    """What clients send: means of classes [n, d], the classes int32[n], and whether a client holds it, bool[n]."""
-
-    means: fc.Array
-    classes: fc.Array
-    held: fc.Array
-
-
-def head_of(task: fc.Task, model: fc.Params, header: fc.Where | None) -> fc.Params:
-    """The header of a model, with a `Hole` for each leaf of its extractor."""
-    part: fc.Params = fc.partition(model, task.paths("head") if header is None else header)[0]
-    return part
-
-
-def put(head: fc.Params, model: fc.Params) -> fc.Params:
-    """The model with another header."""
-
-    def is_hole(node: Any) -> bool:
-        return isinstance(node, fc.Hole)
-
-    return jax.tree.map(lambda new, old: old if is_hole(new) else new, head, model, is_leaf=is_hole)
-
-
-def class_means(
-    task: fc.Task, model: fc.Params, examples: fc.Examples, labels: Callable[..., fc.Array], num_classes: int
-) -> fc.ClientProgram:
-    """A client that sends the mean of the features of each class that it holds, in a pass over its examples."""
-
-    def features(model: fc.Params, examples: fc.Examples, mask: fc.Array) -> fc.Array:
-        assert task.features is not None
-        z = task.features(model, examples, None, mask)
-        if jnp.ndim(z) != 2:
-            raise ValueError(f"a task's features must be float[B, d], got shape {list(jnp.shape(z))}: flatten them")
-        return z
-
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), examples)
-    shape = jax.eval_shape(features, model, one, jnp.ones(1, bool))
-
-    def init(shared: Any, model: fc.Params, key: fc.Key):
-        total = fc.sums.start((num_classes, shape.shape[1]), fc.sums.accumulator(shape.dtype))
-        return model, total, jnp.zeros(num_classes, jnp.int32)
-
-    def step(shared: Any, carry: Any, batch: fc.Batch):
-        model, total, count = carry
-        of_class = (labels(batch.examples)[:, None] == jnp.arange(num_classes)) & batch.mask[:, None]
-        z = jnp.where(batch.mask[:, None], features(model, batch.examples, batch.mask), 0)
-        z = fc.sums.widen(z)
-        total = fc.sums.add(total, jnp.matmul(of_class.T.astype(z.dtype), z, precision="highest"))
-        return (model, total, count + jnp.sum(of_class, axis=0, dtype=jnp.int32)), jnp.zeros((), jnp.result_type(float))
-
-    def final(shared: Any, carry: Any):
-        _, total, count = carry
-        held, total = count > 0, fc.sums.value(total)
-        means = total / jnp.maximum(count, 1)[:, None].astype(total.dtype)
-        size = fc.num_bytes([jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype), jnp.int32(0)])  # a mean and its class
-        return fc.Message((means.astype(shape.dtype), held), jnp.sum(held) * size), ()
-
-    return fc.ClientProgram(init, step, final)
-
-
-def in_order(cohort: fc.Cohort, sent: tuple[fc.Array, fc.Array]) -> Pairs:
-    """The pairs by clients' numbers and then by classes, from means [C, classes, d] and held [C, classes]."""
-    means, held = jax.tree.map(lambda leaf: leaf[jnp.argsort(cohort.ids)], sent)
-    classes = jnp.broadcast_to(jnp.arange(held.shape[1], dtype=jnp.int32), held.shape)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), Pairs(means, classes, held))
-
-
-def _checked(tasks: Any, num_groups: int) -> tuple[fc.Task, ...]:
-    if not isinstance(tasks, list | tuple) or len(tasks) != num_groups:
-        got = f"{len(tasks)} tasks" if isinstance(tasks, list | tuple) else type(tasks).__name__
-        raise ValueError(f"tasks must be one for each of {num_groups} groups, got {got}: pass a tuple of them")
-    for g, task in enumerate(tasks):
-        if not isinstance(task, fc.Task) or task.features is None or task.head is None:
-            raise TypeError(
-                f"tasks[{g}] must be a Task with features and a head, got {type(task).__name__}: make one by "
-                "models.task(model), or give yours both"
-            )
-        if task.has_statistics:
-            raise TypeError(
-                f"tasks[{g}] has statistics, and groups keep none: take a model without (group normalization in the "
-                "place of batch normalization)"
-            )
-    return tuple(tasks)
-
-
-def _check_models(models: Any, num_groups: int) -> None:
-    if not isinstance(models, list | tuple) or len(models) != num_groups:
-        raise ValueError(
-            f"init needs a tuple of {num_groups} models, one for each group: pass tuple(t.init(key) for t in tasks)"
-        )
-
-
-def _check_headers(headers: list[list[fc.Array]]) -> None:
-    first, *others = [[(leaf.shape, leaf.dtype) for leaf in leaves] for leaves in headers]
-    for g, other in enumerate(others, 1):
-        if other != first:
-            shapes, expected = ([f"{dtype}{list(shape)}" for shape, dtype in each] for each in (other, first))
-            raise ValueError(
-                f"the header of group {g} has leaves {', '.join(shapes)}, and that of group 0 {', '.join(expected)}: "
-                "give all architectures features of one width, or choose what they have in common with header="
-            )

@@ -36,6 +36,13 @@ def advice(name: str, parameters: int) -> str:
 # They take one step on the full gradient, so a run's epochs, steps and order are not handed to them.
 _SINGLE_STEP = ("fedsgd",)
 
+_NOT_IN_RUNS = {
+    "tasks": "a task for each architecture of its clients",
+    "adapter loss": "adapters of a frozen model",
+    "split": "a model in three pieces",
+}
+"""What the methods ask for that are not methods of the command line."""
+
 _LOCAL = tuple(LocalOptions.__annotations__)
 
 
@@ -75,6 +82,13 @@ def describe(name: str) -> Method:
     """
     if own.is_own(name):
         return _describe_own(name)
+    if name in algorithms.__all__ and name not in names():
+        asked = needs(getattr(algorithms, name)).values()
+        lacks = next((words for what, words in _NOT_IN_RUNS.items() if what in asked), "what no run has")
+        raise ValueError(
+            f"{name} needs {lacks}, and runs of the command line have one whole model: run it in Python, as its page "
+            "in docs/methods shows"
+        )
     factory = getattr(algorithms, pick("method", name, names()))
     card = cards.text(factory)
     paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]

@@ -194,7 +194,7 @@ def pytest_generate_tests(metafunc):
     for number, name in enumerate(algorithms.__all__):
         later = everything or number % TURNS != TURN
         marks = [pytest.mark.xdist_group(name), *[pytest.mark.slow] * later]
-        has_rows = "num_clients" in needs(getattr(algorithms, name)).values()
+        has_rows = bool({"num_clients", "groups"} & set(needs(getattr(algorithms, name)).values()))
         cases += [
             pytest.param(name, check, marks=marks)
             for check in testing.DEEP

@@ -11,7 +11,7 @@ import pytest
 
 import algorithms
 import fedjax_core as fc
-from algorithms.heterogeneous.fedgh import Pairs, in_order
+from algorithms.parts.prototypes import Pairs, in_order
 from tests.problems import assert_trees_close, assert_trees_equal, softmax_population
 
 SIZES = (3, 5, 0, 8, 2, 6, 1)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 import algorithms
-from fedjax_core import ClientTable, Plan, needs, replicated, shardings
+from fedjax_core import ClientTable, Groups, Plan, needs, replicated, shardings
 from pipelines import Config
 from pipelines.cli import commands
 from pipelines.compiled import chips, compiling
@@ -195,9 +195,9 @@ def lowered_round(name, mesh):
     public = {"x": softmax_population([7], seed=4).examples["x"]}
     population = whole(softmax_population(CLIENTS).with_public(public))
     params, key = whole(methods.params_of(name)), whole(jax.random.key(0))
-    has_rows = "num_clients" in needs(getattr(algorithms, name)).values()
+    sized = {"num_clients": len(CLIENTS), "groups": Groups.by_modulo(len(CLIENTS), 2)}
     with jax.enable_x64(False):
-        options = {"num_clients": len(CLIENTS)} if has_rows else {}
+        options = {a: sized[what] for a, what in needs(getattr(algorithms, name)).items() if what in sized}
         algorithm = methods.make(name, plan=Plan(mesh.size, mesh), **options)
         state = jax.eval_shape(algorithm.init, params)
         where = shardings(state, mesh)

@@ -64,6 +64,21 @@ def test_a_method_that_needs_public_data_is_left_to_python():
         build("feddf")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fedgh", "fedgh needs a task for each architecture of its clients, .*: run it in Python"),
+        ("fedlora", "fedlora needs adapters of a frozen model"),
+        ("sfprompt", "sfprompt needs a model in three pieces"),
+        ("fedghx", "no|unknown"),
+    ],
+)
+def test_a_method_of_other_models_is_left_to_python(name, words):
+    assert name not in methods.names()
+    with pytest.raises(ValueError, match=words):
+        methods.describe(name)
+
+
 def test_hyperparameters_are_the_keyword_arguments_with_plain_defaults():
     scaffold = methods.describe("scaffold")
     assert scaffold.hyperparameters == {"server_lr": 1.0, "option": "II"}
