@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,12 @@ from pipelines.common import processes
 from pipelines.run import train
 
 ROUNDS = 40
+
+# What the runtime prints by itself when processes meet, once for each device: a line in seven pieces, between which
+# those of another device's thread may come.
+OF_THE_RUNTIME = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+"
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +115,7 @@ def test_two_processes_end_together_when_one_is_asked_to_stop_and_go_on(pair, re
             process.kill()
     np.testing.assert_allclose(table(tmp_path / "run"), reference, rtol=1e-4, atol=1e-6)
     assert "going on after round" in outputs[0][0]
-    said = [line for line in outputs[1][0].splitlines() if "Gloo" not in line]
-    assert said == []  # the first one speaks for all
+    assert not OF_THE_RUNTIME.sub("", outputs[1][0]).split()  # the first one speaks for all
 
 
 def test_alone_everything_is_its_own(tmp_path):
