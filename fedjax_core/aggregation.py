@@ -80,7 +80,12 @@ def weighted_mean() -> Aggregator:
     def finish(total: _Widened) -> PyTree:
         return total.narrowed(jnp.where(total.weight > 0, total.weight, 1))
 
-    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish, lambda upload: upload)
+    return Aggregator(lambda upload, weight: _Widened.lift(upload, weight, weight), finish, itself)
+
+
+def itself(upload: PyTree) -> PyTree:
+    """The upload: of an aggregator that has this as its `mean_of`, the result is the mean of what clients send."""
+    return upload
 
 
 class PartialMeans(NamedTuple):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
-from fedjax_core.aggregation import Aggregator, Stacked, mapped, weighted_sum
+from fedjax_core.aggregation import Aggregator, Stacked, itself, mapped, weighted_sum
 from fedjax_core.algorithm import Algorithm, Event, separate
 from fedjax_core.clients import (
     ClientProgram,
@@ -112,14 +112,18 @@ class Pass(NamedTuple):
         """The pass whose weighted mean becomes `finish(total)` of the sum, in which every participant counts once.
 
         The sum is in the dtypes that sums are taken in, the result in those of the uploads, and no more than the sum is
-        ever held.
+        ever held. What a client adds to it is what it has sent, and no larger.
 
         Raises:
-          TypeError: if the method does not take a weighted mean of what its clients send.
+          TypeError: if the method does not take a weighted mean of its clients' uploads, or takes that of something
+            that the server makes of them.
         """
-        mean_of, sum_of = self._mean_of(name), weighted_sum(finish)
-        aggregator = Aggregator(lambda upload, weight: sum_of.lift(mean_of(upload), weight), sum_of.finish)
-        return self._replace(aggregator=aggregator, options=self.options | {"weights": "uniform"})
+        if self._mean_of(name) is not itself:
+            raise TypeError(
+                f"{name} bounds what each client adds to a sum, and this method averages something that the server "
+                "makes of the uploads: take a method that averages the uploads themselves"
+            )
+        return self._replace(aggregator=weighted_sum(finish), options=self.options | {"weights": "uniform"})
 
     def _mean_of(self, name: str) -> Callable[[PyTree], PyTree]:
         if not isinstance(self.aggregator, Aggregator) or self.aggregator.mean_of is None:

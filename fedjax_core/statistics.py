@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core import checks, sums, tasks
-from fedjax_core.aggregation import Aggregator, Stacked, weighted_mean
+from fedjax_core.aggregation import Aggregator, Stacked, itself, weighted_mean
 from fedjax_core.algorithm import Algorithm, Event, View, check_algorithm, separate
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, ClientResults, ClientTable, client_table, gather, scatter, takes_steps
@@ -386,5 +386,5 @@ def _beside(inner: Aggregator | Stacked) -> Aggregator | Stacked:
     return Aggregator(
         lambda upload, weight: (inner.lift(upload[0], weight), mean.lift(upload[1], weight)),
         lambda total: (inner.finish(total[0]), mean.finish(total[1])),
-        mean_of and (lambda upload: (mean_of(upload[0]), upload[1])),
+        mean_of if mean_of in (None, itself) else lambda upload: (mean_of(upload[0]), upload[1]),
     )

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.stats import norm
 
 import fedjax_core as fc
 from algorithms.parts import rankings
@@ -42,7 +41,8 @@ def alie(malicious: Any, *, z: fc.Scalar | None = None) -> Part:
     def sent(own: fc.Array, mean: fc.Array, sd: fc.Array, n: fc.Array, f: fc.Array) -> fc.Array:
         needed = jnp.floor(n / 2 + 1) - f
         share = jnp.clip((n - f - needed) / jnp.maximum(n - f, 1), 1e-6, 1 - 1e-6)
-        deviations = norm.ppf(share) if z is None else z
+        # PhiInv, by a primitive: `scipy.stats.norm.ppf` is a polynomial whose coefficients are arrays.
+        deviations = jnp.sqrt(2.0) * jax.lax.erf_inv(2 * share - 1) if z is None else z
         return mean - deviations * sd
 
     return _attack("alie", malicious, sent)
@@ -77,10 +77,10 @@ def rank_reversal(malicious: Any) -> Part:
     """
 
     def attacked(votes: fc.Array, bad: fc.Array, honest: fc.Array) -> fc.Array:
-        if not jnp.issubdtype(votes.dtype, jnp.integer):
+        if votes.ndim != 2 or not jnp.issubdtype(votes.dtype, jnp.integer):
             raise TypeError(
-                f"rank_reversal reverses rankings, and what this method's clients upload is {votes.dtype}: take a "
-                "method whose clients rank, such as frl"
+                f"rank_reversal reverses rankings, integers [n], and what this method's clients upload is "
+                f"{votes.dtype}{list(votes.shape[1:])}: take a method whose clients rank, such as frl"
             )
         places = jnp.where(bad[:, None], jax.vmap(rankings.reputation)(votes), 0)
         reverse = rankings.ranking(~jnp.sum(places, axis=0))  # the complement falls where the sum rises

@@ -28,6 +28,9 @@ def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: f
     Sampled by independent coin flips of rate q (`samplers.bernoulli`), a client changes the sum by at most S, whatever
     the others do; a round without anybody is noise alone. Weights of clients do not count.
 
+    For methods that average their uploads, floats, themselves: what a server makes of them first (`fc.mapped`) may be
+    longer than the clip, and is refused.
+
     Args:
       clip: S, the longest upload, Euclidean norm of all leaves together.
       noise_multiplier: z.
@@ -42,6 +45,8 @@ def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: f
     has_noise = not fc.checks.is_concrete(noise_multiplier) or noise_multiplier > 0
 
     def around(state: Any, asked: Pass, key: fc.Key) -> Any:
+        _check_floats(asked.upload())
+
         def clipped(upload: fc.PyTree, row: Any, key: Any) -> Any:
             norm = fc.sums.norm(upload)
             factor = jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
@@ -57,6 +62,15 @@ def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: f
         return results, (), PrivacyInfo(fc.mean_over_participants(too_long, asked.cohort))
 
     return Part(around, name="client_level_dp")
+
+
+def _check_floats(upload: fc.PyTree) -> None:
+    for leaf in jax.tree.leaves(upload):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"client_level_dp scales uploads and adds noise, and this method's clients upload {leaf.dtype}: take a "
+                "method that uploads floats"
+            )
 
 
 def _with_noise(tree: fc.PyTree, deviation: fc.Scalar, key: fc.Key) -> fc.PyTree:

@@ -7,6 +7,7 @@ number of the third (see tests/conftest.py).
 
 import inspect
 import os
+import re
 from functools import cache
 
 import chex
@@ -19,8 +20,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import algorithms
+from algorithms import messages
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import Groups, Split, Task, needs, testing
+from fedjax_core import Groups, Split, Task, aggregation, clients, needs, testing
+from fedjax_core.messages import Part, with_part
 from tests.problems import (
     assert_trees_equal,
     softmax_features,
@@ -36,6 +39,20 @@ TURN = int(os.environ["FEDJAX_CORE_TURN"]) % TURNS
 # One worker gets all tests of a method, so that they share its compiled functions.
 METHODS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in algorithms.__all__]
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def is_later(number):
+    """Whether the method of that number is tested in depth another day."""
+    return number % TURNS != TURN
+
+
+def a_third(methods):
+    """The methods of which those are marked as slow whose day it is not."""
+    return [
+        pytest.param(*one.values, marks=[*one.marks, *[pytest.mark.slow] * is_later(number)])
+        for number, one in enumerate(methods)
+    ]
+
 
 # Counts of the size of this problem; and in single precision it takes a box wide enough for values to differ by far
 # more than their rounding, and more noise than that of a solve.
@@ -192,7 +209,7 @@ def pytest_generate_tests(metafunc):
     everything = metafunc.config.getoption("markexpr") == "slow"
     cases = []
     for number, name in enumerate(algorithms.__all__):
-        later = everything or number % TURNS != TURN
+        later = everything or is_later(number)
         marks = [pytest.mark.xdist_group(name), *[pytest.mark.slow] * later]
         has_rows = bool({"num_clients", "groups"} & set(needs(getattr(algorithms, name)).values()))
         cases += [
@@ -249,3 +266,202 @@ def test_donated_rounds_give_the_same_numbers(name):
 
 def test_rows_of_clients_are_made_of_outputs():
     assert subject("scaffold").made_of_outputs() == (False, False, True)
+
+
+# With parts between clients and server (`fedjax_core.messages`), around every method.
+
+N = len(SIZES)
+MALICIOUS = np.arange(N) == 4
+PARTS = {
+    "top_k": messages.top_k(0.4),
+    "stochastic_rounding": messages.stochastic_rounding(16),
+    "client_level_dp": messages.client_level_dp(1.0, 0.5, expected=4.0),
+    "coordinate_median": messages.coordinate_median(),
+    "trimmed_mean": messages.trimmed_mean(1),
+    "krum": messages.krum(1, selected=2),
+    "sign_flip": messages.sign_flip(MALICIOUS),
+    "alie": messages.alie(MALICIOUS),
+    "inner_product_manipulation": messages.inner_product_manipulation(MALICIOUS),
+    "rank_reversal": messages.rank_reversal(MALICIOUS),
+}
+IDENTITY = Part(lambda state, asked, key: (asked.run(), state, ()), name="identity")
+WITHOUT_EFFECT = [IDENTITY, messages.sign_flip(np.zeros(N, bool)), messages.alie(np.zeros(N, bool))]
+
+
+def around(method, parts):
+    for part in parts:
+        method = with_part(method, part, like=population())
+    return method
+
+
+def by_method(tree):
+    """The state or the own metrics of a method out of those with parts around it."""
+    while hasattr(tree, "passes"):
+        tree = tree.method
+    return tree
+
+
+def started(algorithm, name):
+    return algorithm.init(params_of(name), jax.random.key(0)), subject(name).population.cohort([0, 4, 2, 1])
+
+
+@cache
+def passes(name):
+    """Of each pass of a round that uploads something: the upload's leaves, the aggregator, what parts refuse it by."""
+    found = []
+
+    def looking(state, asked, key):
+        upload, refused = asked.upload(), {}
+        for part, made in PARTS.items():
+            try:
+                made.around(made.init(upload, N), asked, key)
+            except TypeError as error:
+                refused[part] = str(error)
+        found.append((jax.tree.leaves(upload), asked.aggregator, refused))
+        return asked.run(), state, ()
+
+    algorithm = around(subject(name).algorithm, [Part(looking)])
+    state, cohort = started(algorithm, name)
+    with clients.replaced(clients.without_steps):
+        jax.eval_shape(algorithm.round, state, cohort, jax.random.key(1))
+    return found
+
+
+def takes(upload, aggregator, part):
+    """Whether a part can stand around a pass, by what is sent and how it is aggregated."""
+    if part in ("coordinate_median", "trimmed_mean", "krum"):
+        return getattr(aggregator, "mean_of", None) is not None
+    if part == "client_level_dp":
+        as_sent = getattr(aggregator, "mean_of", None) is aggregation.itself
+        return as_sent and all(np.issubdtype(leaf.dtype, np.floating) for leaf in upload)
+    if part == "rank_reversal":
+        return all(np.issubdtype(leaf.dtype, np.integer) and leaf.ndim == 1 for leaf in upload)
+    return True
+
+
+def all_take(name, part):
+    return all(takes(upload, aggregator, part) for upload, aggregator, _ in passes(name))
+
+
+def program(name, parts):
+    """The traced round of a method with parts around it, what it needs of it, as text."""
+    algorithm = around(subject(name).algorithm, parts)
+
+    def round(state, cohort, key):
+        state, metrics = algorithm.round(state, cohort, key)
+        return by_method(state), metrics._replace(extra=by_method(metrics.extra))
+
+    closed = jax.make_jaxpr(round)(*started(algorithm, name), jax.random.key(1))
+    needed, kept = {atom for atom in closed.jaxpr.outvars if not hasattr(atom, "val")}, []
+    for equation in reversed(closed.jaxpr.eqns):
+        if needed & set(equation.outvars):
+            needed |= {atom for atom in equation.invars if not hasattr(atom, "val")}
+            kept.append(equation)
+    text = str(closed.jaxpr.replace(eqns=kept[::-1]))
+    return re.sub(r"0x[0-9a-f]+", "", text), [np.asarray(const) for const in closed.consts]
+
+
+def test_every_part_is_there():
+    assert set(PARTS) == set(messages.__all__)
+
+
+@every_method
+def test_parts_without_effect_leave_the_program_as_it_is(name):
+    """So that they give the same bits: nobody malicious, or nothing done."""
+    with jax.enable_x64(True):
+        plain, constants = program(name, [])
+        wrapped, others = program(name, WITHOUT_EFFECT)
+    assert wrapped == plain
+    assert_trees_equal(others, constants)
+
+
+@every_method
+def test_a_part_stands_around_a_method_or_says_why_it_cannot(name):
+    """Known by what is sent and how it is aggregated: a rule needs a mean, privacy that of floats as they are sent."""
+    for upload, aggregator, refused in passes(name):
+        assert set(refused) == {part for part in PARTS if not takes(upload, aggregator, part)}
+        for part, said in refused.items():
+            assert re.match(f"{part} (takes the place|bounds|scales|reverses).*: take a method", said)
+
+
+@every_method
+def test_a_round_that_was_compiled_before_it_was_wrapped_is_refused(name):
+    method = subject(name).algorithm
+    compiled = method._replace(round=jax.jit(method.round))
+    with pytest.raises(TypeError, match=r"identity is put around was compiled .*jax\.jit\(with_part"):
+        started(around(compiled, [IDENTITY]), name)
+
+
+def private_without_noise(state, asked, key):
+    expected = jnp.maximum(asked.cohort.num_participants, 1).astype(float)
+    return messages.client_level_dp(np.inf, 0.0, expected=expected).around(state, asked, key)
+
+
+def without_effect_on_uploads(name):
+    """Parts that change the program, and no number of it."""
+    private = [Part(private_without_noise, name="client_level_dp")] * all_take(name, "client_level_dp")
+    return [messages.top_k(1.0), *private, messages.sign_flip(np.zeros(N, bool))]
+
+
+def rounds_with(name, parts):
+    """The rounds of the shared checks, with parts around the method: its state, and the own metrics of each round."""
+    alone = subject(name)
+    run = jax.jit(lambda values, *arguments: around(alone.make(values), parts).round(*arguments))
+    state = jax.device_put(around(alone.algorithm, parts).init(alone.params, alone.key), jax.devices()[0])
+    told = []
+    for t, ids in enumerate(alone.cohorts):
+        cohort = alone.population.cohort(np.asarray(ids))
+        state, metrics = run(alone.floats, state, cohort, jax.random.fold_in(alone.key, t))
+        told.append(by_method(metrics.extra))
+    return by_method(state), told
+
+
+@pytest.mark.parametrize("name", a_third(METHODS))
+def test_parts_without_effect_on_uploads_give_the_same_bits(name):
+    """All entries sent, no noise, no clip, nobody malicious."""
+    with jax.enable_x64(True):
+        state, told = rounds_with(name, without_effect_on_uploads(name))
+        assert_trees_equal(state, subject(name).state)
+        assert_trees_equal(told, [info.extra for info in subject(name).done.metrics])
+
+
+# Plans and meshes, seeds under vmap, staging and resuming with parts that keep rows, attack and take the mean's place.
+# Beside these checks, those of one method with each part are in tests/fedjax_core/test_messages.py.
+CHECKED = (
+    "a_round_equals_a_plain_loop",
+    "an_empty_cohort_changes_only_the_counter",
+    "only_participants_rows_change",
+    "seeds_and_floats_vmap_like_a_loop",
+    "other_arguments_do_not_retrace",
+    "state_survives_pickling",
+    "a_state_can_be_donated",
+    "the_server_uses_only_uploads",
+    *(check for check in testing.DEEP if not check.startswith("float32")),  # which entries are largest may turn
+)
+
+
+@cache
+def wrapped_subject(name, devices):
+    parts = [PARTS["top_k"], PARTS["sign_flip"], *[PARTS["trimmed_mean"]] * all_take(name, "trimmed_mean")]
+    alone = subject(name)
+    wrapped = testing.Subject(
+        lambda **settings: around(make(name, **settings), parts),
+        alone.problem,
+        floats=alone.floats,
+        **KNOWN.get(name, {}),
+    )
+    wrapped.devices = devices
+    return wrapped
+
+
+@pytest.mark.slow
+@every_method
+@pytest.mark.parametrize("check", CHECKED)
+def test_method_with_parts(name, check):
+    wrapped_subject(name, 2).check(check)
+
+
+@pytest.mark.slow
+@every_method
+def test_method_with_parts_on_eight_devices(name):
+    wrapped_subject(name, 8).check("lanes_on_a_mesh_equal_a_plain_loop")

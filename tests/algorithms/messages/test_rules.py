@@ -9,10 +9,10 @@ import pytest
 import algorithms
 from algorithms import messages as parts
 from algorithms.messages import rules
-from fedjax_core import Population, global_algorithm, local_training
+from fedjax_core import Population, global_algorithm, local_training, mapped, messages
 from fedjax_core.algorithm import ModelState
 from fedjax_core.clients import ClientProgram, round_metrics
-from fedjax_core.messages import with_part
+from fedjax_core.messages import Part, with_part
 
 N = 9
 UPLOADS = np.random.default_rng(3).normal(size=(N, 4))
@@ -166,6 +166,22 @@ def test_client_level_privacy():
     np.testing.assert_allclose(
         result(parts.client_level_dp(1e9, 0.0, expected=float(N))), UPLOADS.mean(axis=0), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize(("change", "said"), [(jnp.square, "something that the server makes"), (None, "upload int32")])
+def test_privacy_of_what_no_clip_bounds_is_refused(change, said):
+    """What is added up must be what was clipped; an integer times a factor below 1 would be 0."""
+
+    def around(state, asked, key):
+        if change is not None:
+            squared = mapped(lambda upload: jax.tree.map(change, upload), asked.aggregator)
+            return private.around(state, asked._replace(aggregator=squared), key)
+        counted = messages.before_sending(asked, lambda upload, row, key: (jax.tree.map(jnp.int32, upload), row))[0]
+        return private.around(state, counted, key)
+
+    private = parts.client_level_dp(1.0, 0.0, expected=4.0)
+    with pytest.raises(TypeError, match=f"client_level_dp .*{said}.*: take a method"):
+        result(Part(around))
 
 
 def test_the_noise_has_the_deviation_that_was_asked_for():
