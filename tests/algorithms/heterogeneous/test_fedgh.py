@@ -11,6 +11,7 @@ import pytest
 
 import algorithms
 import fedjax_core as fc
+from algorithms.messages import top_k
 from algorithms.parts.prototypes import Pairs, in_order
 from tests.problems import assert_trees_close, assert_trees_equal, softmax_population
 
@@ -259,20 +260,37 @@ def test_the_server_never_touches_extractors_and_they_are_not_sent():
 
 def test_views_and_params():
     method, (state, _) = make(), run()
-    personal, new = (
-        fc.evaluate_view(TASKS, method.views[name], state, POPULATION)["loss"] for name in ("personal", "global")
-    )
-    for i, (g, row) in enumerate(zip(GROUPS.of, GROUPS.rows, strict=True)):
-        if not SIZES[i]:
-            assert np.isnan(personal[i])
+    names, ids = ("personal", "global"), [1, -1, 0, 2, 5]
+
+    @jax.jit
+    def evaluated(state):
+        return [fc.evaluate_view(TASKS, method.views[name], state, POPULATION, ids)["loss"] for name in names]
+
+    personal, new = evaluated(state)
+    losses = [jax.jit(task) for task in TASKS]
+    for at, i in enumerate(ids):
+        if i < 0 or not SIZES[i]:
+            assert np.isnan(personal[at])
+            assert np.isnan(new[at])
             continue
+        g, row = GROUPS.of[i], GROUPS.rows[i]
         own = jax.tree.map(lambda leaf, row=row: leaf[row], state.clients[g].rows)
         with_new = {**own, "H": {"W": state.params[0], "b": state.params[1]}}
         for found, model in ((personal, own), (new, with_new)):
-            np.testing.assert_allclose(found[i], jnp.mean(TASKS[g](model, POPULATION.client(i))), rtol=1e-12)
+            np.testing.assert_allclose(found[at], losses[g](model, POPULATION.client(i)).mean(), rtol=1e-12)
     for g, model in enumerate(method.params(state)):
         expected = {**MODELS[g], "H": {"W": state.params[0], "b": state.params[1]}}
         assert_trees_equal(model, expected)
+
+
+def test_a_part_around_each_groups_upload_that_changes_nothing():
+    """And has rows for the clients of the group alone."""
+    wrapped = fc.with_part(make(), top_k(1.0), like=POPULATION)
+    state, step = wrapped.init(MODELS), jax.jit(wrapped.round)
+    assert [leaf.shape[0] for leaf in jax.tree.leaves(fc.split_tables(state.passes)[1])] == [4, 3]
+    for t, ids in enumerate(COHORTS):
+        state, _ = step(state, POPULATION.cohort(np.asarray(ids)), jax.random.fold_in(KEY, t))
+    assert_trees_equal(state.method, run()[0])
 
 
 def test_clients_may_begin_with_models_of_their_own():
