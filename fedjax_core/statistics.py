@@ -92,7 +92,7 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
             f"num_clients={num_clients!r} means nothing to rule={rule!r}, which keeps no rows: leave it out"
         )
     check_algorithm(algorithm)
-    if hasattr(algorithm.init, "_has_statistics"):
+    if has_statistics(algorithm):
         raise TypeError("the method has statistics already: wrap it once, with the rule that is wanted")
     if any(view.groups is not None for view in algorithm.views.values()):
         raise TypeError(
@@ -140,6 +140,11 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
         views["personal"] = _own_view(algorithm.personal)
     events = {name: reading(event) for name, event in algorithm.events.items()}
     return Algorithm(init, round, params, views, events, algorithm.main)
+
+
+def has_statistics(algorithm: Algorithm) -> bool:
+    """Whether `with_statistics` is around a method."""
+    return hasattr(algorithm.init, "_has_statistics")
 
 
 def _shared_view(view: View, of_server: Callable[[StatisticsState], PyTree], frozen: bool) -> View:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,10 @@ def _no_groups(kind: str) -> tuple[str, ...]:
         f"this model does not know which of its parameters are {kind!r}: choose them by path with "
         "fedjax_core.partition, or ask models.groups.module_paths about a flax module"
     )
+
+
+AnyModel = TypeVar("AnyModel", bound=tuple[Any, ...])
+"""A `Model` or a `StatisticsModel`."""
 
 
 class Model(NamedTuple):
@@ -163,18 +167,25 @@ def span(stages: tuple[str, ...], start: Stage, stop: Stage) -> tuple[int, int]:
     return first, last
 
 
-def map_inputs(model: Model, function: Callable[[Any], Any]) -> Model:
-    """The model of `x`, from one of `function(x)`; cut at a stage, the function belongs to the first part."""
+def map_inputs(model: AnyModel, function: Callable[[Any], Any]) -> AnyModel:
+    """The model of `x`, from one of `function(x)`; cut at a stage, the function belongs to the first part.
+
+    Args:
+      model: a `Model` or a `StatisticsModel`.
+      function: of the inputs.
+    """
+    of: Any = model
 
     def run(params: Params, x: Any, start: Stage = None, stop: Stage = None, key: Key | None = None) -> Any:
-        first, last = span(model.stages, start, stop) if model.stages else (0, 1)
-        return model.run(params, function(x) if first == 0 < last else x, start, stop, key)
+        first, last = span(of.stages, start, stop) if of.stages else (0, 1)
+        return of.run(params, function(x) if first == 0 < last else x, start, stop, key)
 
-    return model._replace(
-        apply=lambda params, x, key=None: model.apply(params, function(x), key),
-        features=lambda params, x, key=None: model.features(params, function(x), key),
-        run=run,
+    changed: AnyModel = of._replace(
+        apply=lambda params, x, key=None, *rest, **named: of.apply(params, function(x), key, *rest, **named),
+        features=lambda params, x, key=None, *rest, **named: of.features(params, function(x), key, *rest, **named),
+        **({"run": run} if isinstance(model, Model) else {}),
     )
+    return changed
 
 
 def check_positive(name: str, value: object) -> int:

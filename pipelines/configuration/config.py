@@ -148,6 +148,11 @@ class LocalConfig(Section):
         "Order of examples: shuffled, replacement or sequential.",
     )
     weights: str = choice("uniform", ("uniform", "examples"), "Weights of clients in averages: uniform or examples.")
+    statistics: str = choice(
+        "average",
+        ("average", "personal", "frozen"),
+        "Running statistics of batch normalization: average, personal or frozen.",
+    )
     client_optimizer: str = text("sgd", "sgd, adam or adamw.", completes=("client optimizer",))
     client_lr: float = number(0.2, "Learning rate of the clients.", low=0, flags=("--lr", "--client-lr"), metavar="LR")
     client_momentum: float = number(0.0, "Momentum of the clients (sgd).", low=0, high=1, high_open=True, metavar="M")
@@ -451,7 +456,7 @@ class Config(Configuration):
     def slug(self) -> str:
         """A short readable name, the same for the same configuration and for no other."""
         # Choices that there were not always do not change the name of a run that leaves them alone.
-        later = [name for name, usual in _LATER.items() if getattr(self.evaluation, name) == usual]
+        later = [name for name, usual in _LATER.items() if self.flat()[name] == usual]
         digest = growth.digest(self.flat(), [*named(Config, "place", "machine"), *later])
         return f"{self.federation_slug()}-{own.file_name(self.model)}-{digest}"
 
@@ -466,7 +471,7 @@ class Config(Configuration):
         return {name: value for name, value in self.flat().items() if name in FEDERATION_FIELDS}
 
 
-_LATER: Mapping[str, Any] = {"evaluate": (), "evaluate_clients": None}
+_LATER: Mapping[str, Any] = {"evaluate": (), "evaluate_clients": None, "statistics": "average"}
 
 FEDERATION_FIELDS = tuple(
     name

@@ -1,12 +1,15 @@
 """What a data set is: arrays split once and for all, and what every one of them must satisfy."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
 import models
 from fedjax_core import checks
+
+AnyModel = TypeVar("AnyModel", bound=tuple[Any, ...])
+"""A `models.Model` or a `models.StatisticsModel`."""
 
 _BLOCK = 2**22  # values looked at together, so that a memory map larger than the memory can be summed up
 
@@ -142,7 +145,7 @@ def normalization(images: np.ndarray) -> Normalization:
     return Normalization(tuple(mean.tolist()), tuple(np.where(constant, 1, std).tolist()))
 
 
-def normalized(model: models.Model, statistics: Normalization | None) -> models.Model:
+def normalized(model: AnyModel, statistics: Normalization | None) -> AnyModel:
     """The model of uint8 images, from one of normalized floats; without statistics the model itself."""
     if statistics is None:
         return model

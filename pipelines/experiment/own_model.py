@@ -3,7 +3,7 @@
 `--model my_models:net` names a function (or a flax module class) that is given those of these arguments that it has,
 by name: `input_shape`, `num_classes`, `vocabulary_size`, `dataset`. What it returns is one of
 
-* a `models.Model`;
+* a `models.Model`, or a `models.StatisticsModel`;
 * a flax linen module, called as `module(x)`, or `module(x, train=...)`, `module(x, training=...)`,
   `module(x, deterministic=...)`;
 * what `haiku.transform` or `haiku.without_apply_rng` returns;
@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.types import Key, Params
-from models import Model, groups
+from models import Model, StatisticsModel, groups
 from pipelines.common import own
 from pipelines.data.dataset import Dataset, normalized
 
 _TRAINING = {"train": True, "training": True, "is_training": True, "deterministic": False}
 
 
-def build(name: str, dataset: Dataset) -> Model:
+def build(name: str, dataset: Dataset) -> Model | StatisticsModel:
     """The model that `name`, of the form `module:name`, stands for.
 
     Raises:
@@ -54,8 +54,8 @@ def build(name: str, dataset: Dataset) -> Model:
     return model
 
 
-def _as_model(name: str, made: Any, example: Any) -> Model:
-    if isinstance(made, Model):
+def _as_model(name: str, made: Any, example: Any) -> Model | StatisticsModel:
+    if isinstance(made, Model | StatisticsModel):
         return made
     if isinstance(made, nn.Module):
         return _of_flax(name, made, example)
@@ -139,10 +139,12 @@ def _example(dataset: Dataset) -> Any:
     return jnp.zeros((1, *dataset.input_shape), dtype)
 
 
-def _check(name: str, model: Model, dataset: Dataset) -> None:
+def _check(name: str, model: Model | StatisticsModel, dataset: Dataset) -> None:
     params = jax.eval_shape(model.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((3, *dataset.input_shape), dataset.train["x"].dtype)
     outputs = jax.eval_shape(normalized(model, dataset.normalization).apply, params, x)
+    if isinstance(model, StatisticsModel):
+        outputs = outputs[0]
     expected = (3, *dataset.train["y"].shape[1:], dataset.num_classes)
     shape = getattr(outputs, "shape", None)
     if shape != expected:
@@ -155,6 +157,7 @@ def _check(name: str, model: Model, dataset: Dataset) -> None:
 
 def _stateful(name: str, what: str) -> str:
     return (
-        f"model {name!r} keeps {what} besides its parameters, which no method here averages: use group or layer "
-        "normalization instead of batch normalization (docs/frameworks.md)"
+        f"model {name!r} keeps {what} besides its parameters, which a function of parameters and inputs cannot update: "
+        "use group or layer normalization (docs/frameworks.md), take --model cnn_bn, or return a "
+        "models.StatisticsModel, whose batch normalization is told which rows of a batch are padding"
     )

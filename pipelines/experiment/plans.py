@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import algorithms
-from fedjax_core import HostPopulation, Plan, Population, Trial, try_plans
+from fedjax_core import HostPopulation, Plan, Population, Trial, try_plans, with_statistics
 from pipelines.common import files, processes
 from pipelines.common.processes import cores
 from pipelines.common.progress import Reporter, size
@@ -161,7 +161,7 @@ def _measure(config: Config, experiment: Experiment) -> dict[str, Any]:
     plans = [Plan(n * devices, experiment.mesh) for n in LANES if n == 1 or n * devices <= most]
     trials = {"auto": trial(experiment, plans)}
     best = trials["auto"][0]
-    if config.machine.convolution == "auto" and config.model in ("cnn", "resnet18_gn"):
+    if config.machine.convolution == "auto" and config.model in ("cnn", "cnn_bn", "resnet18_gn"):
         chosen = prepare(config.replace(methods=("fedavg",), evaluate=(), settings={}, convolution="dots"))
         trials["dots"] = trial(chosen, [best.plan])
     convolution = min(trials, key=lambda name: trials[name][0].seconds)
@@ -190,9 +190,10 @@ def trial(experiment: Experiment, plans: Sequence[Plan]) -> list[Trial]:
         population, ids = Population.from_clients([examples]), np.zeros_like(ids)
 
     def make(plan: Plan) -> Any:
-        return algorithms.fedavg(
+        method = algorithms.fedavg(
             experiment.loss_fn, optax.sgd(0.01), batch_size=config.local.batch_size, num_steps=TRIAL_STEPS, plan=plan
         )
+        return with_statistics(method, "average") if experiment.loss_fn.has_statistics else method
 
     params = experiment.model.init(jax.random.key(0))
     cohort = population.cohort(ids)

@@ -17,6 +17,7 @@ from algorithms.robustness.fal import pgd, robust
 from fedjax_core import (
     Algorithm,
     Array,
+    ClientTable,
     Examples,
     HostPopulation,
     Key,
@@ -34,6 +35,7 @@ from fedjax_core import (
     split_tables,
     tasks,
 )
+from fedjax_core.statistics import has_statistics, with_statistics
 from fedjax_core.types import Params, PyTree
 from pipelines.common import own
 from pipelines.common.names import pick
@@ -63,7 +65,7 @@ class Experiment(NamedTuple):
       federation: who holds which examples of the data set.
       population: the clients' training examples, on the device or, staged, on the host.
       test: the data set's test part, leaves [m, ...].
-      model: the model, of inputs as the data set has them.
+      model: the model, of inputs as the data set has them; its parameters are `Variables` if it has statistics.
       metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
       score_fn: the same for the test examples, with "robust_accuracy" too if the configuration asks for an attack.
       loss_fn: the task, which is called as `loss_fn(params, batch, key) -> [B]`.
@@ -79,7 +81,7 @@ class Experiment(NamedTuple):
     federation: Federation
     population: Population | HostPopulation
     test: Examples
-    model: models.Model
+    model: models.Model | models.StatisticsModel
     metric_fn: Callable[[Any, Any], dict[str, Array]]
     score_fn: Callable[[Any, Any], dict[str, Array]]
     loss_fn: Task
@@ -128,10 +130,11 @@ def _transformer(dataset: Dataset) -> models.Model:
     )
 
 
-MODELS: dict[str, Callable[[Dataset, Config], models.Model]] = {
+MODELS: dict[str, Callable[[Dataset, Config], models.Model | models.StatisticsModel]] = {
     "logistic_regression": lambda d, c: models.logistic_regression(d.input_shape, d.num_classes),
     "mlp": lambda d, c: models.mlp(d.input_shape, d.num_classes, hidden=c.hidden),
     "cnn": lambda d, c: models.cnn(d.input_shape, d.num_classes, convolution=c.machine.convolution),
+    "cnn_bn": lambda d, c: models.cnn_bn(d.input_shape, d.num_classes, convolution=c.machine.convolution),
     "resnet18_gn": lambda d, c: models.resnet18_gn(d.input_shape, d.num_classes, convolution=c.machine.convolution),
     "char_lstm": lambda d, c: _token_model("char_lstm", lambda vocab, length: models.char_lstm(vocab), d),
     "transformer": lambda d, c: _transformer(d),
@@ -221,7 +224,7 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
         functions: dict[str, Any] = {"features": loss_fn.features, "inputs": layer_inputs, "logits": loss_fn.outputs}
         if methods.asks_for(name, "layers"):  # traces the model, which takes half a second for a deep one
             functions["layers"] = layer_widths()
-        return methods.build(
+        method = methods.build(
             name,
             loss_fn,
             client_optimizer(config, name, rates.get("client_lr")),
@@ -230,6 +233,7 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
             local=local | {"plan": plan} | {key: value for key, value in rates.items() if key != "client_lr"},
             model_functions=functions,
         )
+        return _carrying(method, config, loss_fn, population.num_clients)
 
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     experiment = Experiment(
@@ -276,6 +280,11 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
                     f"({error}): take a smaller model, or smaller settings"
                 ) from None
             _check_round(name, traced)
+            if config.machine.staged and isinstance(getattr(traced[0], "statistics", None), ClientTable):
+                raise ValueError(
+                    f"{name} keeps statistics of every client, of which the global model has the mean, but staged=True "
+                    "brings only the clients of one round to the device: leave out --staged, or average statistics"
+                )
             _check_views(experiment, name)
         if not here:
             continue
@@ -320,7 +329,7 @@ def unused(config: Config, given: Collection[str]) -> list[str]:
         reading += [("partition", field, names) for field, names in partitions_of.items() if names]
         reading += [("feature_skew", "severity", tuple(skew.SKEWS))]
     if not own.is_own(config.model):
-        reading += [("model", "hidden", ("mlp",))]
+        reading += [("model", "hidden", ("mlp",)), ("model", "statistics", ("cnn_bn",))]
     chosen = config.flat()
     return [
         f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {chosen[by]}: it is for "
@@ -425,6 +434,14 @@ def _under_attack(
         return {**clean, "robust_accuracy": attacked(params, batch, mask)["accuracy"]}
 
     return score
+
+
+def _carrying(algorithm: Algorithm, config: Config, task: Task, num_clients: int) -> Algorithm:
+    """The method, with what the configuration says of a model's statistics; one that carries them itself as it is."""
+    if not task.has_statistics or has_statistics(algorithm):
+        return algorithm
+    rule = config.local.statistics
+    return with_statistics(algorithm, rule, num_clients=num_clients if rule == "personal" else None)
 
 
 def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> PyTree:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import Algorithm, Array, split_tables
+from fedjax_core.statistics import has_statistics
 from fedjax_core.types import Params, PyTree
 from pipelines.configuration.config import Config
 from pipelines.experiment import views
@@ -101,7 +102,9 @@ def of_state(config: Config, algorithm: Algorithm, state: PyTree) -> PyTree:
 
 def global_params(algorithm: Algorithm, state: PyTree) -> Params:
     """The global models of states [S, ...]."""
-    return jax.vmap(algorithm.params)(split_tables(state)[0])
+    # Of personal statistics, which are rows of clients, the global model has the mean.
+    whole = state if has_statistics(algorithm) else split_tables(state)[0]
+    return jax.vmap(algorithm.params)(whole)
 
 
 class Reported(NamedTuple):

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedjax_core import client_statistics
+from fedjax_core import Variables, client_statistics
 from pipelines.common import figures, files
 from pipelines.common.progress import duration, size
 from pipelines.configuration import methods
@@ -609,8 +609,9 @@ def _tested_on_own(experiment: Experiment) -> bool:
 
 
 def num_parameters(experiment: Experiment) -> int:
-    """Parameters of the model."""
-    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    """Parameters of the model, without its statistics."""
+    model = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    shapes = model.params if isinstance(model, Variables) else model
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from fedjax_core import Algorithm, Array, split_tables
+from fedjax_core import Algorithm, Array
 from fedjax_core.types import ArrayLike, Key, Params, PyTree
 from pipelines.common.names import pick
 from pipelines.configuration.config import Config
@@ -74,7 +74,8 @@ class Trained(NamedTuple):
         if self.last is not None:
             return jax.tree.map(lambda leaf: leaf[self._index(seed)], self.last)
         with jax.enable_x64(self.x64):
-            return self.algorithm.params(split_tables(self.state_of(seed))[0])
+            one = jax.tree.map(lambda leaf: leaf[None], self.state_of(seed))
+            return jax.tree.map(lambda leaf: leaf[0], early.global_params(self.algorithm, one))
 
     def best_params(self, seed: int | None = None) -> Params:
         """The global model of one seed that was best on the validation examples, the first seed unless given.
@@ -120,7 +121,8 @@ class Run(NamedTuple):
       federation: who holds which examples, or None where the data is not there.
       missing: why not; an empty string where it is.
       data: what is known of the data in any case (`pipelines.run.description`).
-      model: `init`, `apply` and `features` of inputs as the data set has them.
+      model: `init`, `apply` and `features` of inputs as the data set has them; a `models.StatisticsModel` if it has
+        running statistics.
       metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
       methods: name to what it has come to, of those that have been saved.
     """
@@ -129,7 +131,7 @@ class Run(NamedTuple):
     federation: Federation | None
     missing: str
     data: Description
-    model: models.Model
+    model: models.Model | models.StatisticsModel
     metric_fn: Callable[[Any, Any], dict[str, Array]]
     methods: dict[str, Trained]
 

@@ -86,7 +86,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
     other = {
         **{"dataset": "wine", "partition": "iid", "methods": ("fedavg",), "settings": {"fedavg": {"client_lr": 1.0}}},
         **{"model": "cnn", "hidden": (7,), "sampler": "full", "order": "replacement", "weights": "examples"},
-        **{"client_optimizer": "adam", "x64": True, "eval_every": 25, "checkpoint_every": 50},
+        **{"client_optimizer": "adam", "statistics": "frozen", "x64": True, "eval_every": 25, "checkpoint_every": 50},
         **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
         **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
         **{"federation_digest": "0123", "best_by": "loss", "clients_over_time": True},

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_core import continue_rounds, leaf_paths
+import models
+from fedjax_core import ClientTable, Variables, continue_rounds, leaf_paths
 from pipelines import Config
 from pipelines.configuration import methods
 from pipelines.data import datasets
 from pipelines.experiment import setup
+from pipelines.results import early
 from pipelines.run import engines
 
 
@@ -87,6 +89,34 @@ def test_fedbn_keeps_the_normalizations_of_a_model_of_the_command_line():
     assert set(leaf_paths(state.personal.rows)) == set(experiment.model.paths("norm"))
     with pytest.raises(ValueError, match="FedBN keeps normalizations at home, and the model has no parameters of kind"):
         setup.prepare(config.replace(model="mlp"))
+
+
+@pytest.fixture
+def batch_norm(monkeypatch):
+    """The configuration of a run of a model with batch normalization, a small one."""
+    small = lambda d, c: models.cnn_bn(d.input_shape, d.num_classes, channels=(2,), hidden=3)  # noqa: E731
+    monkeypatch.setitem(setup.MODELS, "cnn_bn", small)
+    methods = ("fedbn", "scaffold")
+    return Config(dataset="digits", partition="iid", clients=4, cohort_size=2, methods=methods, model="cnn_bn")
+
+
+@pytest.mark.parametrize("rule", ["average", "personal", "frozen"])
+def test_methods_carry_the_statistics_of_a_model_as_they_are_told(batch_norm, rule):
+    """FedBN's are always each client's own."""
+    experiment = setup.prepare(batch_norm.replace(statistics=rule))
+    for name, algorithm in experiment.algorithms.items():
+        shapes = jax.eval_shape(lambda keys, a=algorithm: setup.initial_states(experiment, a, keys), experiment.keys)
+        own = rule == "personal" or name == "fedbn"
+        assert isinstance(shapes.statistics, ClientTable) == own
+        models_of_seeds = jax.eval_shape(lambda state, a=algorithm: early.global_params(a, state), shapes)
+        assert isinstance(models_of_seeds, Variables)
+        assert all(leaf.shape[0] == len(experiment.seeds) for leaf in jax.tree.leaves(models_of_seeds))
+
+
+def test_personal_statistics_are_not_staged(batch_norm):
+    with pytest.raises(ValueError, match=r"fedbn keeps statistics of every client, .* leave out --staged"):
+        setup.prepare(batch_norm.replace(staged=True))
+    setup.prepare(batch_norm.replace(staged=True, methods=("fedavg",)))
 
 
 @pytest.mark.parametrize("name", sorted(setup.SAMPLERS))
