@@ -22,12 +22,14 @@ _SEED = click.option(
 
 @click.command(
     short_help="Test the models of a finished run on a data set.",
-    help="""Test the final global models of the run in the directory RUN, on its own data or on another data set.
+    help="""Test what the run in the directory RUN has come to, on its own data or on another data set: the global
+models, and on the run's own data what each client would use, on examples of its own.
 
 \b
 Examples:
   fedjax-core evaluate runs/mine
   fedjax-core evaluate runs/mine --split train --method scaffold --seed 0
+  fedjax-core evaluate runs/mine --view personal
   fedjax-core evaluate runs/mine --dataset mine.npz
 
 Neither the devices nor, with --dataset, the data of the run need be there. Exit codes: 0 done, 2 a mistake in the
@@ -44,6 +46,13 @@ arguments.
     metavar="NAME",
     help="test or train: a part of the data set; of the run's own also validation and new, those of its clients.",
 )
+@click.option(
+    "--view",
+    "views",
+    multiple=True,
+    metavar="NAME",
+    help="View to test, such as global or personal; may be given several times.  [default: those of the run]",
+)
 @_METHOD
 @_SEED
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
@@ -54,6 +63,7 @@ def evaluate(
     dataset: str | None,
     data_dir: str | None,
     split: str,
+    views: tuple[str, ...],
     methods: tuple[str, ...],
     seeds: tuple[int, ...],
     as_json: bool,
@@ -65,7 +75,9 @@ def evaluate(
         terminal.check_jax()
         loaded = loading.load_run(run, methods=methods or None, with_data=dataset is None)
         examples, note = scoring.examples_of(loaded, dataset, data_dir, split)
-        scores = scoring.score(loaded, examples, seeds=seeds or None)
+        chosen = tuple(dict.fromkeys(name.strip() for text in views for name in text.split(",")))
+        part = split if dataset is None and split != "new" else None
+        scores = scoring.score(loaded, examples, seeds=seeds or None, views=chosen, part=part)
     if note:
         click.echo(f"note: {note}", err=True)
     if as_json:
@@ -139,6 +151,8 @@ def export(
                 f"--out {out} is one file and there are {many} models: choose one by --method and --seed, or give a "
                 "directory"
             )
+        for note in export.notes(loaded, personal=ids is not None):
+            click.echo(f"note: {note}", err=True)
         target = run / "models" if out is None else out
         written = 0
         for model in export.models_of(loaded, methods=methods or None, seeds=seeds or None, clients=ids):
@@ -171,11 +185,19 @@ def _print(scores: Sequence[dict[str, Any]], dataset: str, split: str, count: in
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    names = [name for name in scores[0] if name not in ("method", "seed", "round")]
-    for heading in ("method", "seed", "round", *names):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    plain = ["method", "view", "seed", "round"]
+    if all(row["view"] == "global" for row in scores):
+        plain.remove("view")
+    names = list(dict.fromkeys(name for row in scores for name in row if name not in (*plain, "view")))
+    shorter = {"accuracy_sd": "s.d.", "accuracy_worst_decile": "worst tenth"}
+    for heading in (*plain, *names):
+        table.add_column(
+            shorter.get(heading, heading), justify="left" if heading in ("method", "view") else "right", no_wrap=True
+        )
     for row in scores:
-        table.add_row(row["method"], str(row["seed"]), str(row["round"]), *(f"{row[name]:.6g}" for name in names))
+        table.add_row(*(str(row[name]) for name in plain), *(f"{row[n]:.6g}" if n in row else "" for n in names))
     console = Console(highlight=False)
+    if not console.is_terminal:  # nothing is cut off where nobody looks at the width
+        console = Console(highlight=False, width=200)
     console.print(f"{dataset}, {split}: {count:,} examples", markup=False)
     console.print(table)

@@ -7,7 +7,7 @@ it adapts.
 Letters: S seeds, N clients, K of them tested.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,39 +53,44 @@ class Scorer(NamedTuple):
 
     Attributes:
       view: name of the view.
-      scores: `scores(states) -> {metric: [S, N]}` for states [S, ...]; NaN for a client that is not tested or has no
-        examples.
+      scores: `scores(states, part="test") -> {metric: [S, N]}` for states [S, ...], on a part of the federation, of
+        which "test" is `views.own_tests`; NaN for a client that is not tested or has no examples. All parts share one
+        compiled program.
     """
 
     view: str
-    scores: Callable[[Any], History]
+    scores: Callable[..., History]
 
 
-def scorers(experiment: Experiment, algorithm: Algorithm, part: str = "test") -> list[Scorer]:
-    """A scorer for each evaluated view of a method in which clients differ; each compiles once.
-
-    Args:
-      experiment: the experiment.
-      algorithm: the method.
-      part: of the federation that they are tested on; "test" is `views.own_tests`.
-    """
+def scorers(experiment: Experiment, algorithm: Algorithm) -> list[Scorer]:
+    """A scorer for each evaluated view of a method in which clients differ."""
     states = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
     chosen = views.evaluated(experiment.config, algorithm)
-    return [scorer(experiment, algorithm, view, part) for view in chosen.of_clients(algorithm, states)]
+    return [scorer(experiment, algorithm, view) for view in chosen.of_clients(algorithm, states)]
 
 
-def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str, part: str = "test") -> Scorer:
+def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str) -> Scorer:
     """The scorer of one view; see `scorers`."""
     config, federation = experiment.config, experiment.federation
-    where = views.own_tests(config, federation) if part == "test" else federation.parts[part]
-    tested, trained = population_of(experiment, where), federation.host_population("train")
+    parts = {name: part for name, part in federation.parts.items() if name in ("train", "validation")}
+    parts["test"] = views.own_tests(config, federation)
+    hosts = {name: population_of(experiment, part) for name, part in parts.items()}
     view, num_clients = views.view_of(algorithm, view_name), federation.num_clients
     chosen = views.chosen_clients(config, num_clients)
     # Groups of clients that differ in architecture have tables of their own: these are left whole.
-    blocks = [_Block(np.arange(num_clients), 0)] if view.groups else list(_blocks(chosen, tested, trained))
+    blocks = [_Block(np.arange(num_clients), 0)] if view.groups else list(_blocks(chosen, list(hosts.values())))
     most = max(len(block.ids) for block in blocks)
-    room = [max(int(host.sizes_of(block.ids).sum()) for block in blocks) for host in (tested, trained)]
+    room = max(int(host.sizes_of(block.ids).sum()) for block in blocks for host in hosts.values())
     put, public = engines.placement(experiment), experiment.population.public
+    kept: dict[str, Population] = {}
+
+    def population(part: str, block: _Block) -> Population:
+        if part in kept:
+            return kept[part]
+        found: Population = put(_padded(hosts[part], block.ids, most, room, public))
+        if len(blocks) == 1 and not config.machine.staged:  # it has room beside the training examples
+            kept[part] = found
+        return found
 
     def score(states: PyTree, examples: Population, own: Population | None, ids: Any, keys: Key, number: Any) -> Any:
         def of_seed(state: PyTree, key: Key) -> Any:
@@ -108,7 +113,7 @@ def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str, part: s
     rows_of = jax.jit(lambda rows, ids: jax.tree.map(lambda leaf: leaf[:, ids], rows))
     keys = put(jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xAD))(experiment.keys))
 
-    def scores(states: PyTree) -> History:
+    def scores(states: PyTree, part: str = "test") -> History:
         device, tables = split_tables(states)
         found: History = {}
         for block in blocks:
@@ -119,11 +124,10 @@ def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str, part: s
             else:
                 rows = jax.tree.map(lambda leaf, ids=ids: leaf[:, ids], tables) if on_host else rows_of(tables, ids)
             asked = np.pad(np.isin(block.ids, chosen), (0, most - len(block.ids)))
-            own = None if view.adapt is None else put(_padded(trained, block.ids, most, room[1], public))
             values = jitted(
                 join_tables(device, rows),
-                put(_padded(tested, block.ids, most, room[0], public)),
-                own,
+                population(part, block),
+                None if view.adapt is None else population("train", block),
                 put(jnp.where(asked, jnp.arange(most), -1)),
                 keys,
                 np.int32(block.number),
@@ -166,9 +170,9 @@ def _statistics(values: Any) -> Any:
     return jax.vmap(client_statistics)(values)
 
 
-def _blocks(ids: np.ndarray, tested: HostPopulation, trained: HostPopulation) -> Iterator[_Block]:
+def _blocks(ids: np.ndarray, hosts: Sequence[HostPopulation]) -> Iterator[_Block]:
     """The clients in blocks of few enough clients and examples; one with very many is a block of its own."""
-    sizes = np.maximum(tested.sizes_of(ids), trained.sizes_of(ids))
+    sizes = np.max([host.sizes_of(ids) for host in hosts], axis=0)
     begin, number = 0, 0
     while begin < len(ids):
         fit = int(np.searchsorted(np.cumsum(sizes[begin : begin + _MOST_CLIENTS]), _MOST_EXAMPLES, side="right"))

@@ -26,6 +26,7 @@ from fedjax_core.types import Params, PyTree
 from pipelines.common import files
 from pipelines.common.names import pick
 from pipelines.configuration.methods import folder
+from pipelines.experiment import views
 from pipelines.run.loading import Run
 
 _AT_ONCE = 64  # personal models that are in memory at a time
@@ -74,6 +75,23 @@ def models_of(
                 for row, client in enumerate(ids):
                     personal = jax.tree.map(lambda leaf, row=row: leaf[row], stacked)
                     yield Exported(f"{name}-client{client}", personal)
+
+
+def notes(run: Run, *, personal: bool) -> list[str]:
+    """What is to be known of the models that are written, a sentence each.
+
+    Args:
+      run: the run.
+      personal: whether they are the models of clients.
+    """
+    found = []
+    for name, trained in run.methods.items():
+        view = trained.algorithm.main_view
+        if not personal and view != views.GLOBAL:
+            found.append(f"{name} is judged by its view {view}, and this is its global model: --personal writes those")
+        if personal and trained.algorithm.personal.adapt is not None:
+            found.append(f"clients of {name} adapt before they predict; these are the models that they begin with")
+    return found
 
 
 def write(path: Path, params: Params, kind: str | None = None) -> None:

@@ -125,6 +125,7 @@ class Run(NamedTuple):
         running statistics.
       metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
       methods: name to what it has come to, of those that have been saved.
+      experiment: what was run, with the data if it is there; its population may be a stub.
     """
 
     config: Config
@@ -134,6 +135,7 @@ class Run(NamedTuple):
     model: models.Model | models.StatisticsModel
     metric_fn: Callable[[Any, Any], dict[str, Array]]
     methods: dict[str, Trained]
+    experiment: Experiment
 
 
 def load_run(
@@ -195,7 +197,8 @@ def load_run(
     if lacking or not there:
         raise ValueError(f"{out} has no checkpoint of {', '.join(lacking or config.methods)}: run it first")
     data = known or description.of_federation(federation)  # type: ignore[arg-type]
-    return Run(config, federation, missing, data, experiment.model, experiment.metric_fn, there)
+    experiment = experiment._replace(config=here, federation=federation or experiment.federation)
+    return Run(config, federation, missing, data, experiment.model, experiment.metric_fn, there, experiment)
 
 
 def _federation(config: Config, known: Description | None) -> tuple[Federation | None, str]:

@@ -27,7 +27,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,10 +55,6 @@ from pipelines.run.run_directory import Interrupted, Kind, Work, versions, waite
 
 AFTER = "after"
 """Folder of the state after what a method does after its last round, in that of its checkpoints."""
-
-
-Scorers = Callable[[str], list[client_scores.Scorer]]
-"""Part of the federation to the scorers of the views in which clients differ; each is compiled once."""
 
 
 class Diverged(Exception):  # noqa: N818 (named for what happened)
@@ -352,7 +348,7 @@ def _run_with_plan(
     config, algorithm = experiment.config, experiment.algorithms[name]
     engine, out, run = engines.engine(experiment, algorithm), work.out, work.run
     chosen = views.evaluated(config, algorithm)
-    scorers = cache(partial(client_scores.scorers, experiment, algorithm))
+    scorers = client_scores.scorers(experiment, algorithm)
     eval_rounds = history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
     last_but_end = config.rounds // config.evaluation.eval_every * config.evaluation.eval_every
 
@@ -551,7 +547,9 @@ def _per_client(experiment: Experiment, params: Params) -> History:
     return found
 
 
-def _judge(experiment: Experiment, algorithm: Algorithm, scorers: Scorers) -> Callable[[Any], tuple[Any, Any, History]]:
+def _judge(
+    experiment: Experiment, algorithm: Algorithm, scorers: Sequence[client_scores.Scorer]
+) -> Callable[[Any], tuple[Any, Any, History]]:
     """`judge(state) -> (state, {view: scores of clients [S, N]}, scores)` for views in which clients differ.
 
     What is remembered is decided here where one of these is the main view, and with the rounds otherwise. The scores go
@@ -559,19 +557,17 @@ def _judge(experiment: Experiment, algorithm: Algorithm, scorers: Scorers) -> Ca
     """
     config = experiment.config
     chosen = views.evaluated(config, algorithm)
-    on_test = scorers("test")
-    decides = config.evaluation.validates and chosen.main in [each.view for each in on_test]
-    on_validation = [each for each in scorers("validation") if each.view == chosen.main] if decides else []
+    on_validation = [each for each in scorers if each.view == chosen.main] if config.evaluation.validates else []
     update = jax.jit(partial(early.updated, config))
 
     def judge(tree: Any) -> tuple[Any, Any, History]:
         state, models = early.split(tree)
-        of_clients = {each.view: each.scores(state) for each in on_test}
+        of_clients = {each.view: each.scores(state) for each in scorers}
         scores: History = {}
         for view, values in of_clients.items():
             scores |= client_scores.over_clients(view, values)
         if on_validation and models is not None:
-            means = client_scores.means(on_validation[0].scores(state))
+            means = client_scores.means(on_validation[0].scores(state, "validation"))
             scores |= {f"validated/{metric}": value for metric, value in means.items()}
             models = update(models, early.of_state(config, algorithm, state), means)
         return early.joined(state, models), of_clients, scores
@@ -599,7 +595,9 @@ def _follower(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, An
     return follow
 
 
-def _at_the_end(experiment: Experiment, algorithm: Algorithm, scorers: Scorers, tree: Any) -> History:
+def _at_the_end(
+    experiment: Experiment, algorithm: Algorithm, scorers: Sequence[client_scores.Scorer], tree: Any
+) -> History:
     """How the last models, and in a run that validates the best ones, do for every client."""
     config = experiment.config
     found: History = {}
@@ -611,7 +609,9 @@ def _at_the_end(experiment: Experiment, algorithm: Algorithm, scorers: Scorers, 
     return found
 
 
-def _of_reported(experiment: Experiment, algorithm: Algorithm, scorers: Scorers, reported: early.Reported) -> History:
+def _of_reported(
+    experiment: Experiment, algorithm: Algorithm, scorers: Sequence[client_scores.Scorer], reported: early.Reported
+) -> History:
     """`_per_client` of the global model, and the same of each view in which clients differ."""
     chosen = views.evaluated(experiment.config, algorithm)
     found = _per_client(experiment, reported.params) if views.GLOBAL in chosen.names else {}
@@ -621,9 +621,9 @@ def _of_reported(experiment: Experiment, algorithm: Algorithm, scorers: Scorers,
     for part, kind in names.items():
         if part != "test" and part not in experiment.federation.parts:
             continue
-        for each in scorers(part):
+        for each in scorers:
             begin = kind.format(each.view)
-            found |= {f"{begin}{metric}": value for metric, value in each.scores(reported.state).items()}
+            found |= {f"{begin}{metric}": value for metric, value in each.scores(reported.state, part).items()}
     return found
 
 
@@ -631,7 +631,7 @@ def _ending(
     experiment: Experiment,
     algorithm: Algorithm,
     engine: engines.Engine,
-    scorers: Scorers,
+    scorers: Sequence[client_scores.Scorer],
     tree: Any,
     folder: Path,
     round: int,
@@ -655,7 +655,7 @@ def _ending(
     state = waited_for(engine.finish(early.last(config, algorithm, tree).state))
     found = _of_reported(experiment, algorithm, scorers, early.Reported(early.global_params(algorithm, state), state))
     scores = {key: np.asarray(value) for key, value in engines.final_scorer(experiment, algorithm)(state).items()}
-    for each in scorers("test"):
+    for each in scorers:
         scores |= client_scores.over_clients(each.view, each.scores(state))
     found |= {f"final/{key}": value for key, value in scores.items()}
     checkpoint.save(folder / AFTER, round, state, found, run=work.run, keep=1)

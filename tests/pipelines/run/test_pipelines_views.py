@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import fedjax_core as fc
 from pipelines import load_run
+from pipelines.cli import commands
 from pipelines.common.progress import silent
 from pipelines.configuration.config import Config
 from pipelines.experiment import setup, views
@@ -102,6 +104,10 @@ OWN = "own_views:eventful"
 @pytest.fixture
 def config(small) -> Config:
     return small.replace(methods=(OWN,), rounds=4, checkpoint_every=2, seeds=2)
+
+
+def call(*words):
+    return CliRunner().invoke(commands.main, [str(word) for word in words], terminal_width=110)
 
 
 def table(path):
@@ -220,7 +226,49 @@ def test_the_main_view_decides_when_to_stop_and_which_model_is_best(config, tmp_
     assert "best/client/personal/accuracy" in mine.history
 
 
-@pytest.mark.parametrize("method", ["per_fedavg", "ifca", "local_only"])
+def test_a_finished_run_is_tested_view_by_view(small, tmp_path):
+    """As at its end, whatever was evaluated then; on other data only the models that are everybody's."""
+    out = tmp_path / "run"
+    config = small.replace(methods=("per_fedavg", "fedavg"), rounds=2, test_share=0.3)
+    found = train.train(config, out)
+    rows = [json.loads(line) for line in call("evaluate", out, "--json").output.splitlines()]
+    assert [(row["method"], row["view"], row["seed"]) for row in rows] == [
+        *(("per_fedavg", view, seed) for view in ("global", "personal") for seed in (0, 1)),
+        *(("fedavg", "global", seed) for seed in (0, 1)),
+    ]
+    for row in rows:
+        for name in ("accuracy", "loss", "accuracy_sd", "accuracy_worst_decile"):
+            if name in row:
+                score = history.final_scores(found[row["method"]].history, row["view"], name)[row["seed"]]
+                assert row[name] == pytest.approx(score, rel=1e-5), (row, name)
+    assert "accuracy_worst_decile" in rows[2]
+    of_train = call(
+        "evaluate", out, "--view", "personal", "--split", "train", "--method", "fedavg", "--seed", 1, "--json"
+    )
+    own = json.loads(of_train.output)["accuracy"]
+    assert own == pytest.approx(np.nanmean(found["fedavg"].history["client/train_accuracy"][1]), rel=1e-6)
+    table = call("evaluate", out, "--method", "per_fedavg").output
+    assert "worst tenth" in table
+    assert "…" not in table
+    elsewhere = call("evaluate", out, "--dataset", "iris", "--json")
+    assert {json.loads(line)["view"] for line in elsewhere.output.splitlines()} == {"global"}
+    for words, said in (
+        (("--view", "personal", "--dataset", "iris"), "clients are tested on examples of their own"),
+        (("--view", "globl"), "the methods of this run have global, personal"),
+    ):
+        refused = call("evaluate", out, *words)
+        assert refused.exit_code == 2
+        assert said in refused.output
+    said = call("export", out, "--format", "npz", "--out", tmp_path / "models").output
+    assert "per_fedavg is judged by its view personal" in said
+    assert "fedavg is judged" not in said.replace("per_fedavg", "")
+    said = call("export", out, "--format", "npz", "--personal", "--out", tmp_path / "models").output
+    assert "clients of per_fedavg adapt" in said
+
+
+@pytest.mark.parametrize(
+    "method", ["local_only", *(pytest.param(name, marks=pytest.mark.slow) for name in ("per_fedavg", "ifca"))]
+)
 def test_plans_staging_and_blocks_give_the_same_scores(small, tmp_path, method, monkeypatch):
     """Brought to the device in blocks of two clients, and from host memory, it is what one call gives."""
     config = small.replace(methods=(method,), rounds=2, eval_every=2)
