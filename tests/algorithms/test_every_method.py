@@ -442,7 +442,8 @@ CHECKED = (
 
 @cache
 def wrapped_subject(name, devices):
-    parts = [PARTS["top_k"], PARTS["sign_flip"], *[PARTS["trimmed_mean"]] * all_take(name, "trimmed_mean")]
+    attack = PARTS["rank_reversal" if passes(name) and all_take(name, "rank_reversal") else "sign_flip"]
+    parts = [PARTS["top_k"], attack, *[PARTS["trimmed_mean"]] * all_take(name, "trimmed_mean")]
     alone = subject(name)
     wrapped = testing.Subject(
         lambda **settings: around(make(name, **settings), parts),

@@ -159,6 +159,17 @@ def test_metrics_report_the_true_size_of_what_is_sent(part, up, dtype):
     assert metrics.bytes_down == 18 * np.dtype(dtype).itemsize
 
 
+@pytest.mark.parametrize("part", [parts.top_k(0.1), parts.stochastic_rounding(8)])
+def test_an_upload_of_integers_goes_as_it_is(part):
+    """It has no rows that keep nothing, nor bytes of a code."""
+    method = algorithms.frl(softmax_loss, optax.sgd(0.1), batch_size=2)
+    plain = method.round(method.init(softmax_params(), KEY), POPULATION.cohort([0, 1]), KEY)[1]
+    algorithm = with_part(method, part, like=POPULATION)
+    state, metrics = algorithm.round(algorithm.init(softmax_params(), KEY), POPULATION.cohort([0, 1]), KEY)
+    assert state.passes == ((),)
+    assert metrics.bytes_up == plain.bytes_up
+
+
 def test_scalars_beside_the_coded_entries_count_as_they_are():
     """FedNova uploads the length of its local steps beside the model, Mime its gradients in a pass of their own."""
     one = 2 * (4 + 5 / 8)
