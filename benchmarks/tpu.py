@@ -70,7 +70,7 @@ LANES = [(1, "native"), (2, "native"), (4, "native"), (10, "native"), (1, "dots"
 
 
 def rows(only):
-    """(section, name of the row, topology, options of the command), small ones first."""
+    """(section, name of the row, topology, options of the command)."""
     for section in [name for name in ("cnn", "lanes", "resnet", "transformer") if name in only]:
         workload = BASE | WORKLOADS["cnn" if section == "lanes" else section]
         if section == "lanes":
@@ -78,10 +78,10 @@ def rows(only):
                 options = workload | {"cohort-size": 40, "lanes": 4 * lanes, "convolution": convolution}
                 yield section, f"{lanes} {convolution}", SLICES[4], options
             continue
-        for chips, topology in SLICES.items():
-            yield section, f"weak {chips}", topology, workload | {"cohort-size": chips}
-            if chips < CLIENTS:
-                yield section, f"strong {chips}", topology, workload | {"cohort-size": CLIENTS}
+        for chips in (4, 256, 16, 64):  # the ends first
+            yield section, f"weak {chips}", SLICES[chips], workload | {"cohort-size": chips}
+        for chips in (4, 64, 16):
+            yield section, f"strong {chips}", SLICES[chips], workload | {"cohort-size": CLIENTS}
 
 
 def command(topology, options):
@@ -151,18 +151,22 @@ def main():
 def show(results):
     """The tables of docs/tpu.md."""
     print(results["about"])
-    for section in WORKLOADS:
-        print(f"\n{section}\n")
-        for name, row in results.get(section, {}).items():
-            print(f"| {name} | {_cells(row)} |")
-            print(f"    {row['command']}")
-    print("\nlanes\n")
+    for section, workload in WORKLOADS.items():
+        print(f"\n{section}\n\n    {command('TOPOLOGY', BASE | workload | {'cohort-size': 'N'})}\n")
+        heads = ("`--topology`", "`--cohort-size`", "compile", "memory of a chip", "steps", "roofline", "compiler")
+        print(f"| {' | '.join(heads)} | sum of updates |")
+        print("| --- | --: | --: | --: | --: | --: | --: | --: |")
+        found = results.get(section, {}).items()
+        for name, row in sorted(found, key=lambda item: (item[0].split()[0] == "strong", int(item[0].split()[1]))):
+            chips = int(name.split()[1])
+            clients = chips if name.startswith("weak") else CLIENTS
+            print(f"| `{SLICES[chips]}` | {clients} | {_cells(row)} |")
+    print("\n| lanes a chip | convolution | temporaries | a step of a client, by the compiler |")
+    print("| --: | --- | --: | --: |")
     for name, row in results.get("lanes", {}).items():
-        if "memory" not in row:
-            print(f"| {name} | {row['too_large']} |")
-            continue
+        lanes, convolution = name.split()
         each = row["seconds"]["compiler"] / row["loops"][0]["useful"] * row["num_chips"]
-        print(f"| {name} | {row['memory']['temporaries'] / 1e6:.0f} MB | {_cells(row)} | {each * 1e6:.0f} us a step |")
+        print(f"| {lanes} | {convolution} | {row['memory']['temporaries'] / 1e6:.0f} MB | {each * 1e6:.0f} us |")
 
 
 def _cells(row):
@@ -174,10 +178,9 @@ def _cells(row):
             f"{row['compile_seconds']:.0f} s",
             f"{row['memory']['together'] / 1e9:.2f} GB",
             f"{row['loops'][0]['steps']:.0f}",
-            f"{seconds['roofline'] * 1e3:.3g} ms",
-            f"{seconds['compiler'] * 1e3:.3g} ms",
+            f"{seconds['roofline'] * 1e3:,.4g} ms",
+            f"{seconds['compiler'] * 1e3:,.4g} ms, {row['share_of_peak']:.1%} of peak",
             f"{seconds['collectives'] * 1e3:.2g} ms",
-            f"{row['share_of_peak']:.1%}",
         ]
     )
 

@@ -182,6 +182,8 @@ def balanced_order(steps: Array, devices: int) -> Array:
       int32[devices per_device], the slots of the first device, then those of the second, and so on.
     """
     per_device = steps.shape[0] // devices
+    if per_device == 1:
+        return jnp.arange(devices, dtype=jnp.int32)
     longest_first = jnp.argsort(-steps)
     if per_device > 16:
         # One slot for each device in turn, in reverse order every other time. With so many slots for each, the

@@ -74,6 +74,8 @@ def default_lanes() -> int:
     """Lanes per device if the user names none.
 
     One on a CPU, where a single client already keeps the cores busy (benchmarks/results/plans.json). 16 elsewhere: on
-    an H200 an MLP's 64 clients were fastest in 16 lanes, and pfl's CNN gained up to its 50 (docs/gpu.md).
+    an H200 an MLP's 64 clients were fastest in 16 lanes, and pfl's CNN gained up to its 50 (docs/gpu.md). For a TPU its
+    compiler expects an MLP's clients to take a seventh of the time in 16 lanes, and a CNN's 1.2 times in ten
+    (docs/tpu.md).
     """
     return 1 if jax.default_backend() == "cpu" else 16

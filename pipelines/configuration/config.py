@@ -267,7 +267,7 @@ class MachineConfig(Section):
         role="machine",
     )
     convolution: Literal["auto", "dots", "native"] = choice(
-        "auto", ("auto", "dots", "native"), "auto (tried out off the processor), dots or native.", role="machine"
+        "auto", ("auto", "dots", "native"), "auto (tried out on a GPU), dots or native.", role="machine"
     )
     memory: float | None = number(
         None,

@@ -1,8 +1,9 @@
 """Which execution plan a run takes: what is fast here, and fits into memory.
 
 On a processor every core stands in for a device, with one client each: measured over six models in
-benchmarks/results/plans.json. Elsewhere a few steps of local training are tried in lanes of several sizes and with both
-convolutions, once for a device, a model and a batch size; what came of it is kept in the user's cache folder.
+benchmarks/results/plans.json. Elsewhere a few steps of local training are tried in lanes of several sizes and, on a
+GPU, with both convolutions, once for a device, a model and a batch size; what came of it is kept in the user's cache
+folder.
 """
 
 import dataclasses
@@ -156,12 +157,17 @@ def _kept_trial(name: str) -> dict[str, Any] | None:
 
 
 def _measure(config: Config, experiment: Experiment) -> dict[str, Any]:
-    """Tries lanes with the convolution as it is, then convolutions as dots with the best lanes."""
+    """Tries lanes with the convolution as it is, then, but for TPUs, convolutions as dots with the best lanes.
+
+    For a TPU the compiler pads the patches of convolutions that are made of dots to twelve times their size, and
+    expects the CNN's step to take 1.8 times as long as with its own convolutions, in lanes four times (docs/tpu.md).
+    """
     devices, most = experiment.plan.num_devices, slots(experiment)
     plans = [Plan(n * devices, experiment.mesh) for n in LANES if n == 1 or n * devices <= most]
     trials = {"auto": trial(experiment, plans)}
     best = trials["auto"][0]
-    if config.machine.convolution == "auto" and config.model in ("cnn", "cnn_bn", "resnet18_gn"):
+    may_gain = config.model in ("cnn", "cnn_bn", "resnet18_gn") and jax.default_backend() != "tpu"
+    if config.machine.convolution == "auto" and may_gain:
         chosen = prepare(config.replace(methods=("fedavg",), evaluate=(), settings={}, convolution="dots"))
         trials["dots"] = trial(chosen, [best.plan])
     convolution = min(trials, key=lambda name: trials[name][0].seconds)

@@ -199,7 +199,7 @@ def lowered_round(name, mesh):
     with jax.enable_x64(False):
         options = {a: sized[what] for a, what in needs(getattr(algorithms, name)).items() if what in sized}
         algorithm = methods.make(name, plan=Plan(mesh.size, mesh), **options)
-        state = jax.eval_shape(algorithm.init, params)
+        state = jax.eval_shape(algorithm.init, params, key)
         where = shardings(state, mesh)
 
         def round(state, population, key):
@@ -255,7 +255,7 @@ EVERY = [
 def test_every_method_can_be_lowered_for_cuda(name):
     """Which needs neither a GPU nor its compiler; another third of the methods every day, all with `-m slow`."""
     algorithm = methods.make(name)
-    state = jax.eval_shape(algorithm.init, methods.params_of(name))
+    state = jax.eval_shape(algorithm.init, methods.params_of(name), jax.random.key(0))
     population = methods.population()
 
     def round(state, population, key):
