@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import fedjax_core as fc
-from algorithms.messages import codecs
 from fedjax_core import samplers
 from fedjax_core.clients import check_tables
 from tests.problems import assert_trees_close, assert_trees_equal, softmax_loss, softmax_params, softmax_population
@@ -220,7 +219,10 @@ def test_tables_of_a_group_have_rows_of_its_clients_alone():
 
 
 def test_parts_keep_rows_of_a_group_alone_and_pass_nothing_by():
-    wrapped = fc.with_part(alone(), codecs.top_k(1.0), like=POPULATION)
+    remembers = fc.Part(
+        lambda state, asked, key: (asked.run(), state, ()), lambda upload, num: fc.client_table(num, jnp.zeros(2))
+    )
+    wrapped = fc.with_part(alone(), remembers, like=POPULATION)
     state = wrapped.init(MODELS)
     assert [jax.tree.leaves(table.rows)[0].shape[0] for table in fc.clients.tables_of(state.passes)] == [4, 3]
     step = jax.jit(wrapped.round)

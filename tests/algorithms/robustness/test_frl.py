@@ -377,7 +377,9 @@ def test_models_and_uploads_that_cannot_be_ranked_are_refused():
         make().init(softmax_params())
     fedavg = algorithms.fedavg(softmax_loss, optax.sgd(0.1))
     reversed_ = fc.with_part(fedavg, messages.rank_reversal(np.ones(6, bool)), like=POPULATION)
-    with pytest.raises(TypeError, match="rank_reversal reverses rankings, and what this method's clients upload"):
+    with pytest.raises(
+        TypeError, match=r"rank_reversal reverses rankings, integers \[n\], and what this method's clients upload"
+    ):
         jax.eval_shape(reversed_.round, reversed_.init(softmax_params()), POPULATION.cohort([0, 1]), KEY)
     robust = fc.with_part(make(), messages.krum(1), like=POPULATION)
     state = jax.eval_shape(robust.init, softmax_params(), KEY)

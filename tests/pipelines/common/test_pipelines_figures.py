@@ -85,7 +85,13 @@ def experiment():
     config = Config(
         dataset="iris", clients=6, cohort_size=3, min_size=2, model="logistic_regression", seeds=2, rounds=4
     )
-    return SimpleNamespace(config=config, federation=setup.federate(config), dataset=datasets.load("iris"))
+    algorithm = setup.prepare(config.replace(methods=("fedavg",), x64=True)).algorithms["fedavg"]
+    return SimpleNamespace(
+        config=config,
+        federation=setup.federate(config),
+        dataset=datasets.load("iris"),
+        algorithms=dict.fromkeys(methods.names(), algorithm),
+    )
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
