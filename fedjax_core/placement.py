@@ -5,6 +5,9 @@ the devices that train one client share its model. One code path serves all: on 
 `device_put`, and with several (`jax.distributed`) each gives its devices their part of what all of them hold.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -43,7 +46,12 @@ def client_mesh(num_devices: int | None = None, *, model: int = 1) -> Mesh:
             f"num_devices={num_devices} of {len(devices)}: the devices of all {jax.process_count()} processes make one "
             "mesh, leave num_devices out"
         )
-    grid = np.asarray(devices[:num_devices]).reshape(-1, model)
+    return mesh_over(devices[:num_devices], model=model)
+
+
+def mesh_over(devices: Sequence[Any], *, model: int = 1) -> Mesh:
+    """A mesh over these devices, which may be stand-ins for some that are not there; `model` divides their number."""
+    grid = np.asarray(devices).reshape(-1, model)
     if model == 1:
         return Mesh(grid[:, 0], (CLIENTS,), axis_types=(AxisType.Auto,))
     return Mesh(grid, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)

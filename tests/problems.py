@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Population
+from algorithms import messages
+from fedjax_core import Part, Population
 from fedjax_core.testing import softmax_loss  # noqa: F401 (one of the problems)
 
 # The quadratic test problem Q3: f_i(x) = 0.5 (x - b_i)' A_i (x - b_i).
@@ -65,3 +66,24 @@ def assert_trees_equal(actual, expected):
     assert treedef == otherdef
     for a, b in zip(flat, other, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def every_part(malicious, *, top_k: float) -> dict[str, Part]:
+    """Each part of `algorithms.messages` by name, with options that fit small problems.
+
+    Args:
+      malicious: bool[num_clients], for attacks.
+      top_k: share of the entries that top-k sends.
+    """
+    return {
+        "top_k": messages.top_k(top_k),
+        "stochastic_rounding": messages.stochastic_rounding(16),
+        "client_level_dp": messages.client_level_dp(1.0, 0.5, expected=4.0),
+        "coordinate_median": messages.coordinate_median(),
+        "trimmed_mean": messages.trimmed_mean(1),
+        "krum": messages.krum(1, selected=2),
+        "sign_flip": messages.sign_flip(malicious),
+        "alie": messages.alie(malicious),
+        "inner_product_manipulation": messages.inner_product_manipulation(malicious),
+        "rank_reversal": messages.rank_reversal(malicious),
+    }

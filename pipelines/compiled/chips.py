@@ -12,12 +12,11 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from fedjax_core import checks
-from fedjax_core.placement import CLIENTS, MODEL
+from fedjax_core.placement import mesh_over
 from pipelines.common.names import pick
 
 
@@ -189,10 +188,7 @@ def mesh(tpus: Slice, num_devices: int | None = None, *, model: int = 1) -> Mesh
         raise ValueError(
             f"model_parallel={model} does not divide the {num_devices} chips: take a divisor, or another mesh"
         )
-    grid = np.asarray(devices(tpus)[:num_devices]).reshape(-1, model)
-    if model == 1:
-        return Mesh(grid[:, 0], (CLIENTS,), axis_types=(AxisType.Auto,))
-    return Mesh(grid, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
+    return mesh_over(devices(tpus)[:num_devices], model=model)
 
 
 @contextlib.contextmanager

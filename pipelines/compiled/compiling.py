@@ -9,7 +9,7 @@ is predicted: by a roofline, and by the compiler's own estimates. Nothing is run
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -200,14 +200,12 @@ def compile_method(experiment: Experiment, tpus: Slice, name: str) -> Report:
     analysis = compiled.memory_analysis()
     assert analysis is not None
     read = Program(compiled.as_text() or "")
-    slots = _cohorts(experiment)[0].shape[0]
+    cohorts = _cohorts(experiment)
+    slots = cohorts[0].shape[0]
     lanes = plan.lanes_per_device(-(-slots // plan.num_devices))
-    found = [_loops(experiment, each, lanes) for each in passes]
+    found = [_loops(experiment, each, lanes, cohorts) for each in passes]
     cost = read.cost(tpus.chip, schedule.trips(found))
-    useful = [
-        each._replace(steps=each.useful / plan.num_devices / max(min(lanes, -(-slots // plan.num_devices)), 1))
-        for each in found
-    ]
+    useful = [each._replace(steps=each.useful / plan.num_devices / lanes) for each in found]
     useful_flops = read.cost(tpus.chip, schedule.trips(useful)).flops * mesh.size
     times = _seconds(cost, tpus)
     longest = max(value for key in ("roofline", "compiler") if (value := times[key]) is not None)
@@ -407,8 +405,8 @@ def _cohorts(experiment: Experiment) -> list[np.ndarray]:
     return [np.where(row >= 0, sizes[np.maximum(row, 0)], -1) for row in ids]
 
 
-def _loops(experiment: Experiment, each: schedule.Pass, lanes: int) -> schedule.Loops:
-    cohorts, seeds = _cohorts(experiment), experiment.config.seeds
+def _loops(experiment: Experiment, each: schedule.Pass, lanes: int, cohorts: Sequence[np.ndarray]) -> schedule.Loops:
+    seeds = experiment.config.seeds
     sizes = np.asarray(experiment.population.sizes)
     if each.num_slots == len(sizes):
         cohorts = [np.tile(sizes, seeds)]

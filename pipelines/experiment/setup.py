@@ -35,6 +35,7 @@ from fedjax_core import (
     split_tables,
     tasks,
 )
+from fedjax_core.algorithm import Phase
 from fedjax_core.statistics import has_statistics, with_statistics
 from fedjax_core.types import Params, PyTree
 from pipelines.common import own
@@ -458,27 +459,29 @@ def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> P
 
 def begun(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
     """States [S, ...] after what a method does before its first round, an exploration say; all clients are asked."""
-    if not algorithm.events_at("before"):
-        return states
-    cohort = population.cohort(jnp.arange(population.num_clients))
-    # A key of its own: the rounds split theirs.
-    keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xE8))(keys)
-    return jax.vmap(partial(run_events, algorithm, "before"), (0, None, 0))(states, cohort, keys)
+    return _after_events(algorithm, "before", states, population, keys, 0xE8)
 
 
 def ended(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
     """States [S, ...] after what a method does after its last round, a calibration say; all clients are asked."""
-    if not algorithm.events_at("after"):
+    return _after_events(algorithm, "after", states, population, keys, 0xAF)
+
+
+def _after_events(
+    algorithm: Algorithm, when: Phase, states: PyTree, population: Population, keys: Key, tag: int
+) -> PyTree:
+    if not algorithm.events_at(when):
         return states
     cohort = population.cohort(jnp.arange(population.num_clients))
-    keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xAF))(keys)
-    return jax.vmap(partial(run_events, algorithm, "after"), (0, None, 0))(states, cohort, keys)
+    # A key of its own: the rounds split theirs.
+    keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], tag))(keys)
+    return jax.vmap(partial(run_events, algorithm, when), (0, None, 0))(states, cohort, keys)
 
 
 def asks_everybody(algorithm: Algorithm) -> str:
     """When the method asks all clients for something beside its rounds, in words; an empty string if it does not."""
-    times = {"before": "before the first round", "after": "after the last round"}
-    return " and ".join(words for when, words in times.items() if algorithm.events_at(when))  # type: ignore[arg-type]
+    times: dict[Phase, str] = {"before": "before the first round", "after": "after the last round"}
+    return " and ".join(words for when, words in times.items() if algorithm.events_at(when))
 
 
 def run_keys(key: Key) -> tuple[Key, Key]:

@@ -204,10 +204,7 @@ def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any
         finite = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim))) for x in leaves]
         sound = jnp.all(jnp.stack([jnp.ones(config.seeds, bool), *finite]), axis=0)
         examples, held_back = (test, None) if models is None else test
-        model_of = {
-            view: jax.vmap(partial(views.one_model, algorithm, view))(state)
-            for view in chosen.of_one_model(algorithm, state)
-        }
+        model_of = _models(algorithm, chosen, state)
         scores = one_model_scores(on_test, model_of, examples)
         if models is None:
             return None, scores, jnp.all(sound)
@@ -218,6 +215,14 @@ def _scoring(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any
         return models, scores, jnp.all(sound | models.stopped)
 
     return scoring
+
+
+def _models(algorithm: Algorithm, chosen: views.Evaluated, state: PyTree) -> dict[str, Any]:
+    """The models [S, ...] of the views of one model."""
+    return {
+        view: jax.vmap(partial(views.one_model, algorithm, view))(state)
+        for view in chosen.of_one_model(algorithm, state)
+    }
 
 
 def one_model_scores(on_test: Callable[..., Any], model_of: Mapping[str, Any], examples: Any) -> dict[str, Any]:
@@ -235,10 +240,7 @@ def final_scorer(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any]
     on_test = jax.vmap(partial(evaluate, experiment.score_fn, batch_size=EVAL_BATCH), (0, None))
 
     def score(state: PyTree, examples: Any) -> dict[str, Any]:
-        model_of = {
-            view: jax.vmap(partial(views.one_model, algorithm, view))(state)
-            for view in chosen.of_one_model(algorithm, state)
-        }
+        model_of = _models(algorithm, chosen, state)
         return one_model_scores(on_test, model_of, examples)
 
     jitted = jax.jit(score, out_shardings=replicated_results(experiment))

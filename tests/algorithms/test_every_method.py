@@ -26,6 +26,7 @@ from fedjax_core import Groups, Split, Task, aggregation, clients, needs, testin
 from fedjax_core.messages import Part, with_part
 from tests.problems import (
     assert_trees_equal,
+    every_part,
     softmax_features,
     softmax_loss,
     softmax_params,
@@ -272,18 +273,7 @@ def test_rows_of_clients_are_made_of_outputs():
 
 N = len(SIZES)
 MALICIOUS = np.arange(N) == 4
-PARTS = {
-    "top_k": messages.top_k(0.4),
-    "stochastic_rounding": messages.stochastic_rounding(16),
-    "client_level_dp": messages.client_level_dp(1.0, 0.5, expected=4.0),
-    "coordinate_median": messages.coordinate_median(),
-    "trimmed_mean": messages.trimmed_mean(1),
-    "krum": messages.krum(1, selected=2),
-    "sign_flip": messages.sign_flip(MALICIOUS),
-    "alie": messages.alie(MALICIOUS),
-    "inner_product_manipulation": messages.inner_product_manipulation(MALICIOUS),
-    "rank_reversal": messages.rank_reversal(MALICIOUS),
-}
+PARTS = every_part(MALICIOUS, top_k=0.4)
 IDENTITY = Part(lambda state, asked, key: (asked.run(), state, ()), name="identity")
 WITHOUT_EFFECT = [IDENTITY, messages.sign_flip(np.zeros(N, bool)), messages.alie(np.zeros(N, bool))]
 

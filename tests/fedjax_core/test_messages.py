@@ -10,7 +10,14 @@ import algorithms
 from algorithms import messages as parts
 from fedjax_core import Stacked, checks, messages, testing
 from fedjax_core.messages import Message, Part, with_part
-from tests.problems import assert_trees_close, assert_trees_equal, softmax_loss, softmax_params, softmax_population
+from tests.problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    every_part,
+    softmax_loss,
+    softmax_params,
+    softmax_population,
+)
 
 SIZES = (3, 5, 0, 8, 2, 6)
 IDS = (0, 1, 3, -1, 5)
@@ -216,18 +223,7 @@ def test_a_rule_needs_a_mean_to_take_the_place_of():
 
 PROBLEM = testing.classification()
 MALICIOUS = np.arange(PROBLEM.population.num_clients) == 1
-PARTS = {
-    "top_k": parts.top_k(0.2),
-    "stochastic_rounding": parts.stochastic_rounding(16),
-    "client_level_dp": parts.client_level_dp(1.0, 0.5, expected=4.0),
-    "coordinate_median": parts.coordinate_median(),
-    "trimmed_mean": parts.trimmed_mean(1),
-    "krum": parts.krum(1, selected=2),
-    "sign_flip": parts.sign_flip(MALICIOUS),
-    "alie": parts.alie(MALICIOUS),
-    "inner_product_manipulation": parts.inner_product_manipulation(MALICIOUS),
-    "rank_reversal": parts.rank_reversal(MALICIOUS),
-}
+PARTS = every_part(MALICIOUS, top_k=0.2)
 RANKED = {"rank_reversal"}
 """Parts of methods whose clients upload rankings; FedAvg with them is refused."""
 
