@@ -1,6 +1,7 @@
 """Rounds on one accelerator: lanes, native against dot convolutions, single against bfloat16, pfl's whole protocol.
 
     python benchmarks/accelerator.py [--only mlp cnn ...] [--seconds 2] [--protocol] [--small]
+    python benchmarks/accelerator.py --cases pfl-cifar10:50:dots:bfloat16 gpt:1:-:float32 --kernels
 
 The workloads are those of `benchmarks/peers` (whose peers run on the same card with `python -m benchmarks.peers`), and
 some of them again with a cohort of 64 clients, which shows what lanes are worth: name "cnn/64". All combinations are
@@ -15,7 +16,8 @@ With bfloat16 a step computes in it (parameters and inputs are cast at its start
 keep and the server averages stay in single precision. Products in single precision are those of the backend's default:
 TF32 on a GPU, whose speed for large matrices is measured beside and is what shares refer to. `--protocol` runs the
 1,500 rounds of pfl's CIFAR-10 benchmark with an evaluation of 10,000 images after every tenth, in the fastest of its
-combinations. `--small` shrinks everything to what a processor does in a minute, to see that it runs; it says nothing
+combinations. `--cases` names single combinations, workload:lanes:convolution:precision, compiled in this order.
+`--kernels` says of every row which kernels of a round take how much time. `--small` shrinks everything to what a processor does in a minute, to see that it runs; it says nothing
 about speed.
 """
 
@@ -77,9 +79,21 @@ def cases(names: list[str]) -> list[Case]:
         if name.endswith("/64"):
             lanes = (1, 4, 16, 64)
         every += [Case(name, number, kind) for kind in kinds for number in lanes]
-        if name in ("gpt", "fl-simulator"):
-            every += [Case(name, number, kinds[0], "bfloat16") for number in lanes]
+        if name in ("gpt", "fl-simulator", "pfl-cifar10"):
+            every += [Case(name, number, kind, "bfloat16") for kind in kinds for number in lanes]
     return every
+
+
+def case_of(text: str) -> Case:
+    """The combination that a text of `--cases` names."""
+    try:
+        name, lanes, convolution, precision = text.split(":")
+        case = Case(name, int(lanes), convolution, precision)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not workload:lanes:convolution:precision") from None
+    if name not in NAMES or convolution not in ("native", "dots", "-") or precision not in ("float32", "bfloat16"):
+        raise argparse.ArgumentTypeError(f"{text!r} names none of {NAMES}, native, dots, -, float32, bfloat16")
+    return case
 
 
 NAMES = [
@@ -170,7 +184,28 @@ def compiled(case: Case, clients: Federation) -> tuple[Callable, dict]:
     return program, row
 
 
-def measure(case: Case, clients: Federation, program: Callable, seconds: float) -> dict:
+def kernels_of(run: Callable) -> dict:
+    """Milliseconds of the device's kernels in one run, altogether and of the 25 that take most, with how often."""
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        spent: dict[str, list[float]] = {}
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                for line in plane.lines:
+                    if "/device:" in plane.name and line.name.startswith("Stream"):
+                        for event in line.events:
+                            spent.setdefault(event.name, []).append(event.duration_ns / 1e6)
+    longest = sorted(spent.items(), key=lambda item: -sum(item[1]))[:25]
+    return {
+        "all_ms": sum(map(sum, spent.values())),
+        "launches": sum(map(len, spent.values())),
+        "longest": [{"name": name, "ms": sum(times), "times": len(times)} for name, times in longest],
+    }
+
+
+def measure(case: Case, clients: Federation, program: Callable, seconds: float, kernels: bool = False) -> dict:
     """Times rounds of a case; memory that does not suffice is said."""
     workload, population, parameters = clients
     fedavg, model = method(case, workload)
@@ -192,7 +227,10 @@ def measure(case: Case, clients: Federation, program: Callable, seconds: float) 
     done = list(zip(ids, times, strict=False))[1:]
     steps = [workloads.local_steps(workload, chosen) for chosen, _ in done]
     rates = [workloads.flops(workload, chosen) / spent for chosen, spent in done]
-    return {
+    row = {}
+    if kernels:
+        row["kernels"] = kernels_of(lambda: program(state, population.cohort(ids[0]), jax.random.key(0)))
+    return row | {
         "round": _measure.summary(times[1:]),
         "seconds": times[1:],
         "ms_per_local_step": 1e3 * float(np.median(np.divide(times[1:], steps))),
@@ -279,9 +317,14 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=None, help="that compile (default: as Python chooses)")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--cases", nargs="+", type=case_of, help="these combinations instead")
+    parser.add_argument("--kernels", action="store_true", help="say which kernels take how long")
+    parser.add_argument("--programs", type=Path, help="folder for the compiled programs as text")
     parser.add_argument("--save", default=None, help="name of the results (accelerator, or accelerator_small)")
     args = parser.parse_args()
-    every = [
+    if args.cases:
+        args.only = list(dict.fromkeys(case.workload for case in args.cases))
+    every = args.cases or [
         case
         for case in cases(args.only)
         if case.convolution in args.convolutions
@@ -315,13 +358,20 @@ def main() -> None:
                 raise TimeoutError(f"not compiled after {args.compile_limit:.0f} s")
             program, row = compiled(case, clients[case.workload])  # from the cache
             row = known[number] | row | {"compile_s": known[number]["compile_s"]}
-            row |= measure(case, clients[case.workload], program, args.seconds)
+            row |= measure(case, clients[case.workload], program, args.seconds, args.kernels)
+            if args.programs:
+                args.programs.mkdir(parents=True, exist_ok=True)
+                (args.programs / ("-".join(map(str, case)).replace("/", "_") + ".txt")).write_text(program.as_text())
         except Exception as error:  # one that the compiler refuses must not take the others along
             row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         if "tflops" in row:
             row["share_of_product"] = row["tflops"] * 1e12 / products[case.precision]
         result["rows"].append(case._asdict() | row)
         print(told(case, row), flush=True)
+        for kernel in row.get("kernels", {}).get("longest", [])[: args.kernels * 15]:
+            print(f"    {kernel['ms']:9.3f} ms {kernel['times']:6d} x {kernel['name'][:90]}")
+        if "kernels" in row:
+            print(f"    {row['kernels']['all_ms']:9.3f} ms {row['kernels']['launches']:6d} in all", flush=True)
         _measure.save(save, result)
     if args.protocol:
         done = [row for row in result["rows"] if row["workload"] == "pfl-cifar10" and "round" in row]
