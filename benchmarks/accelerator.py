@@ -13,12 +13,12 @@ epochs: 500 local steps. FL-Simulator publishes 15.86 s a round on a V100. gpt: 
 parameters, 4 clients of 80 sequences of 512 tokens, batches of 16: 20 local steps.
 
 With bfloat16 a step computes in it (parameters and inputs are cast at its start), while the parameters that clients
-keep and the server averages stay in single precision. Products in single precision are those of the backend's default:
-TF32 on a GPU, whose speed for large matrices is measured beside and is what shares refer to. `--protocol` runs the
-1,500 rounds of pfl's CIFAR-10 benchmark with an evaluation of 10,000 images after every tenth, in the fastest of its
-combinations. `--cases` names single combinations, workload:lanes:convolution:precision, compiled in this order.
-`--kernels` says of every row which kernels of a round take how much time. `--small` shrinks everything to what a processor does in a minute, to see that it runs; it says nothing
-about speed.
+keep and the server averages stay in single precision. Products in single precision are those of the backend's
+default: TF32 on a GPU, whose speed for large matrices is measured beside and is what shares refer to. `--protocol`
+runs the 1,500 rounds of pfl's CIFAR-10 benchmark with an evaluation of 10,000 images after every tenth, in the
+fastest of its combinations. `--cases` names single combinations, workload:lanes:convolution:precision, compiled in
+this order. `--kernels` says of every row which kernels of a round take how much time. `--small` shrinks everything to
+what a processor does in a minute, to see that it runs; it says nothing about speed.
 """
 
 import argparse

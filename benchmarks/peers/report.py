@@ -162,7 +162,8 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    rows = {name: entry["cells"] for name, entry in result["workloads"].items() if "seconds" in entry["cells"].get("ours", {})}
+    every = {name: entry["cells"] for name, entry in result["workloads"].items()}
+    rows = {name: cells for name, cells in every.items() if "seconds" in cells.get("ours", {})}
     peers = [peer for peer in LABELS if peer != "ours"]
     with figures.style():
         figure = Figure(figsize=(6, 1.2 + 0.72 * len(rows)), layout="constrained")
