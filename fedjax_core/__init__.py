@@ -31,7 +31,7 @@ from fedjax_core.algorithm import (
     global_client_params,
     run_events,
 )
-from fedjax_core.batching import Batch, LocalOptions, LocalWork, Stream, local_work, stream
+from fedjax_core.batching import Batch, FullPassOptions, LocalOptions, LocalWork, Stream, local_work, stream
 from fedjax_core.clients import (
     ClientProgram,
     ClientResults,
@@ -75,7 +75,9 @@ from fedjax_core.facts import (
     Split,
     SplitModel,
     TaskOfEachGroup,
+    local_options,
     needs,
+    values_suffice,
 )
 from fedjax_core.gradients import (
     ClientOptimizer,
@@ -111,6 +113,7 @@ from fedjax_core.types import (
     Examples,
     Key,
     LossFn,
+    LossValuesFn,
     Metrics,
     Params,
     PyTree,
@@ -143,6 +146,7 @@ __all__ = [
     "Event",
     "Examples",
     "FeatureFn",
+    "FullPassOptions",
     "Groups",
     "GroupsOfClients",
     "Hole",
@@ -156,6 +160,7 @@ __all__ = [
     "LocalWork",
     "LogitsFn",
     "LossFn",
+    "LossValuesFn",
     "Measured",
     "Message",
     "Metrics",
@@ -226,6 +231,7 @@ __all__ = [
     "leaf_paths",
     "linalg",
     "local_descent",
+    "local_options",
     "local_training",
     "local_work",
     "mapped",
@@ -264,6 +270,7 @@ __all__ = [
     "try_plans",
     "uploads",
     "value_and_grad",
+    "values_suffice",
     "weighted_mean",
     "weighted_sum",
     "with_part",

@@ -92,8 +92,22 @@ class LocalWork(NamedTuple):
             )
 
 
+class FullPassOptions(TypedDict, total=False):
+    """Keyword arguments of a method whose clients look at all their examples once: no epochs, no steps, no order.
+
+    Attributes:
+      batch_size: examples that are looked at together, which only bounds memory.
+      weights: as in `LocalOptions`.
+      plan: likewise.
+    """
+
+    batch_size: int
+    weights: Weights
+    plan: Plan | None
+
+
 class LocalOptions(TypedDict, total=False):
-    """Keyword arguments that every method takes besides its own; see `local_work` and `for_each_client`.
+    """Keyword arguments that nearly every method takes besides its own; see `local_work` and `for_each_client`.
 
     Attributes:
       batch_size: examples per local step; 20 unless given. At least the largest client's size means full batches.

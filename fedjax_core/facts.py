@@ -3,14 +3,17 @@
     def moon(loss_fn: LossFn, client_optimizer: ClientOptimizer, *, features: FeatureFn, num_clients: NumClients, ...)
 
 The annotations say what each argument is, whatever its name and wherever it stands. `needs` reads them, and so do the
-command line, the documentation and the tests that every method gets. What a method does beside its rounds and how it
-predicts is in the `Algorithm` that the factory returns; what its clients send, `uploads` finds by tracing a round.
+command line, the documentation and the tests that every method gets; `values_suffice` and `local_options` read whether
+a method takes gradients and which options of local work mean something to it. What a method does beside its rounds and
+how it predicts is in the `Algorithm` that the factory returns; what its clients send, `uploads` finds by tracing a
+round.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, Unpack, get_args, get_origin, get_type_hints, is_typeddict
 
+from fedjax_core.batching import LocalOptions
 from fedjax_core.groups import Groups
 from fedjax_core.tasks import Task
 from fedjax_core.types import Array, Examples, Key, Need, Params, PyTree
@@ -75,10 +78,7 @@ def needs(factory: Callable[..., Any]) -> dict[str, str]:
     An argument that is not annotated with a `Need` counts by its usual name (`loss_fn`, `num_clients`, ...), unless
     another one is declared to be that. A loss or a client optimizer that may be None is an option and no need.
     """
-    try:
-        hints = get_type_hints(factory, include_extras=True)
-    except Exception:  # annotations that cannot be resolved say nothing
-        hints = {}
+    hints = _hints(factory)
     names = list(inspect.signature(factory).parameters)
     declared = {name: what for name in names if (what := _declared(hints.get(name))) is not None}
     taken = set(declared.values())
@@ -91,11 +91,47 @@ def needs(factory: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
+def values_suffice(factory: Callable[..., Any]) -> bool:
+    """Whether a method is given values of its loss and takes no gradients (`LossValuesFn`)."""
+    marks = (_marks(hint) for hint in _hints(factory).values())
+    return any(mark.values_only for found in marks for mark in found)
+
+
+def local_options(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """Which options of local work (`LocalOptions`) a factory takes, in their order.
+
+    They are arguments of its own, or `**local: Unpack[...]` of a `TypedDict` that has them; all of them where `**local`
+    does not say.
+    """
+    known = tuple(LocalOptions.__annotations__)
+    parameters = inspect.signature(factory).parameters
+    taken = set(parameters)
+    for name, parameter in parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            continue
+        hint = _hints(factory).get(name)
+        said = get_args(hint)[0] if get_origin(hint) is Unpack else None
+        taken |= set(said.__annotations__ if is_typeddict(said) else known)
+    return tuple(name for name in known if name in taken)
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(factory, include_extras=True)
+    except Exception:  # annotations that cannot be resolved say nothing
+        return {}
+
+
+def _marks(annotation: Any) -> list[Need]:
+    if get_origin(annotation) is not Annotated:
+        return []
+    return [mark for mark in annotation.__metadata__ if isinstance(mark, Need)]
+
+
 def _declared(annotation: Any) -> str | None:
     if get_origin(annotation) is Annotated:
-        marks = [mark.what for mark in annotation.__metadata__ if isinstance(mark, Need)]
-        if marks:
-            return str(marks[-1])
+        if marks := _marks(annotation):
+            return str(marks[-1].what)
         return _declared(get_args(annotation)[0])
     for option in get_args(annotation):  # `FeatureFn | None`
         if get_origin(option) is Annotated and (what := _declared(option)) not in (None, *_NEVER_OPTIONAL):

@@ -32,9 +32,11 @@ class Need(NamedTuple):
     Attributes:
       what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "features", "logits", "inputs",
         "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
+      values_only: of a loss, whether values of it are enough, and no gradient is taken.
     """
 
     what: str
+    values_only: bool = False
 
 
 LossFn = Annotated[Callable[..., Array], Need("loss")]
@@ -42,6 +44,9 @@ LossFn = Annotated[Callable[..., Array], Need("loss")]
 
 With a fourth parameter named `mask` it is given bool[B] as well, False where the batch is padded: for a loss that looks
 at the whole batch (`fedjax_core.masks`)."""
+
+LossValuesFn = Annotated[Callable[..., Array], Need("loss", values_only=True)]
+"""A `LossFn` of which a method takes values alone: it need not have a gradient."""
 
 
 class Variables(NamedTuple):

@@ -70,7 +70,7 @@ def fedsgd(
     client_optimizer: fc.ClientOptimizer,
     *,
     server_lr: fc.Scalar = 1.0,
-    **local: Unpack[fc.LocalOptions],
+    **local: Unpack[fc.FullPassOptions],
 ) -> fc.Algorithm:
     """FedSGD: one step per round on the full gradient of every participant (FedAvg with K = 1 and full batches).
 
@@ -93,10 +93,10 @@ def fedsgd(
     Decentralized Data", 2017, section 2.
     """
     fc.checks.scalar("server_lr", server_lr, low=0)
-    for name in ("num_epochs", "num_steps", "order"):
-        if name in local:
+    for name, value in local.items():
+        if name in ("num_epochs", "num_steps", "order"):
             raise ValueError(
-                f"{name}={local[name]!r} means nothing to fedsgd, which takes one full-gradient step: leave it out"
+                f"{name}={value!r} means nothing to fedsgd, which takes one full-gradient step: leave it out"
             )
     clients = fc.local_training(**local).full_pass()
     full_gradient = fc.full_gradient_program(loss_fn)

@@ -18,7 +18,7 @@ class Queries(NamedTuple):
 
 
 def fedzo(
-    loss_fn: fc.LossFn,
+    loss_fn: fc.LossValuesFn,
     client_optimizer: fc.ClientOptimizer,
     *,
     num_directions: int = 20,
@@ -61,7 +61,7 @@ def fedzo(
 
 
 def fedprox_zo(
-    loss_fn: fc.LossFn,
+    loss_fn: fc.LossValuesFn,
     client_optimizer: fc.ClientOptimizer,
     *,
     proximal: fc.Scalar = 1.0,
@@ -140,7 +140,7 @@ class ScaffoldZOState(NamedTuple):
 
 
 def scaffold_zo(
-    loss_fn: fc.LossFn,
+    loss_fn: fc.LossValuesFn,
     client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: fc.NumClients,

@@ -121,7 +121,7 @@ class FZooSMetrics(NamedTuple):
 
 
 def fzoos(
-    loss_fn: fc.LossFn,
+    loss_fn: fc.LossValuesFn,
     client_optimizer: fc.ClientOptimizer,
     *,
     num_clients: fc.NumClients,

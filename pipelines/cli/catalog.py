@@ -44,7 +44,7 @@ def kinds(data_dir: str | Path | None = None) -> dict[str, dict[str, Callable[[]
     except ValueError:  # the environment variable names no folder
         there = []
     return {
-        "method": {name: functools.partial(_card_of_method, name) for name in methods.names()},
+        "method": {name: functools.partial(_card_of_method, name) for name in methods.all_names()},
         "model": {name: card(getattr(models, name)) for name in setup.MODELS},
         "data set": {
             **{name: card(found) for name, found in datasets.DATASETS.items()},

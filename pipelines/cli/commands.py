@@ -375,7 +375,7 @@ def choices_of(typed: Mapping[str, Any], config_path: Path | None) -> dict[str, 
         found |= _saved_federation(found)
     found.setdefault("methods", Config().methods)
     for name in found["methods"]:
-        methods.describe(name)
+        methods.check_runs(name)
     settings = parse_settings(typed.get("settings", ()), found["methods"])
     for method, own in _filed_settings(filed, found["methods"]).items():
         settings[method] = own | settings.get(method, {})
@@ -490,7 +490,7 @@ def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> N
             if i:
                 click.echo()
             kind = catalog.kind_called(name, groups)
-            if name in methods.names() or methods.looks_own(name):
+            if name in methods.all_names() or methods.looks_own(name):
                 _show_method(console, methods.describe(name))
             elif kind is not None and not any(name in entries for entries in groups.values()):
                 console.print(_kind_table(kind, groups[kind]))
@@ -511,9 +511,10 @@ def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> N
 def _kind_table(kind: str, entries: Mapping[str, Callable[[], str]]) -> Table:
     """Everything of a kind, a line each."""
     if kind == "method":
-        table = _table("methods", "what it is", "paper")
+        table = _table("methods", "what it is", "what it asks for", "paper")
         for each in map(methods.describe, entries):
-            table.add_row(each.name, Text(each.title), Text(each.paper))
+            asks = methods.asks_in_words(each) + (" (in Python only)" if methods.why_not(each.name) else "")
+            table.add_row(each.name, Text(each.title), Text(asks), Text(each.paper))
         return table
     table = _table(f"{kind}s", "what it is")
     for entry, card in entries.items():
@@ -569,6 +570,10 @@ def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dic
 
 def _show_method(console: Console, method: methods.Method) -> None:
     click.echo(method.card)
+    click.echo()
+    click.echo(f"Asks for: {methods.asks_in_words(method) or 'a loss and an optimizer alone'}.")
+    if said := methods.why_not(method.name):
+        click.echo(f"{said}.")
     click.echo()
     if not method.hyperparameters:
         click.echo("It has no hyper-parameters of its own.")

@@ -1,6 +1,7 @@
 """The methods of `algorithms`, described by looking at them, and built from names and settings.
 
-Nothing is registered: a factory exported by `algorithms` that asks for a loss (`fedjax_core.needs`) is a method, its
+Nothing is registered: a factory exported by `algorithms` that asks for a loss, or for what stands in its place, is a
+method. What it asks for, whatever the names and places of its arguments, is what it declares (`fedjax_core.needs`). Its
 keyword-only arguments with numbers, booleans or strings as defaults are its hyper-parameters, and its docstring is its
 card. A method of a user's own is such a factory too, named `module:name` (`pipelines.common.own`).
 """
@@ -12,19 +13,18 @@ from typing import Any, NamedTuple
 
 import algorithms
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import Algorithm, ClientOptimizer, LocalOptions, LossFn, needs
+from fedjax_core import Algorithm, ClientOptimizer, LocalOptions, LossFn, local_options, needs, values_suffice
 from pipelines.common import cards, own
 from pipelines.common.names import pick
 
 Value = bool | int | float | str
 
-_WITHOUT_GRADIENTS = ("fzoos", "fedzo", "fedprox_zo", "scaffold_zo")
 _MOST_UNKNOWNS = 1000
 
 
 def advice(name: str, parameters: int) -> str:
     """What to know before a method is run on a model with that many parameters; an empty string if nothing."""
-    if name not in _WITHOUT_GRADIENTS or parameters <= _MOST_UNKNOWNS:
+    if parameters <= _MOST_UNKNOWNS or not values_suffice(describe(name).factory):
         return ""
     return (
         f"{name} is given values of the loss and no gradients, far fewer than the model's {parameters:,} parameters, "
@@ -33,17 +33,27 @@ def advice(name: str, parameters: int) -> str:
     )
 
 
-# They take one step on the full gradient, so a run's epochs, steps and order are not handed to them.
-_SINGLE_STEP = ("fedsgd",)
+_LEARNS = ("loss", "tasks", "adapter loss", "split")
+"""What a method is about; every method asks for one of these."""
 
 _NOT_IN_RUNS = {
+    "public": "public data",
     "tasks": "a task for each architecture of its clients",
     "adapter loss": "adapters of a frozen model",
     "split": "a model in three pieces",
 }
-"""What the methods ask for that are not methods of the command line."""
+"""What runs of the command line do not have."""
 
-_LOCAL = tuple(LocalOptions.__annotations__)
+_WORDS = {
+    **_NOT_IN_RUNS,
+    "num_clients": "state of every client",
+    "features": "features of the model",
+    "logits": "logits of the model",
+    "inputs": "inputs of its layers",
+    "layers": "widths of its layers",
+    "groups": "groups of clients",
+}
+"""What factories ask for besides a loss and an optimizer, in words."""
 
 
 class Method(NamedTuple):
@@ -56,6 +66,7 @@ class Method(NamedTuple):
       card: the whole docstring, and those of its option tuples.
       hyperparameters: name to default; None for one of a user's own method that has none, and so has to be set.
       needs: what the factory asks for, argument name to what it is (`fedjax_core.needs`).
+      local: which options of local work mean something to it (`fedjax_core.local_options`).
       factory: the factory.
     """
 
@@ -65,12 +76,42 @@ class Method(NamedTuple):
     card: str
     hyperparameters: dict[str, Value | None]
     needs: dict[str, str]
+    local: tuple[str, ...]
     factory: Callable[..., Algorithm]
 
 
-def names() -> list[str]:
-    """Names of all methods, sorted."""
+def all_names() -> list[str]:
+    """Names of all methods, sorted, those that the command line cannot run among them (`why_not`)."""
     return sorted(name for name in algorithms.__all__ if _is_method(getattr(algorithms, name)))
+
+
+def names() -> list[str]:
+    """Names of the methods that the command line can run, sorted."""
+    return [name for name in all_names() if not why_not(name)]
+
+
+def why_not(name: str) -> str:
+    """Why the command line cannot run a method, and what can, in a sentence; an empty string if it can.
+
+    Raises:
+      ValueError: as `describe`.
+    """
+    asked = describe(name).needs.values()
+    lacks = [words for what, words in _NOT_IN_RUNS.items() if what in asked]
+    if not lacks:
+        return ""
+    where = "" if own.is_own(name) else ", as its page in docs/methods shows"
+    return f"{name} needs {lacks[0]}, which runs of the command line do not have: run it in Python{where}"
+
+
+def asks_in_words(method: Method) -> str:
+    """What a method asks for besides a loss and an optimizer, in words; an empty string if nothing."""
+    found = [_WORDS.get(what, what) for what in method.needs.values() if what not in ("loss", "client optimizer")]
+    if values_suffice(method.factory):
+        found.insert(0, "values of the loss and no gradients")
+    if not _counts_work(method.local):
+        found.append("no local epochs or steps")
+    return ", ".join(found)
 
 
 def describe(name: str) -> Method:
@@ -82,14 +123,7 @@ def describe(name: str) -> Method:
     """
     if own.is_own(name):
         return _describe_own(name)
-    if name in algorithms.__all__ and name not in names():
-        asked = needs(getattr(algorithms, name)).values()
-        lacks = next((words for what, words in _NOT_IN_RUNS.items() if what in asked), "what no run has")
-        raise ValueError(
-            f"{name} needs {lacks}, and runs of the command line have one whole model: run it in Python, as its page "
-            "in docs/methods shows"
-        )
-    factory = getattr(algorithms, pick("method", name, names()))
+    factory = getattr(algorithms, pick("method", name, all_names()))
     card = cards.text(factory)
     paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]
     paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
@@ -101,7 +135,13 @@ def describe(name: str) -> Method:
     hyperparameters: dict[str, Value | None] = {
         name: default for name, default in defaults if isinstance(default, bool | int | float | str)
     }
-    return Method(name, paragraphs[0], paper, card, hyperparameters, needs(factory), factory)
+    return Method(name, paragraphs[0], paper, card, hyperparameters, needs(factory), local_options(factory), factory)
+
+
+def check_runs(name: str) -> None:
+    """Raises ValueError if there is no such method (`describe`), or the command line cannot run it (`why_not`)."""
+    if said := why_not(name):
+        raise ValueError(said)
 
 
 def paper_name(name: str) -> str:
@@ -117,12 +157,12 @@ def paper_name(name: str) -> str:
 
 
 def looks_own(name: str) -> bool:
-    """Whether a name of the form `module:name` is that of a function that asks for a loss.
+    """Whether a name of the form `module:name` is that of a function that asks for a loss, or what stands in its place.
 
     Raises:
       ValueError: as `pipelines.common.own.function`.
     """
-    return own.is_own(name) and "loss" in needs(own.function("name", name)).values()
+    return own.is_own(name) and _learns(own.function("name", name))
 
 
 def parse(method: str, hyperparameter: str, value: Value) -> Value:
@@ -184,24 +224,21 @@ def build(
       client_optimizer: optax optimizer, or a function of the round that gives one.
       num_clients: size of the population, for the methods that keep state for every client.
       settings: hyper-parameters by name; the others are the factory's defaults.
-      local: the options every method takes (`fedjax_core.LocalOptions`); entries that are None are left out.
+      local: the options of local work (`fedjax_core.LocalOptions`), of which those are left out that are None or mean
+        nothing to the method; and arguments that stand in the place of settings.
       model_functions: functions of the model besides its loss, by the name of the argument (`features`, `inputs`,
         `logits`), and the widths of its layers (`layers`), for the methods that have it.
 
     Raises:
       ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.
     """
+    check_runs(name)
     method = describe(name)
-    if asks_for(name, "public"):
-        raise ValueError(
-            f"{name} needs public data, which runs of the command line do not have: run it in Python, with "
-            "population.with_public(examples)"
-        )
     options = {key: value for key, value in local.items() if value is not None}
     if own.is_own(name):
-        options = _taken(name, options)
-    if name in _SINGLE_STEP:
-        options = {k: v for k, v in options.items() if k not in ("num_epochs", "num_steps", "order")}
+        _check_taken(method, options)
+    without = LocalOptions.__annotations__.keys() - method.local
+    options = {key: value for key, value in options.items() if key not in without}
     brought = {
         "loss": loss_fn,
         "client optimizer": client_optimizer,
@@ -237,10 +274,11 @@ def asks_for(name: str, what: str) -> bool:
 
 def takes_local_work(name: str) -> bool:
     """Whether epochs, steps and order mean something to the method."""
-    if own.is_own(name):
-        parameters = own.signature("method", name)
-        return any(p.kind is p.VAR_KEYWORD or p.name in ("num_epochs", "num_steps") for p in parameters)
-    return name not in _SINGLE_STEP
+    return _counts_work(describe(name).local)
+
+
+def _counts_work(local: tuple[str, ...]) -> bool:
+    return bool({"num_epochs", "num_steps"} & set(local))
 
 
 def folder(name: str) -> str:
@@ -252,7 +290,7 @@ def _describe_own(name: str) -> Method:
     factory = own.function("method", name)
     parameters = own.signature("method", name)
     asked = needs(factory)
-    if "loss" not in asked.values():  # by their places, whatever their names
+    if not _learns(factory):  # by their places, whatever their names
         positional = [p for p in parameters[:2] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if len(positional) < 2 or inspect.isclass(factory):
             raise ValueError(
@@ -262,7 +300,7 @@ def _describe_own(name: str) -> Method:
         asked = {positional[0].name: "loss", positional[1].name: "client optimizer"} | asked
     hyperparameters: dict[str, Value | None] = {}
     for p in parameters:
-        if p.name in asked or p.name in _LOCAL or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+        if p.name in asked or p.name in LocalOptions.__annotations__ or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
         if p.default is p.empty:
             hyperparameters[p.name] = None
@@ -271,19 +309,12 @@ def _describe_own(name: str) -> Method:
     card = cards.text(factory) or f"{own.short(name)}: a method of your own."
     paragraphs = [" ".join(block.split()) for block in card.split("\n\n")]
     paper = paragraphs[-1].removeprefix("Paper:").strip() if paragraphs[-1].startswith("Paper:") else ""
-    return Method(name, paragraphs[0], paper, card, hyperparameters, asked, factory)
+    return Method(name, paragraphs[0], paper, card, hyperparameters, asked, local_options(factory), factory)
 
 
-def _taken(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options that every method takes, those that a user's own method takes.
-
-    Raises:
-      ValueError: if it does not take one that this run does not leave at its default.
-    """
-    parameters = own.signature("method", name)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return options
-    taken = {p.name for p in parameters}
+def _check_taken(method: Method, options: Mapping[str, Any]) -> None:
+    """Raises ValueError if a user's own method does not take an option that this run does not leave at its default."""
+    name, taken = method.name, set(method.local)
     # How the hardware is used changes no number, so a method may leave it at the default.
     defaults = {"order": "shuffled", "weights": "uniform"}
     work = ("num_epochs", "num_steps")
@@ -294,7 +325,6 @@ def _taken(name: str, options: dict[str, Any]) -> dict[str, Any]:
                 f"method {name!r} takes no argument {key!r}, and this run has {key}={value!r}: add **local to its "
                 "arguments, and hand it on to local_training(**local)"
             )
-    return {key: value for key, value in options.items() if key in taken}
 
 
 def _guessed(value: Value) -> Value:
@@ -313,4 +343,8 @@ def _guessed(value: Value) -> Value:
 
 
 def _is_method(value: Any) -> bool:
-    return inspect.isfunction(value) and "loss" in needs(value).values()
+    return inspect.isfunction(value) and _learns(value)
+
+
+def _learns(factory: Callable[..., Any]) -> bool:
+    return bool({*_LEARNS} & set(needs(factory).values()))

@@ -1,5 +1,7 @@
 """What factories ask for, read from their signatures."""
 
+from typing import Unpack
+
 import jax
 import numpy as np
 import optax
@@ -53,6 +55,35 @@ def test_every_method_asks_for_a_loss_and_declares_its_clients():
         if "num_clients" in asked.values():
             hint = factory.__annotations__[next(a for a, what in asked.items() if what == "num_clients")]
             assert hint in (fc.NumClients, "fc.NumClients")
+
+
+def half_pass(loss_fn: fc.LossValuesFn, client_optimizer, *, batch_size=20, **local: Unpack[fc.FullPassOptions]):
+    """One that takes no gradients, and neither epochs nor steps."""
+
+
+def alone(loss_fn, client_optimizer, *, num_steps=1):
+    """One that takes nothing but steps."""
+
+
+ALL = ("batch_size", "num_epochs", "num_steps", "order", "weights", "plan")
+
+
+@pytest.mark.parametrize(
+    ("factory", "values", "local"),
+    [
+        (by_name, False, ()),
+        (alone, False, ("num_steps",)),
+        (half_pass, True, ("batch_size", "weights", "plan")),
+        (lambda loss_fn, client_optimizer, **local: None, False, ALL),
+        (algorithms.fedavg, False, ALL),
+        (algorithms.fedsgd, False, ("batch_size", "weights", "plan")),
+        (algorithms.fedzo, True, ALL),
+        (algorithms.fzoos, True, ALL),
+    ],
+)
+def test_gradients_and_local_work(factory, values, local):
+    assert fc.values_suffice(factory) is values
+    assert fc.local_options(factory) == local
 
 
 def test_what_clients_send():

@@ -112,7 +112,7 @@ def test_help_reads_well():
 def test_list_shows_everything():
     text = " ".join(call("list").output.split())
     for name in [
-        *methods.names(),
+        *methods.all_names(),
         *setup.MODELS,
         *datasets.DATASETS,
         *federations.PARTITIONS,
@@ -133,6 +133,11 @@ def test_list_of_one():
     assert "Dirichlet" in call("list", "dirichlet").output
     assert "Handwritten" in call("list", "digits").output
     assert "no hyper-parameters" in call("list", "local_sgd").output
+    assert "Asks for: a loss and an optimizer alone." in call("list", "fedavg").output
+    text = call("list", "sfprompt").output
+    assert "Asks for: a model in three pieces." in text
+    assert "which runs of the command line do not have: run it in Python" in text
+    assert "--set sfprompt.keep=..." in text
 
 
 SMALL = ["--dataset", "iris", "--model", "logistic_regression", "--clients", 6, "--cohort-size", 3, "--min-size", 2]

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import algorithms
-from fedjax_core import as_task
+from fedjax_core import as_task, values_suffice
 from pipelines import Config
 from pipelines.cli import commands
 from pipelines.configuration import methods
@@ -40,11 +40,7 @@ def test_the_classic_methods_are_there():
     assert {"fedavg", "fedsgd", "fedadam", "fedprox", "scaffold", "feddyn", "fednova"} <= set(methods.names())
 
 
-RUNNABLE = [name for name in methods.names() if not methods.asks_for(name, "public")]
-"""On the command line, which has no public data."""
-
-
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", methods.names())
 def test_every_method_describes_itself_and_builds(name):
     method = methods.describe(name)
     assert ": " in method.title, "the first line of a docstring is 'Name: one line'"
@@ -58,25 +54,31 @@ def test_every_method_describes_itself_and_builds(name):
         assert methods.parse(name, key, str(default)) == default
 
 
-def test_a_method_that_needs_public_data_is_left_to_python():
-    assert "feddf" in methods.names()
-    with pytest.raises(ValueError, match="feddf needs public data, which runs of the command line do not have: run it"):
-        build("feddf")
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("feddf", "feddf needs public data, which runs of the command line do not have: run it in Python, as its page"),
         ("fedgh", "fedgh needs a task for each architecture of its clients, .*: run it in Python"),
         ("fedlora", "fedlora needs adapters of a frozen model"),
         ("sfprompt", "sfprompt needs a model in three pieces"),
-        ("fedghx", "no|unknown"),
+        ("fedghx", "unknown method 'fedghx': did you mean 'fedgh'"),
     ],
 )
-def test_a_method_of_other_models_is_left_to_python(name, words):
+def test_a_method_that_the_command_line_cannot_run_says_why(name, words):
     assert name not in methods.names()
-    with pytest.raises(ValueError, match=words):
-        methods.describe(name)
+    for refusing in (lambda: methods.check_runs(name), lambda: Config(methods=(name,)), lambda: build(name)):
+        with pytest.raises(ValueError, match=words):
+            refusing()
+
+
+def test_every_method_is_listed_with_what_it_asks_for():
+    listed = methods.all_names()
+    assert set(methods.names()) < set(listed)
+    assert {"feddf", "fedgh", "fedlora", "sfprompt"} <= set(listed)
+    assert methods.asks_in_words(methods.describe("scaffold")) == "state of every client"
+    assert methods.asks_in_words(methods.describe("fedsgd")) == "no local epochs or steps"
+    assert methods.asks_in_words(methods.describe("fedzo")) == "values of the loss and no gradients"
+    assert methods.asks_in_words(methods.describe("fedgh")).startswith("a task for each architecture")
 
 
 def test_hyperparameters_are_the_keyword_arguments_with_plain_defaults():
@@ -175,8 +177,11 @@ def test_local_work_is_kept_from_the_single_step_method():
 PARTLY_TRAINED = ("fedper", "fedrep", "lg_fedavg", "local_only")
 
 
+WITH_GRADIENTS = [n for n in methods.names() if n != "fedbn" and not values_suffice(methods.describe(n).factory)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in RUNNABLE if n not in (*methods._WITHOUT_GRADIENTS, "fedbn")])
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path):
     """Those without gradients take minutes for a round of so large a model, which `methods.advice` says.
 
