@@ -10,6 +10,7 @@ from fedjax_core.aggregation import (
     Aggregator,
     PartialMeans,
     Stacked,
+    bounded_sum,
     client_weights,
     elementwise_mean,
     integer_sum,
@@ -29,6 +30,7 @@ from fedjax_core.algorithm import (
     federated,
     global_algorithm,
     global_client_params,
+    is_private,
     run_events,
 )
 from fedjax_core.batching import Batch, FullPassOptions, LocalOptions, LocalWork, Stream, local_work, stream
@@ -197,6 +199,7 @@ __all__ = [
     "add_scaled",
     "as_task",
     "batch_loss",
+    "bounded_sum",
     "bytes_for_each",
     "checked_round",
     "checks",
@@ -224,6 +227,7 @@ __all__ = [
     "global_client_params",
     "init_on_host",
     "integer_sum",
+    "is_private",
     "is_weighted",
     "join_tables",
     "kept_by_client",

@@ -71,6 +71,27 @@ def weighted_sum(finish: Callable[[PyTree], PyTree] | None = None) -> Aggregator
     )
 
 
+def bounded_sum(
+    bound: Callable[[PyTree], tuple[PyTree, PyTree]], finish: Callable[[PyTree], PyTree] | None = None
+) -> Aggregator:
+    """Sum of what a bound leaves of each upload, in which every participant counts once, whatever the weights.
+
+    Args:
+      bound: `bound(upload) -> (upload, told)`, of the same structure and shapes, in the dtypes that sums are taken in:
+        nothing is rounded between the bound and the sum. told, any pytree of numbers, is added up beside it.
+      finish: as in `weighted_sum`.
+
+    The result is (the sum in the dtypes of the uploads, the sum of what was told).
+    """
+
+    def lift(upload: PyTree, weight: Array) -> _Widened:
+        wide = _Widened.lift(upload, jnp.ones(()), ())
+        values, told = bound(jax.tree.unflatten(wide.treedef, wide.values))
+        return replace(wide, values=jax.tree.leaves(values), weight=told)
+
+    return Aggregator(lift, lambda total: (total.narrowed(finish=finish), total.weight))
+
+
 def weighted_mean() -> Aggregator:
     """Sum of weight times upload, divided by the sum of the weights; zeros if no client took part.
 

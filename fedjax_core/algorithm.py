@@ -258,7 +258,8 @@ def federated(
       views: how the method predicts, see `Algorithm`; every client by the global model unless given.
       events: what it does beside its rounds, likewise.
       main: the view that it is to be judged by, likewise.
-      skip_empty: whether a round without participants leaves the state as it is.
+      skip_empty: whether a round without participants leaves the state as it is. Behind a private part
+        (`fedjax_core.messages.Part`) it is a round like any other, whose noise says nothing of who was there.
     """
 
     @functools.wraps(init)  # its signature says whether it takes a key
@@ -275,9 +276,17 @@ def federated(
     return Algorithm(begin, round, params, views, events, main)
 
 
+def is_private(algorithm: Algorithm) -> bool:
+    """Whether a private part is around a method (`fedjax_core.messages.Part`): its empty rounds have noise as well."""
+    return bool(getattr(algorithm.init, "_is_private", False))
+
+
 def _unless_empty(cohort: Cohort, new: PyTree, old: PyTree) -> PyTree:
-    """`new` if a client takes part, else `old`; per-client tables are always `new`: only participants write there."""
-    not_empty = cohort.num_participants > 0
+    """`new` if a client takes part, else `old`; per-client tables are always `new`: only participants write there.
+
+    Behind a private part it is `new` always. The comparison stays: without it the compiler would round otherwise.
+    """
+    not_empty = cohort.num_participants >= (0 if cohort.private else 1)
     new, rows = split_tables(new)
     old, _ = split_tables(old)
     kept = jax.tree.map(lambda n, o: n if n is o else jnp.where(not_empty, n, o), new, old)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
-from fedjax_core.aggregation import Aggregator, Stacked, itself, mapped, weighted_sum
-from fedjax_core.algorithm import Algorithm, Event, separate
+from fedjax_core.aggregation import Aggregator, Stacked, bounded_sum, itself, mapped
+from fedjax_core.algorithm import Algorithm, Event, is_private, separate
 from fedjax_core.clients import (
     ClientProgram,
     ClientResults,
@@ -83,6 +83,11 @@ class Pass(NamedTuple):
         """Shapes and dtypes of what a client sends, the payloads of messages in their place."""
         return upload_of(self.program, self.shared, self.client_inputs, self.key)
 
+    def received(self) -> PyTree:
+        """Shapes and dtypes of what the server makes of a message: the upload as the codecs inside restore it."""
+        sent = self.upload()
+        return sent if self.decode is None else jax.eval_shape(self.decode, sent)
+
     def decoded(self, decode: Callable[[PyTree], PyTree]) -> "Pass":
         """The pass whose messages are decoded by this function, and then as before."""
         before = self.decode
@@ -108,11 +113,26 @@ class Pass(NamedTuple):
         mean_of = self._mean_of(name)
         return self._replace(aggregator=Stacked(lambda uploads, weights: rule(jax.vmap(mean_of)(uploads), weights)))
 
-    def with_sum(self, finish: Callable[[PyTree], PyTree], name: str) -> "Pass":
-        """The pass whose weighted mean becomes `finish(total)` of the sum, in which every participant counts once.
+    def with_sum(
+        self,
+        bound: Callable[[PyTree], tuple[PyTree, PyTree]],
+        finish: Callable[[PyTree], PyTree],
+        name: str,
+    ) -> "Pass":
+        """The pass whose weighted mean becomes `finish(total)` of the sum of what a bound leaves of each upload.
 
-        The sum is in the dtypes that sums are taken in, the result in those of the uploads, and no more than the sum is
-        ever held. What a client adds to it is what it has sent, and no larger.
+        The bound is the last thing before the sum, whatever parts are inside or outside of this one: of what a client
+        has sent, decoded, and changed by attacks. Every participant counts once, whatever the weights, so that it adds
+        to the sum what the bound leaves and no more. The sum is in the dtypes that sums are taken in, the result in
+        those of the uploads, and no more than the sum is ever held.
+
+        Args:
+          bound: `bound(upload) -> (upload, told)`, see `fedjax_core.bounded_sum`.
+          finish: `finish(total) -> total`, such as noise and a fixed denominator.
+          name: of the part, in errors.
+
+        Returns:
+          The pass; the aggregate of its results is (what the method gets, the sum of what was told).
 
         Raises:
           TypeError: if the method does not take a weighted mean of its clients' uploads, or takes that of something
@@ -123,7 +143,7 @@ class Pass(NamedTuple):
                 f"{name} bounds what each client adds to a sum, and this method averages something that the server "
                 "makes of the uploads: take a method that averages the uploads themselves"
             )
-        return self._replace(aggregator=weighted_sum(finish), options=self.options | {"weights": "uniform"})
+        return self._replace(aggregator=bounded_sum(bound, finish), options=self.options | {"weights": "uniform"})
 
     def _mean_of(self, name: str) -> Callable[[PyTree], PyTree]:
         if not isinstance(self.aggregator, Aggregator) or self.aggregator.mean_of is None:
@@ -166,11 +186,15 @@ class Part(NamedTuple):
         `ClientTable` in it has a row for every client. Of a pass of a group (`Groups.split`) they are the group's
         clients. No state unless given.
       name: in errors and metrics.
+      private: whether the part hides by noise what clients send and who has sent something. Then a round without
+        participants is a round like any other, with its noise, and what would reach the server beside the part is
+        refused: uploads of events, and statistics that are averaged around it.
     """
 
     around: Around
     init: Callable[[PyTree, int], Any] = lambda upload, num_clients: ()
     name: str = "part"
+    private: bool = False
 
 
 class PartState(NamedTuple):
@@ -212,25 +236,31 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
       like: the population, or one with as many clients and examples of the same shapes.
 
     Its state is a `PartState`, its own metrics are `PartMetrics`. Events of a method beside its rounds go past the
-    part.
+    part, which a private part refuses.
 
     Raises (the functions that are returned):
       TypeError: if the round that is wrapped has been given to `jax.jit` before, for the part could not take part in
-        what is compiled already. Wrap first: jax.jit(with_part(...).round).
+        what is compiled already: wrap first, jax.jit(with_part(...).round). If the part is private and clients upload
+        something in an event.
     """
     checks.function("part.around", part.around, "Part(around)")
 
     def init(params: Params, key: Key | None = None) -> PartState:
         state = algorithm.init(params, key)
-        uploads = _uploads(algorithm, state, like, part.name)
+        uploads = _uploads(algorithm.round, state, like, part.name)
+        for name, event in algorithm.events.items() if part.private else ():
+            if _uploads(event.run, state, like, part.name):
+                raise TypeError(_PAST.format(name, part.name))
         passes = tuple(_begun(part, upload, like.num_clients) for upload in uploads)
         return separate(PartState(state, passes), params)
 
     init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
+    init._is_private = part.private or is_private(algorithm)  # type: ignore[attr-defined]
 
     def round(state: PartState, cohort: Cohort, key: Key) -> tuple[PartState, Metrics]:
         route = _Route(part, state.passes, key)
-        new, metrics = algorithm.round(state.method, through(cohort, route), key)
+        routed = through(cohort, route)
+        new, metrics = algorithm.round(state.method, replace(routed, private=part.private or cohort.private), key)
         states, infos = route.end()
         metrics = metrics._replace(extra=PartMetrics(metrics.extra, infos))
         return PartState(new, states), metrics
@@ -307,6 +337,10 @@ _COMPILED = (
     "the round that {} is put around was compiled (or is looped over) by itself: wrap the method first and compile "
     "then, jax.jit(with_part(algorithm, part, like=population).round)"
 )
+_PAST = (
+    "in the event {!r} of the method clients upload something, which would reach the server without {}: take a method "
+    "without such an event, or leave it out, with_part(method._replace(events={{}}), ...)"
+)
 _TAG = 2**30
 """Apart from what clients and methods fold into the key of a round."""
 
@@ -327,10 +361,11 @@ def _begun(part: Part, upload: _Upload, num_clients: int) -> Any:
     return map_tables(lambda table: table._replace(index=jnp.asarray(index)), state)
 
 
-def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation, name: str) -> list[_Upload]:
-    """What a client uploads in each pass of a round that uploads something."""
+def _uploads(
+    run: Callable[[Any, Cohort, Key], Any], state: Any, like: Population | HostPopulation, name: str
+) -> list[_Upload]:
+    """What a client uploads in each pass, of a round or an event, that uploads something."""
     found: list[_Upload] = []
-
     begun: list[Any] = []
 
     def record(asked: Pass) -> ClientResults:
@@ -343,7 +378,7 @@ def _uploads(algorithm: Algorithm, state: Any, like: Population | HostPopulation
 
     def round(state: Any, population: Population, key: Key) -> Any:
         begun.append(tasks.current_trace())
-        return algorithm.round(state, through(population.cohort(jnp.arange(1)), record), key)
+        return run(state, through(population.cohort(jnp.arange(1)), record), key)
 
     # Of the examples one row is enough to know their shapes.
     examples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), _dtype(leaf)), like.examples)
@@ -364,7 +399,7 @@ def uploads(algorithm: Algorithm, params: Params, *, like: Population | HostPopu
       like: the population, or one with as many clients and examples of the same shapes.
     """
     state = jax.eval_shape(algorithm.init, params, jax.random.key(0))
-    return [upload.shapes for upload in _uploads(algorithm, state, like, "uploads")]
+    return [upload.shapes for upload in _uploads(algorithm.round, state, like, "uploads")]
 
 
 def _dtype(leaf: Any) -> Any:

@@ -38,6 +38,8 @@ class Cohort:
       group: of a cohort that `Groups.split` has made, (the groups, number of the group); None of another.
       route: where passes over these clients go through on their way, or None (`fedjax_core.messages`). It is there
         only while a round is traced.
+      private: whether it must not show that nobody takes part: what a private part adds to a sum, it adds in a round
+        without participants too.
     """
 
     ids: Array
@@ -52,6 +54,7 @@ class Cohort:
     table_size: int | None = field(default=None, metadata={"static": True})
     group: tuple[Any, int] | None = field(default=None, metadata={"static": True})
     route: Callable[..., PyTree] | None = field(default=None, metadata={"static": True})
+    private: bool = field(default=False, metadata={"static": True})
 
     @property
     def mask(self) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fedjax_core import checks, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, itself, weighted_mean
-from fedjax_core.algorithm import Algorithm, Event, View, check_algorithm, separate
+from fedjax_core.algorithm import Algorithm, Event, View, check_algorithm, is_private, separate
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, ClientResults, ClientTable, client_table, gather, scatter, takes_steps
 from fedjax_core.messages import Pass, through
@@ -80,6 +80,7 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
 
     Raises:
       ValueError: for another rule, num_clients without "personal" or the other way round.
+      TypeError: for "average" around a private part, which the statistics would go past.
       TypeError (`init`): if it is given no `Variables`, or is to average integers.
       TypeError (`round`, while it is traced): if the method cannot update statistics, because it evaluates the task in
         a transformation of its own or not at all in a pass that uploads; or if it was compiled before it was wrapped.
@@ -100,6 +101,12 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
             "(group or layer normalization in the place of batch normalization)"
         )
 
+    if rule == "average" and is_private(algorithm):
+        raise TypeError(
+            "the method has a private part around it, and statistics that are averaged around that would reach the "
+            "server without clip and noise: put the part outside, with_part(with_statistics(method, 'average'), part)"
+        )
+
     frozen = rule == "frozen"
 
     def of_server(state: StatisticsState) -> PyTree:
@@ -116,6 +123,7 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
 
     # The parameters are checked by the method, the statistics by `_checked`; statistics are no params to other methods.
     init._has_checks = init._has_statistics = True  # type: ignore[attr-defined]
+    init._is_private = is_private(algorithm)  # type: ignore[attr-defined]
 
     def round(state: StatisticsState, cohort: Cohort, key: Key) -> tuple[StatisticsState, Metrics]:
         route = _ROUTES[rule](state.statistics)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from algorithms import messages
-from fedjax_core import Part, Population
+from fedjax_core import Part, Population, global_algorithm, local_training
+from fedjax_core.algorithm import ModelState
+from fedjax_core.clients import ClientProgram, round_metrics
 from fedjax_core.testing import softmax_loss  # noqa: F401 (one of the problems)
 
 # The quadratic test problem Q3: f_i(x) = 0.5 (x - b_i)' A_i (x - b_i).
@@ -66,6 +68,26 @@ def assert_trees_equal(actual, expected):
     assert treedef == otherdef
     for a, b in zip(flat, other, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def reporting():
+    """A method whose clients send their one example, and whose model is the average of what they send."""
+    work = local_training(batch_size=1, num_steps=1)
+    program = ClientProgram(
+        init=lambda shared, own, key: {"a": jnp.zeros(3), "b": jnp.zeros(1)},
+        step=lambda shared, carry, batch: (
+            {"a": batch.examples["x"][0, :3], "b": batch.examples["x"][0, 3:]},
+            jnp.zeros(()),
+        ),
+        final=lambda shared, carry: (carry, ()),
+    )
+
+    def round(state, cohort, key):
+        results = work.run(program, (), cohort, key)
+        metrics = round_metrics(results, cohort, state.params, results.aggregate)
+        return ModelState(results.aggregate, state.round + 1), metrics
+
+    return global_algorithm(lambda params: ModelState(params, jnp.int32(0)), round)
 
 
 def every_part(malicious, *, top_k: float) -> dict[str, Part]:

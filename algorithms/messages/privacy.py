@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 import fedjax_core as fc
-from fedjax_core import messages
 from fedjax_core.messages import Part, Pass
 
 
@@ -14,22 +13,25 @@ class PrivacyInfo(NamedTuple):
     """What was clipped.
 
     Attributes:
-      clipped: float[], share of the participants whose upload was longer than the clip.
+      clipped: float[], share of the participants whose upload was longer than the clip, or not finite.
     """
 
     clipped: fc.Array
 
 
 def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: fc.Scalar) -> Part:
-    """DP-FedAvg: clipped uploads, their sum with Gaussian noise, over a number of clients that is fixed beforehand.
+    """DP-FedAvg: a sum of clipped uploads with Gaussian noise, over a number of clients that is fixed beforehand.
 
     u_i <- u_i min(1, S / ||u_i||);  result = (sum_i u_i + N(0, z^2 S^2 I)) / (q N)
 
-    Sampled by independent coin flips of rate q (`samplers.bernoulli`), a client changes the sum by at most S, whatever
-    the others do; a round without anybody is noise alone. Weights of clients do not count.
+    Clipped is what the server has decoded, as the last thing before the sum: wherever codecs and attacks stand, a
+    client changes the sum by at most S. An upload whose norm is not finite adds nothing. Clients are to be sampled by
+    independent coin flips of rate q (`samplers.bernoulli`); a round without anybody is noise alone, as every round
+    behind this part is. Weights of clients do not count: of w_i u_i the longest would be max_j w_j S.
 
     For methods that average their uploads, floats, themselves: what a server makes of them first (`fc.mapped`) may be
-    longer than the clip, and is refused.
+    longer than the clip, and is refused, as are uploads in events. Each pass that uploads has noise of its own, and
+    counts as one release. Losses, participants and the other metrics are the simulation's, without noise.
 
     Args:
       clip: S, the longest upload, Euclidean norm of all leaves together.
@@ -44,24 +46,26 @@ def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: f
     # Nothing is added where it is known that there is none: the clip may be infinite then.
     has_noise = not fc.checks.is_concrete(noise_multiplier) or noise_multiplier > 0
 
-    def around(state: Any, asked: Pass, key: fc.Key) -> Any:
-        _check_floats(asked.upload())
+    def clipped(upload: fc.PyTree) -> tuple[fc.PyTree, fc.Array]:
+        norm = fc.sums.norm(upload)
+        finite = jnp.isfinite(norm)
+        factor = jnp.minimum(1, clip / jnp.where(finite & (norm > 0), norm, 1))
+        shorter = jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * jnp.where(finite, leaf, 0), upload)
+        return shorter, (~finite | (norm > clip)).astype(jnp.result_type(float))
 
-        def clipped(upload: fc.PyTree, row: Any, key: Any) -> Any:
-            norm = fc.sums.norm(upload)
-            factor = jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
-            shorter = jax.tree.map(lambda leaf: (factor.astype(leaf.dtype) * leaf).astype(leaf.dtype), upload)
-            return shorter, (norm > clip).astype(norm.dtype)
+    def around(state: Any, asked: Pass, key: fc.Key) -> Any:
+        _check_floats(asked.received())
 
         def finish(total: fc.PyTree) -> fc.PyTree:
             noisy = _with_noise(total, noise_multiplier * clip, key) if has_noise else total
             return jax.tree.map(lambda leaf: leaf / expected, noisy)
 
-        changed, taken = messages.before_sending(asked, clipped)
-        results, too_long = taken(changed.with_sum(finish, "client_level_dp").run())
-        return results, (), PrivacyInfo(fc.mean_over_participants(too_long, asked.cohort))
+        results = asked.with_sum(clipped, finish, "client_level_dp").run()
+        aggregate, too_long = results.aggregate
+        share = too_long / jnp.maximum(asked.cohort.num_participants, 1)
+        return results._replace(aggregate=aggregate), state, PrivacyInfo(share)
 
-    return Part(around, name="client_level_dp")
+    return Part(around, name="client_level_dp", private=True)
 
 
 def _check_floats(upload: fc.PyTree) -> None:

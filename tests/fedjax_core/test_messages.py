@@ -124,29 +124,53 @@ def test_an_attack_by_those_who_are_not_there_changes_next_to_nothing():
 
 
 def test_parts_nest_in_the_order_in_which_they_were_put_around():
-    """Clipping before rounding keeps to the clip; the other way round rounding may go beyond it."""
-    seen = {}
+    """The first changes uploads first: a look between a shortening and a lengthening sees what the shortening left."""
 
-    def looking(name):
+    def looking():
         def around(state, asked, key):
             def change(upload, row, key):
                 return upload, optax.tree.norm(upload)
 
             changed, taken = messages.before_sending(asked, change)
             results, norms = taken(changed.run())
-            seen[name] = None
             return results, state, jnp.max(norms)
 
-        return Part(around, name=name)
+        return Part(around, name="looking")
 
-    clip = parts.client_level_dp(0.05, 0.0, expected=4.0)
-    method = made("fedavg")
-    inside = with_part(with_part(method, looking("before"), like=POPULATION), clip, like=POPULATION)
-    outside = with_part(with_part(method, clip, like=POPULATION), looking("after"), like=POPULATION)
-    (_, before), (_, after) = trained(inside, 1), trained(outside, 1)
-    assert before.extra.method.passes[0] > 0.05
-    assert after.extra.passes[0] <= 0.05 * (1 + 1e-12)
-    assert set(seen) == {"before", "after"}
+    def scaling(factor):
+        def around(state, asked, key):
+            def change(upload, row, key):
+                return jax.tree.map(lambda leaf: factor * leaf, upload), row
+
+            changed, taken = messages.before_sending(asked, change)
+            return taken(changed.run())[0], state, ()
+
+        return Part(around)
+
+    nested = made("fedavg")
+    for part in (looking(), scaling(0.25), looking(), scaling(8.0), looking()):
+        nested = with_part(nested, part, like=POPULATION)
+    told, norms = trained(nested, 1)[1].extra, []
+    while hasattr(told, "passes"):
+        norms, told = [told.passes[0], *norms], told.method
+    first, _, second, _, third = norms
+    np.testing.assert_allclose([second, third], [0.25 * first, 2 * first], rtol=1e-12)
+
+
+def test_a_clip_is_the_last_thing_before_the_sum_wherever_it_stands():
+    """It holds for what the server makes of a message, and not for what goes over the wire."""
+
+    def lengthened():
+        def around(state, asked, key):
+            return asked.decoded(lambda sent: jax.tree.map(lambda leaf: 100 * leaf, sent)).run(), state, ()
+
+        return Part(around)
+
+    clip = parts.client_level_dp(0.05, 0.0, expected=1.0)
+    for inner, outer in ((clip, lengthened()), (lengthened(), clip)):
+        both = with_part(with_part(made("fedavg"), inner, like=POPULATION), outer, like=POPULATION)
+        metrics = jax.jit(both.round)(both.init(softmax_params()), POPULATION.cohort([0]), jax.random.key(0))[1]
+        np.testing.assert_allclose(metrics.update_norm, 0.05, rtol=1e-12)
 
 
 def test_a_codec_before_or_after_a_rule_decodes_before_the_rule():

@@ -1,5 +1,7 @@
 """Robust rules against plain NumPy, and what malicious clients can do with each."""
 
+from statistics import NormalDist
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,33 +11,12 @@ import pytest
 import algorithms
 from algorithms import messages as parts
 from algorithms.messages import rules
-from fedjax_core import Population, global_algorithm, local_training, mapped, messages
-from fedjax_core.algorithm import ModelState
-from fedjax_core.clients import ClientProgram, round_metrics
+from fedjax_core import ModelState, Population, mapped, messages
 from fedjax_core.messages import Part, with_part
+from tests.problems import reporting, softmax_loss, softmax_params
 
 N = 9
 UPLOADS = np.random.default_rng(3).normal(size=(N, 4))
-
-
-def reporting():
-    """A method whose clients send their one example, and whose model is the average of what they send."""
-    work = local_training(batch_size=1, num_steps=1)
-    program = ClientProgram(
-        init=lambda shared, own, key: {"a": jnp.zeros(3), "b": jnp.zeros(1)},
-        step=lambda shared, carry, batch: (
-            {"a": batch.examples["x"][0, :3], "b": batch.examples["x"][0, 3:]},
-            jnp.zeros(()),
-        ),
-        final=lambda shared, carry: (carry, ()),
-    )
-
-    def round(state, cohort, key):
-        results = work.run(program, (), cohort, key)
-        metrics = round_metrics(results, cohort, state.params, results.aggregate)
-        return ModelState(results.aggregate, state.round + 1), metrics
-
-    return global_algorithm(lambda params: ModelState(params, jnp.int32(0)), round)
 
 
 def result(part, uploads=UPLOADS, ids=None):
@@ -229,3 +210,76 @@ def test_a_rule_holds_the_uploads_and_little_more(name):
         plain, robust = models_held(fedavg), models_held(with_part(fedavg, RULES[name], like=population))
     assert plain < 8
     assert robust < plain + clients + 1
+
+
+# Training under two attacks at once: the first multiplies what it has, the second hides in the spread of the others.
+CLIENTS = 12
+FLIPPING, COLLUDING = np.arange(CLIENTS) == 2, np.isin(np.arange(CLIENTS), [5, 6, 11])
+
+
+def alike(seed=0):
+    """A federation of clients whose examples are drawn alike."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(CLIENTS * 20, 5))
+    y = np.argmax(x @ rng.normal(size=(5, 3)), axis=1).astype(np.int32)
+    return Population.from_sizes({"x": x, "y": y}, [20] * CLIENTS)
+
+
+def attacked_by_hand(uploads):
+    """What the clients send, [CLIENTS, d], out of what they trained."""
+    sent = uploads.copy()
+    sent[FLIPPING] *= -20
+    seen, n, f = sent[~COLLUDING], CLIENTS, COLLUDING.sum()
+    z = NormalDist().inv_cdf((n - f - (np.floor(n / 2 + 1) - f)) / (n - f))
+    assert z > 0
+    sent[COLLUDING] = seen.mean(axis=0) - z * seen.std(axis=0, ddof=1)
+    return sent
+
+
+BY_HAND = {
+    "mean": (None, lambda sent: sent.mean(axis=0)),
+    "median": (parts.coordinate_median(), lambda sent: np.median(sent, axis=0)),
+    "krum": (parts.krum(4), lambda sent: sent[np.argmin(krum_scores(sent, 4))]),
+    "multi-krum": (
+        parts.krum(4, selected=3),
+        lambda sent: sent[np.argsort(krum_scores(sent, 4), kind="stable")[:3]].mean(axis=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_training_under_sign_flip_and_alie_together(name):
+    """Every aggregate is the rule's by hand; robust rules learn, and the mean goes away from where it began."""
+    population, (rule, by_hand) = alike(), BY_HAND[name]
+    method = algorithms.fedavg(softmax_loss, optax.sgd(0.5), batch_size=20, num_epochs=2)
+    algorithm = with_part(method, parts.sign_flip(FLIPPING, factor=20.0), like=population)
+    algorithm = with_part(algorithm, parts.alie(COLLUDING), like=population)
+    algorithm = algorithm if rule is None else with_part(algorithm, rule, like=population)
+    everyone = np.arange(CLIENTS)
+
+    def flat(params):
+        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(params)])
+
+    @jax.jit
+    def step(state, key):
+        """The state after a round, how far it moved the model, and how far each client would, alone and honest."""
+        x = algorithm.params(state)
+        plain = ModelState(x, jnp.int32(0))
+        moved = lambda new: flat(new) - flat(x)  # noqa: E731
+        own = jax.vmap(lambda i: moved(method.round(plain, population.cohort(i[None]), key)[0].params))(everyone)
+        new, _ = algorithm.round(state, population.cohort(everyone), key)
+        return new, moved(algorithm.params(new)), own
+
+    def loss(state):
+        return float(jnp.mean(softmax_loss(algorithm.params(state), population.examples, jax.random.key(0))))
+
+    state = algorithm.init(softmax_params())
+    losses = [loss(state)]
+    for t in range(6):
+        state, moved, own = step(state, jax.random.key(t))
+        np.testing.assert_allclose(moved, by_hand(attacked_by_hand(np.asarray(own))), rtol=1e-9, atol=1e-13)
+        losses.append(loss(state))
+    if name == "mean":
+        assert losses[-1] > 1.5 * losses[0]
+    else:
+        assert losses[-1] < 0.6 * losses[0]
