@@ -22,6 +22,7 @@ from fedjax_core.clients import (
     tables_of,
 )
 from fedjax_core.groups import Groups
+from fedjax_core.placement import unmeshed
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, ArrayLike, Counter, Key, Metrics, Params, PyTree
 
@@ -377,8 +378,9 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
             )
         check_rounds(state.round, 1)
         check_tables(state, cohort)
+        state, cohort, key = unmeshed((state, cohort, keys.one(key)))  # so that client programs may close over them
         with masks.with_public(cohort.public):
-            return round(state, cohort, keys.one(key), *args, **kwargs)
+            return round(state, cohort, key, *args, **kwargs)
 
     checked._has_checks = True  # type: ignore[attr-defined]
     return checked

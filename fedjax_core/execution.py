@@ -38,7 +38,16 @@ def close_convert(function: Callable[..., Any], *args: PyTree) -> tuple[ClosedFu
     jaxpr = closed.jaxpr
 
     def call(consts: list[Array], *args: PyTree) -> PyTree:
-        flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(args))
+        try:
+            flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(args))
+        except ValueError as error:
+            if "Mesh for all inputs" not in str(error):
+                raise
+            raise ValueError(
+                "a client program closes over an array that lies on a mesh: compile the round, "
+                "jax.jit(algorithm.round), with the array in its state or cohort (population.with_public), or pass "
+                "it by shared"
+            ) from error
         return jax.tree.unflatten(out_tree, flat)
 
     return ClosedFunction(call, list(closed.consts), jaxpr), shape

@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjax_core import checks
@@ -127,3 +130,36 @@ def _place_part(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def unmeshed(tree: PyTree) -> PyTree:
+    """The same arrays, but for the name of a mesh in their types, which is there while a function of them is traced.
+
+    A client program that closes over an array is traced with the array's type. Inside `shard_map` the array has another
+    one, of the same mesh with its axes by hand, and what was traced (a `jnp.where`, a nested loop) does not fit any
+    more: JAX refuses it. Where arrays lie does not change, and the compiler sees no operation. Arrays that are not
+    traced, in a round that is not compiled, and those of a mesh with explicit axes, whose types say how they lie, stay
+    as they are.
+    """
+
+    def one(leaf: Array) -> Array:
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        axes = jax.typeof(leaf).sharding.mesh.axis_types
+        if not axes or any(axis != AxisType.Auto for axis in axes):
+            return leaf
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data: Array = _UNMESHED.bind(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        found: Array = _UNMESHED.bind(leaf)
+        return found
+
+    return jax.tree.map(one, tree)
+
+
+_UNMESHED = Primitive("unmeshed")
+_UNMESHED.def_impl(lambda x: x)
+_UNMESHED.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype, weak_type=x.weak_type))
+mlir.register_lowering(_UNMESHED, lambda context, x: [x])
+ad.deflinear2(_UNMESHED, lambda cotangent, x: [cotangent])
+batching.defvectorized(_UNMESHED)

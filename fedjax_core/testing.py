@@ -696,7 +696,8 @@ class Subject:
         state = algorithm.init(self.params, self.key)
         where = shardings(state, mesh)
         jitted = jax.jit(algorithm.round, out_shardings=(where, replicated(mesh)))  # as the first, for one program
-        return place(state, where), lambda state, ids, key: jitted(state, self._cohort(ids), key)
+        on_all = replicated(mesh)
+        return place(state, where), lambda state, ids, key: jitted(state, place(self._cohort(ids), on_all), key)
 
     @cached_property
     def wide(self) -> list[list[int]]:

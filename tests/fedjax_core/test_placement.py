@@ -1,21 +1,26 @@
 """State and clients spread over a mesh give the numbers of one device, and no device holds more than its part."""
 
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import algorithms
 from fedjax_core import (
+    ClientProgram,
     Plan,
     Population,
     client_mesh,
     client_table,
     continue_rounds,
+    federated,
+    for_each_client,
+    local_work,
     place,
     replicated,
     samplers,
@@ -23,6 +28,8 @@ from fedjax_core import (
     simulate,
 )
 from fedjax_core.execution import balanced_order
+from fedjax_core.placement import unmeshed
+from fedjax_core.types import Array, Counter
 from tests.problems import assert_trees_close, softmax_loss, softmax_params, softmax_population
 
 SIZES = (1, 9, 4, 0, 13, 6, 2, 5)
@@ -121,6 +128,93 @@ def test_an_axis_for_the_model_splits_matrices():
     assert spec["odd"] == PartitionSpec(None, None)
     rows = shardings(client_table(8, {"w": model["w"]}), mesh).rows
     assert rows["w"].spec == PartitionSpec("clients", None, "model")
+
+
+class _Closed(NamedTuple):
+    params: Array
+    round: Counter = 0
+
+
+def closing_over_everything(plan=None):
+    """Clients whose steps use the state, public data and the round's key by closure, in a branch and a nested loop."""
+    work = local_work(2, num_epochs=1)
+
+    def update(state, cohort, key):
+        def step(shared, carry, batch):
+            drawn = jax.random.normal(jax.random.fold_in(key, batch.step), state.params.shape)
+            near = jnp.where(cohort.public > 0.3, cohort.public, state.params.sum())  # of the rank of public data
+            loop = jax.lax.fori_loop(0, 2, lambda i, total: total + cohort.public[i] * state.params, state.params)
+            branch = jax.lax.cond(batch.step > 0, lambda: state.params, lambda: drawn)
+            return carry + near.sum() + loop + branch, jnp.zeros(())
+
+        program = ClientProgram(lambda shared, own, key: shared, step, lambda shared, carry: (carry, ()))
+        results = for_each_client(program, state.params, cohort, key, work=work, plan=plan)
+        return _Closed(results.aggregate), results
+
+    return federated(lambda params: _Closed(params), update)
+
+
+@pytest.mark.parametrize("how", ["jitted", "nested", "seeds"])
+def test_client_programs_close_over_what_lies_on_a_mesh(how):
+    mesh = client_mesh(2)
+    method, plan = closing_over_everything, Plan(lanes=4, mesh=mesh)
+    given = jnp.arange(3.0), population().with_public(np.linspace(0, 1, 4)), jax.random.split(KEY, 2)
+
+    def one_round(algorithm):
+        return lambda params, population, keys: algorithm.round(
+            algorithm.init(params), population.cohort(np.arange(8)), keys[0]
+        )
+
+    def of_seeds(algorithm):
+        run = simulate(algorithm, SAMPLER, 2)
+        return jax.jit(lambda params, population, keys: jax.vmap(run, (None, None, 0))(params, population, keys))
+
+    made = {
+        "jitted": lambda algorithm: jax.jit(one_round(algorithm)),
+        "nested": lambda algorithm: jax.jit(one_round(algorithm._replace(round=jax.jit(algorithm.round)))),
+        "seeds": of_seeds,
+    }[how]
+    got = made(method(plan))(*place(given, replicated(mesh)))
+    assert_trees_close(got, made(method())(*given), rtol=1e-12)
+
+
+def test_of_a_round_that_is_not_compiled_it_is_said_what_to_do():
+    mesh = client_mesh(2)
+    method = closing_over_everything(Plan(lanes=4, mesh=mesh))
+    params, data, key = place((jnp.arange(3.0), population().with_public(np.ones(4)), KEY), replicated(mesh))
+    with pytest.raises(ValueError, match=r"closes over an array that lies on a mesh: compile the round, jax\.jit"):
+        method.round(method.init(params), data.cohort(np.arange(8)), key)
+
+
+def test_arrays_without_the_name_of_a_mesh_are_the_same_arrays():
+    mesh = client_mesh(2)
+    x = place(jnp.arange(8.0).reshape(4, 2), NamedSharding(mesh, PartitionSpec("clients")))
+    key = place(KEY, replicated(mesh))
+    seen = []
+
+    def cube(x):
+        inside = unmeshed(x)
+        seen.append(jax.typeof(inside).sharding.mesh.empty)
+        return (inside**3).sum()
+
+    functions = [cube, jax.grad(cube), jax.jacfwd(cube), jax.hessian(cube), jax.vmap(jax.grad(cube), 1)]
+    for function in functions:
+        assert_trees_close(jax.jit(function)(x), function(np.asarray(x)), rtol=1e-15)
+    assert all(seen)
+    drawn = jax.jit(lambda key: jax.random.normal(unmeshed(key)))(key)
+    assert drawn == jax.random.normal(KEY)
+
+    compiled = jax.jit(unmeshed, donate_argnums=0).lower(x).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == x.nbytes // 2  # given back where it lies, a half a device
+    got = compiled(x)
+    assert got.sharding.spec == PartitionSpec("clients")
+
+
+def test_an_explicit_mesh_keeps_its_name():
+    """There types say how arrays lie, and that is the user's business."""
+    mesh = jax.make_mesh((2,), ("clients",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    x = jax.device_put(jnp.zeros(4), NamedSharding(mesh, PartitionSpec("clients")))
+    assert jax.jit(unmeshed)(x).sharding.spec == PartitionSpec("clients")
 
 
 @pytest.mark.parametrize(
