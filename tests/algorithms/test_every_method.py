@@ -387,10 +387,13 @@ def private_without_noise(state, asked, key):
     return messages.client_level_dp(np.inf, 0.0, expected=expected).around(state, asked, key)
 
 
-def without_effect_on_uploads(name):
-    """Parts that change the program, and no number of it."""
+def without_effect_on_uploads(name, malicious):
+    """Parts that change the program, and no number of it where nobody is malicious."""
     private = [Part(private_without_noise, name="client_level_dp")] * all_take(name, "client_level_dp")
-    return [messages.top_k(1.0), *private, messages.sign_flip(np.zeros(N, bool))]
+    attacks = [messages.sign_flip(malicious), messages.alie(malicious)]
+    if passes(name) and all_take(name, "rank_reversal"):
+        attacks = [messages.rank_reversal(malicious)]
+    return [messages.top_k(1.0), *private, *attacks]
 
 
 def without_bytes(extra):
@@ -399,14 +402,18 @@ def without_bytes(extra):
 
 
 def rounds_with(name, parts):
-    """The rounds of the shared checks, with parts around the method: its state, and the own metrics of each round."""
-    alone = subject(name)
-    run = jax.jit(lambda values, *arguments: around(alone.make(values), parts).round(*arguments))
-    state = jax.device_put(around(alone.algorithm, parts).init(alone.params, alone.key), jax.devices()[0])
+    """The rounds of the shared checks, with parts around the method: its state, and the own metrics of each round.
+
+    Nobody is malicious, which the compiler does not know: the code of attacks is run.
+    """
+    alone, nobody = subject(name), jnp.zeros(N, bool)
+    run = jax.jit(lambda bad, values, *arguments: around(alone.make(values), parts(name, bad)).round(*arguments))
+    state = around(alone.algorithm, parts(name, nobody)).init(alone.params, alone.key)
+    state = jax.device_put(state, jax.devices()[0])
     told = []
     for t, ids in enumerate(alone.cohorts):
         cohort = alone.population.cohort(np.asarray(ids))
-        state, metrics = run(alone.floats, state, cohort, jax.random.fold_in(alone.key, t))
+        state, metrics = run(nobody, alone.floats, state, cohort, jax.random.fold_in(alone.key, t))
         told.append(without_bytes(by_method(metrics.extra)))
     return by_method(state), told
 
@@ -415,7 +422,7 @@ def rounds_with(name, parts):
 def test_parts_without_effect_on_uploads_give_the_same_bits(name):
     """All entries sent, no noise, no clip, nobody malicious."""
     with jax.enable_x64(True):
-        state, told = rounds_with(name, without_effect_on_uploads(name))
+        state, told = rounds_with(name, without_effect_on_uploads)
         assert_trees_equal(state, subject(name).state)
         assert_trees_equal(told, [without_bytes(info.extra) for info in subject(name).done.metrics])
 

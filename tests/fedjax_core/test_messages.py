@@ -8,7 +8,7 @@ import pytest
 
 import algorithms
 from algorithms import messages as parts
-from fedjax_core import Stacked, checks, messages, testing
+from fedjax_core import Plan, Stacked, checks, messages, testing
 from fedjax_core.messages import Message, Part, with_part
 from tests.problems import (
     assert_trees_close,
@@ -44,9 +44,9 @@ NOTHING = {
 WITHOUT_NOISE = parts.client_level_dp(np.inf, 0.0, expected=4.0)  # of the four participants
 
 
-def made(name):
+def made(name, **options):
     factory = getattr(algorithms, name.split()[0])
-    return factory(softmax_loss, optax.sgd(0.1), batch_size=2, num_epochs=2, **METHODS[name])
+    return factory(softmax_loss, optax.sgd(0.1), batch_size=2, num_epochs=2, **METHODS[name], **options)
 
 
 def trained(algorithm, rounds=3):
@@ -71,6 +71,31 @@ def test_parts_that_do_nothing_are_none_to_the_bit(name):
     assert_trees_equal(state, plain)
     assert_trees_equal(metrics.extra, told.extra)
     assert metrics.bytes_down == told.bytes_down
+
+
+@pytest.mark.parametrize("name", ["scaffold", "mime"])
+def test_attacks_by_nobody_are_none_to_the_bit(name):
+    """Who is malicious is an argument of the compiled round: attacks are computed, and nobody sends what they give.
+
+    In one lane, as the server adds up the uploads that it has changed one after the other.
+    """
+    method = made(name, plan=Plan(lanes=1))
+    plain, _ = trained(method)
+
+    def attacked(malicious):
+        wrapped = method
+        for attack in (parts.sign_flip, parts.alie, parts.inner_product_manipulation):
+            wrapped = with_part(wrapped, attack(malicious), like=POPULATION)
+        return wrapped
+
+    run = jax.jit(lambda malicious, *arguments: attacked(malicious).round(*arguments))
+    state = attacked(NOBODY).init(softmax_params())
+    for t in range(3):
+        state, metrics = run(jnp.asarray(NOBODY), state, POPULATION.cohort(list(IDS)), jax.random.key(t))
+    assert metrics.extra.passes[0] == 0
+    assert_trees_equal(state.method.method.method, plain)
+    _, metrics = run(jnp.asarray(NOBODY).at[1].set(True), state, POPULATION.cohort(list(IDS)), jax.random.key(3))
+    assert metrics.extra.passes[0] == 1, "the same program attacks where somebody is"
 
 
 @pytest.mark.parametrize("name", ["fedavg", "mime"])
