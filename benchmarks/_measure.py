@@ -54,6 +54,12 @@ def summary(times: list[float]) -> dict:
     return {"median_s": median, "q25_s": low, "q75_s": high, "repeats": len(times)}
 
 
+def saved(name: str) -> dict:
+    """What results/<name>.json holds, nothing if there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save(name: str, result: dict) -> pathlib.Path:
     """Writes results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)

@@ -1,14 +1,20 @@
-"""Time to the first round: tracing and compiling, per model and per method, without any cache.
+"""Time to the first round: importing, tracing and compiling, per model and per method.
 
-    python benchmarks/compiling.py
+    python benchmarks/compiling.py [--only start-up models methods growth]
 
-Every figure is of a process's own compilation after `jax.clear_caches()`, with the persistent cache off. The last part
-shows that nothing grows with the number of rounds, clients or local steps.
+Start-up is of whole processes, in turns: what JAX and optax take to import, what the library does, the command line,
+and a run of one round with an empty cache of compiled programs and with the one that it left. Elsewhere no cache is
+used: every figure is of a process's own compilation after `jax.clear_caches()`, with the persistent cache off. The last
+part shows that nothing grows with the number of rounds, clients or local steps.
 """
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,8 +96,58 @@ def growth(repeats):
     return found
 
 
+def start_up(repeats):
+    """Seconds of processes, their limits first: those of JAX and optax are no library's to save."""
+    root = Path(__file__).resolve().parents[1]
+    python, command = [sys.executable, "-c"], [sys.executable, "-m", "pipelines"]
+    train = [
+        *command,
+        "train",
+        "--dataset",
+        "digits",
+        "--model",
+        "logistic_regression",
+        "--rounds",
+        "1",
+        "--seeds",
+        "1",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        # Of modules bytecode is kept, as it is of installed ones.
+        environment = os.environ | {"PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "PYTHONPATH": str(root)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        number = 0
+
+        def run(arguments, cache=None):
+            kept = environment | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
+            subprocess.run(arguments, env=kept, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+        def train_once(cold):
+            nonlocal number
+            number += 1
+            cache = f"{folder}/cache-{number}" if cold else f"{folder}/cache"
+            run([*train, "--out", f"{folder}/run-{number}"], cache)
+
+        contenders = {
+            "Python": partial(run, [*python, "pass"]),
+            "import jax, optax": partial(run, [*python, "import jax, optax"]),
+            "import algorithms": partial(run, [*python, "import algorithms"]),
+            "import algorithms, models": partial(run, [*python, "import algorithms, models"]),
+            "fedjax-core --help": partial(run, [*command, "--help"]),
+            "fedjax-core list": partial(run, [*command, "list"]),
+            "fedjax-core train, one round, nothing compiled yet": partial(train_once, True),
+            "the same, compiled before": partial(train_once, False),
+        }
+        for contender in contenders.values():
+            contender()
+        times = _measure.take_turns(contenders, repeats)
+    return {name: _measure.summary(seconds) for name, seconds in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parts = ("start-up", "models", "methods", "growth")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument(
         "--methods",
@@ -102,11 +158,15 @@ def main() -> None:
     parser.add_argument("--save", default="compiling")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    result = {"machine": _measure.machine(), "models": {}, "methods": {}}
-    for name in args.models:
+    result = _measure.saved(args.save) | {"machine": _measure.machine()} | {part: {} for part in args.only}
+    if "start-up" in args.only:
+        result["start-up"] = start_up(args.repeats)
+        for name, row in result["start-up"].items():
+            print(f"{name:52s} {row['median_s']:6.2f} s ({row['q25_s']:.2f} to {row['q75_s']:.2f})", flush=True)
+    for name in args.models if "models" in args.only else []:
         row = result["models"][name] = a_round(name, 1 if name == "resnet18_gn" else args.repeats)
         print(f"FedAvg, {name:12s} {row['median_s']:6.2f} s", flush=True)
-    for name in args.methods:
+    for name in args.methods if "methods" in args.only else []:
         experiment = setup.prepare(Config(dataset="digits", model="logistic_regression", methods=(name,), seeds=1))
         key = jax.random.key(0)
         state = jax.eval_shape(experiment.algorithms[name].init, experiment.model.init(key), key)
@@ -115,8 +175,9 @@ def main() -> None:
             experiment.algorithms[name].round, state, cohort, jax.random.key(0), repeats=1
         )
         print(f"{name:22s} logistic {row['median_s']:6.2f} s", flush=True)
-    result["growth"] = growth(args.repeats)
-    for what, rows in result["growth"].items():
+    if "growth" in args.only:
+        result["growth"] = growth(args.repeats)
+    for what, rows in result["growth"].items() if "growth" in args.only else []:
         listing = ", ".join(f"{value}: {row['median_s']:.2f} s" for value, row in rows.items())
         print(f"FedAvg, mlp, by {what}: {listing}")
     print(f"saved {_measure.save(args.save, result)}")
