@@ -52,6 +52,7 @@ class ClientResults(NamedTuple):
       bytes_up: float[C], bytes that each client has sent up in this pass, 0 in slots that took no part. Those of
         several passes of a round add up.
       bytes_down: float[C], bytes that it was sent.
+      seen: what parts have seen of the uploads and not yet taken out (`fedjax_core.messages`); () for methods.
     """
 
     aggregate: PyTree
@@ -62,6 +63,7 @@ class ClientResults(NamedTuple):
     executed_steps: Array
     bytes_up: Array
     bytes_down: Array
+    seen: tuple[PyTree, ...] = ()
 
 
 def for_each_client(

@@ -52,6 +52,7 @@ class Pass(NamedTuple):
       decode: `decode(sent) -> upload`, on the server; of a `Message` it gets the payload.
       change: `change(uploads, weights) -> uploads` of all decoded uploads at once, leaves [C, ...], before they are
         aggregated.
+      looks: pairs (look, changes before it) of those who look at the uploads of single clients, see `watched`.
     """
 
     program: ClientProgram
@@ -63,14 +64,17 @@ class Pass(NamedTuple):
     aggregator: Aggregator | Stacked
     decode: Callable[[PyTree], PyTree] | None = None
     change: Callable[[PyTree, Array], PyTree] | None = None
+    looks: tuple[tuple[Callable[[PyTree], PyTree], Callable[[PyTree, Array], PyTree] | None], ...] = ()
 
     def run(self) -> ClientResults:
         """Goes on, to the next part or to the clients."""
         if self.cohort.route is not None:
             routed: ClientResults = self.cohort.route(self)
             return routed
-        return for_each_client(
-            self.program,
+        # Where uploads are not held anyway, each is looked at alone, where it is made.
+        one_by_one = bool(self.looks) and self.change is None
+        results = for_each_client(
+            self._showing() if one_by_one else self.program,
             self.shared,
             self.cohort,
             self.key,
@@ -78,6 +82,25 @@ class Pass(NamedTuple):
             aggregator=self._whole_aggregator(),
             **self.options,
         )
+        if one_by_one:
+            outputs, seen = results.outputs
+            return results._replace(outputs=outputs, seen=seen)
+        if self.looks:
+            aggregate, seen = results.aggregate
+            return results._replace(aggregate=aggregate, seen=seen)
+        return results
+
+    def _showing(self) -> ClientProgram:
+        """The program whose clients keep, beside their output, what is seen of their decoded upload."""
+        program, decode = self.program, self.decode
+
+        def final(shared: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
+            upload, output = program.final(shared, carry)
+            sent = sizes.opened(upload)
+            received = sent if decode is None else decode(sent)
+            return upload, (output, tuple(look(received) for look, _ in self.looks))
+
+        return program._replace(final=final)
 
     def upload(self) -> PyTree:
         """Shapes and dtypes of what a client sends, the payloads of messages in their place."""
@@ -103,6 +126,15 @@ class Pass(NamedTuple):
         if before is None:
             return self._replace(change=change)
         return self._replace(change=lambda uploads, weights: change(before(uploads, weights), weights))
+
+    def watched(self, look: Callable[[PyTree], PyTree]) -> "Pass":
+        """The pass in which `look(upload)` is taken of what the server has of each client.
+
+        That is the upload as all codecs have decoded it, and as it was changed before (`changed`). Of uploads that are
+        not held anyway no more than one is held for this. What is seen is the last entry of `seen` in the results,
+        leaves [C, ...]: who has asked for it takes it out, `*rest, mine = results.seen`.
+        """
+        return self._replace(looks=(*self.looks, (look, self.change)))
 
     def with_rule(self, rule: Callable[[PyTree, Array], PyTree], name: str) -> "Pass":
         """The pass whose weighted mean over the clients is another rule, `rule(uploads, weights) -> result`.
@@ -159,16 +191,24 @@ class Pass(NamedTuple):
         if change is None and isinstance(inner, Aggregator):
             return inner if decode is None else mapped(decode, inner)
 
-        def finish(sent: PyTree, weights: Array) -> PyTree:
-            uploads = sent if decode is None else jax.vmap(decode)(sent)
-            uploads = uploads if change is None else change(uploads, weights)
+        def participants(leaf: Array) -> Array:
+            return jnp.where(sums.across(mask, leaf), leaf, 0)
+
+        def aggregated(uploads: PyTree, weights: Array) -> PyTree:
             if isinstance(inner, Stacked):
                 return inner.finish(uploads, weights)
+            summands = jax.vmap(inner.lift)(uploads, weights)  # the same to the bit where nothing was changed
+            return inner.finish(jax.tree.map(lambda leaf: sums.in_order(participants(leaf)), summands))
 
-            def total(leaf: Array) -> Array:  # the same to the bit where nothing was changed
-                return sums.in_order(jnp.where(sums.across(mask, leaf), leaf, 0))
-
-            return inner.finish(jax.tree.map(total, jax.vmap(inner.lift)(uploads, weights)))
+        def finish(sent: PyTree, weights: Array) -> PyTree:
+            decoded = sent if decode is None else jax.vmap(decode)(sent)
+            if change is None:
+                return aggregated(decoded, weights)
+            aggregate = aggregated(change(decoded, weights), weights)
+            if not self.looks:
+                return aggregate
+            had = ((look, decoded if before is None else before(decoded, weights)) for look, before in self.looks)
+            return aggregate, tuple(jax.tree.map(participants, jax.vmap(look)(uploads)) for look, uploads in had)
 
         return Stacked(finish)
 

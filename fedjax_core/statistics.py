@@ -331,11 +331,19 @@ class _Averaged(_Route):
         asked = asked._replace(program=ClientProgram(init, step, final), shared=(asked.shared, self.statistics))
         if not update:
             return asked.run()
-        decode, change = asked.decode, asked.change
+        decode = asked.decode
+
+        def beside(change: Callable[[PyTree, Array], PyTree] | None) -> Callable[[PyTree, Array], PyTree] | None:
+            return change and (lambda uploads, weights: (change(uploads[0], weights), uploads[1]))
+
+        def of_upload(look: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
+            return lambda both: look(both[0])
+
         results = asked._replace(
             aggregator=_beside(asked.aggregator),
             decode=decode and (lambda sent: (decode(sent[0]), sent[1])),
-            change=change and (lambda uploads, weights: (change(uploads[0], weights), uploads[1])),
+            change=beside(asked.change),
+            looks=tuple((of_upload(look), beside(before)) for look, before in asked.looks),
         ).run()
         aggregate, moved = results.aggregate
         self.statistics = jax.tree.map(jnp.add, self.statistics, moved)

@@ -107,5 +107,6 @@ def every_part(malicious, *, top_k: float) -> dict[str, Part]:
         "sign_flip": messages.sign_flip(malicious),
         "alie": messages.alie(malicious),
         "inner_product_manipulation": messages.inner_product_manipulation(malicious),
+        "observed": messages.observed(),
         "rank_reversal": messages.rank_reversal(malicious),
     }

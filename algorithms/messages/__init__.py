@@ -1,7 +1,8 @@
-"""Parts for any method (`fedjax_core.messages.with_part`): codecs, aggregation rules, attacks, privacy."""
+"""Parts for any method (`fedjax_core.messages.with_part`): codecs, rules, attacks, privacy, observers."""
 
 from algorithms.messages.attacks import alie, inner_product_manipulation, rank_reversal, sign_flip
 from algorithms.messages.codecs import stochastic_rounding, top_k
+from algorithms.messages.observers import observed
 from algorithms.messages.privacy import client_level_dp
 from algorithms.messages.rules import coordinate_median, krum, trimmed_mean
 
@@ -11,6 +12,7 @@ __all__ = [
     "coordinate_median",
     "inner_product_manipulation",
     "krum",
+    "observed",
     "rank_reversal",
     "sign_flip",
     "stochastic_rounding",

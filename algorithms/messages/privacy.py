@@ -55,9 +55,11 @@ def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: f
 
     def around(state: Any, asked: Pass, key: fc.Key) -> Any:
         _check_floats(asked.received())
+        # Apart from the keys of clients, which codecs round by: noise that depends on what is sent hides less.
+        noise_key = jax.random.fold_in(key, fc.checks.LARGEST_INT)
 
         def finish(total: fc.PyTree) -> fc.PyTree:
-            noisy = _with_noise(total, noise_multiplier * clip, key) if has_noise else total
+            noisy = _with_noise(total, noise_multiplier * clip, noise_key) if has_noise else total
             return jax.tree.map(lambda leaf: leaf / expected, noisy)
 
         results = asked.with_sum(clipped, finish, "client_level_dp").run()

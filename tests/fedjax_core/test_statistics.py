@@ -313,6 +313,21 @@ def test_a_rule_sees_statistics_too(population, begun):
     same(state.method, run(fedavg("average"), population, begun, COHORTS[:1])[0])
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_who_looks_at_uploads_inside_sees_no_statistics(population, begun, held):
+    """Whether uploads are held all at once or not."""
+
+    def around(state, asked, key):
+        asked = asked.changed(lambda uploads, weights: uploads) if held else asked
+        results = asked.watched(fc.sums.norm).run()
+        return results._replace(seen=()), state, results.seen[0]
+
+    plain = algorithms.fedavg(TASK, optax.sgd(LR), batch_size=4, plan=Plan(lanes=1))
+    method = with_statistics(with_part(plain, Part(around), like=population), "average")
+    _, metrics = jax.jit(method.round)(method.init(begun), population.cohort([-1, 0]), jax.random.key(0))
+    np.testing.assert_allclose(metrics.extra.passes[0], [0, metrics.update_norm], rtol=1e-6)
+
+
 def checked(rule, begun):
     """What `testing.properties` and `testing.check_algorithm` take."""
     options = {"num_clients": len(SIZES)} if rule == "personal" else {}
