@@ -70,6 +70,7 @@ LEFT_OUT = {
     "lg_fedavg": "makes a model for each client: the global one has no trained representation",
     "local_only": "makes a model for each client, and no global one",
     "per_fedavg": "makes a start for models of each client",
+    "feddf": "needs public data",
     "frl": "trains no weights: it chooses among fixed ones",
     "fot": "is for a sequence of tasks; during the first it is FedAvg",
     "ewc": "is for a sequence of tasks; during the first it is FedAvg",

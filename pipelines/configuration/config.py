@@ -90,6 +90,14 @@ class FederationConfig(Section):
     sigma: float = number(0.8, "lognormal: deviation of the logarithm of sizes.", metavar="S")
     exponent: float = number(1.0, "power_law: of the sizes.", metavar="A")
     clusters: int = count(10, "embedding: number of clusters.", fix="take at least one")
+    public_share: float = number(
+        0.0,
+        "Share of the training examples that the server holds, without labels, for methods with public data.",
+        low=0,
+        high=1,
+        high_open=True,
+        metavar="P",
+    )
     imbalance: float = number(1.0, "Long tail: largest over smallest class.", low=1, metavar="F")
     feature_skew: str = text("none", "What clients do to their inputs, such as rotation.", completes=("feature skew",))
     severity: float = number(1.0, "Strength of the feature skew.", low=0, metavar="S")
@@ -362,6 +370,12 @@ class Config(Configuration):
                 f"of them from first_seed={self.first_seed!r}: a seed has 32 bits, take a smaller one"
             )
         _check_validation(self.evaluation, self.federation)
+        for name in self.methods:
+            if methods.asks_for(name, "public") and not self.federation.public_share:
+                raise ValueError(
+                    f"{name} needs public data and public_share={self.federation.public_share:g} leaves none: give "
+                    "public_share, for example 0.1"
+                )
         if self.federation.clients is None and self.federation.partition != "natural":
             raise ValueError(
                 f"clients=None (all) with partition={self.federation.partition!r}: only natural clients can be "
@@ -471,7 +485,7 @@ class Config(Configuration):
         return {name: value for name, value in self.flat().items() if name in FEDERATION_FIELDS}
 
 
-_LATER: Mapping[str, Any] = {"evaluate": (), "evaluate_clients": None, "statistics": "average"}
+_LATER: Mapping[str, Any] = {"evaluate": (), "evaluate_clients": None, "statistics": "average", "public_share": 0.0}
 
 FEDERATION_FIELDS = tuple(
     name

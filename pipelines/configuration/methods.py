@@ -37,7 +37,6 @@ _LEARNS = ("loss", "tasks", "adapter loss", "split")
 """What a method is about; every method asks for one of these."""
 
 _NOT_IN_RUNS = {
-    "public": "public data",
     "tasks": "a task for each architecture of its clients",
     "adapter loss": "adapters of a frozen model",
     "split": "a model in three pieces",
@@ -46,6 +45,7 @@ _NOT_IN_RUNS = {
 
 _WORDS = {
     **_NOT_IN_RUNS,
+    "public": "public data (--public-share)",
     "num_clients": "state of every client",
     "features": "features of the model",
     "logits": "logits of the model",
@@ -243,6 +243,7 @@ def build(
         "loss": loss_fn,
         "client optimizer": client_optimizer,
         "num_clients": num_clients,
+        "public": unlabelled,
         **model_functions,
     }
     options |= {argument: brought[what] for argument, what in method.needs.items() if what in brought}
@@ -265,6 +266,15 @@ def build(
                 "fedjax_core.Algorithm, for example global_algorithm(init, round)"
             )
     return built if isinstance(built, Algorithm) else Algorithm(built.init, built.round, built.params)
+
+
+UNLABELLED = "unlabelled"
+"""Where a run's population has the examples of the server, in its public data."""
+
+
+def unlabelled(public: Mapping[str, Any]) -> Any:
+    """The examples of the server, leaves [M, ...], of a run's public data."""
+    return public[UNLABELLED]
 
 
 def asks_for(name: str, what: str) -> bool:

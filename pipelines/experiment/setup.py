@@ -193,6 +193,8 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
         )
     dataset = federation.dataset
     population = federation.host_population("train") if config.machine.staged else federation.population("train")
+    if (held_by_server := federation.public_inputs) is not None:
+        population = population.with_public({methods.UNLABELLED: held_by_server})
     model = (
         own_model.build(config.model, dataset) if own.is_own(config.model) else MODELS[config.model](dataset, config)
     )
@@ -332,7 +334,15 @@ def unused(config: Config, given: Collection[str]) -> list[str]:
     if not own.is_own(config.model):
         reading += [("model", "hidden", ("mlp",)), ("model", "statistics", ("cnn_bn",))]
     chosen = config.flat()
-    return [
+    public = []
+    if "public_share" in given and config.federation.public_share:
+        takers = [name for name in methods.names() if methods.asks_for(name, "public")]
+        if not any(methods.asks_for(name, "public") for name in config.methods):
+            public.append(
+                f"--public-share keeps examples from the clients, and none of {', '.join(config.methods)} takes public "
+                f"data: it is for {', '.join(takers)}"
+            )
+    return public + [
         f"--{field.replace('_', '-')} means nothing to {by.replace('_', ' ')} {chosen[by]}: it is for "
         f"{', '.join(names)}"
         for by, field, names in reading

@@ -33,6 +33,9 @@ from pipelines.federation.assignment import Assignment
 PARTITIONS: dict[str, Callable[..., Assignment]] = {**partition.PARTITIONS, "embedding": embedding.embedding}
 """Name to partitioner; the name of its first argument says what it reads: labels, groups or embeddings."""
 
+PUBLIC = "public"
+"""The part of a federation that the server holds."""
+
 _FORMAT = 1
 _FILE = "federation.json"
 
@@ -55,7 +58,8 @@ class Federation(NamedTuple):
     Attributes:
       dataset: the data set, inputs as the clients see them.
       parts: "train", what each client trains on; "validation" and "test", what it is tested on, if there are such;
-        "new", clients that take no part in training. All but the last are of the same N clients.
+        "new", clients that take no part in training. All but the last are of the same N clients. "public" is what the
+        server holds, as if it were one client.
     """
 
     dataset: Dataset
@@ -70,6 +74,14 @@ class Federation(NamedTuple):
     def sizes(self) -> np.ndarray:
         """int64[N], number of training examples of each client."""
         return self.parts["train"].assignment.sizes
+
+    @property
+    def public_inputs(self) -> dict[str, np.ndarray] | None:
+        """The examples that the server holds, without labels, {"x": [M, ...]}; None if it holds none."""
+        if PUBLIC not in self.parts:
+            return None
+        source, assignment = self.parts[PUBLIC]
+        return {"x": getattr(self.dataset, source)["x"][assignment.rows]}
 
     def population(self, part: str) -> Population:
         """The examples of a part, grouped by client, on the device."""
@@ -121,10 +133,10 @@ def _named(field: str) -> Iterator[None]:
 def build(config: Config, dataset: Dataset) -> Federation:
     """Builds the federation that a configuration describes.
 
-    In this order: the long tail, the partition, new clients, each client's validation and test parts, the feature skew.
-    With the natural partition, test examples of the data set that belong to the groups of training clients are these
-    clients' test part, unless `test_share` asks for one; and groups that are only in the test part are new clients,
-    unless `new_clients` asks for some.
+    In this order: the long tail, the server's public part, the partition, new clients, each client's validation and
+    test parts, the feature skew. With the natural partition, test examples of the data set that belong to the groups of
+    training clients are these clients' test part, unless `test_share` asks for one; and groups that are only in the
+    test part are new clients, unless `new_clients` asks for some.
 
     Args:
       config: `FEDERATION_FIELDS` of it.
@@ -143,8 +155,12 @@ def build(config: Config, dataset: Dataset) -> Federation:
     if chosen.imbalance > 1:
         with _named("imbalance"):
             rows = splits.long_tail(dataset.train["y"], chosen.imbalance, seed=seed)
-    train = _partition(config, dataset, rows).within(rows)
     parts: dict[str, Part] = {}
+    if chosen.public_share:
+        with _named("public_share"):
+            public, rows = splits.hold_out_rows(rows, chosen.public_share, seed=seed)
+        parts[PUBLIC] = Part("train", Assignment.from_parts([public]))
+    train = _partition(config, dataset, rows).within(rows)
     if chosen.new_clients:
         with _named("new_clients"):
             held = splits.hold_out_clients(train, chosen.new_clients, seed=seed)
@@ -285,6 +301,8 @@ def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset
     taken = np.zeros(len(inputs["test"]), bool)
     owners: list[tuple[str, str, np.ndarray]] = []
     for name, (source, assignment) in parts.items():
+        if name == PUBLIC:  # the server sees things as they are
+            continue
         owner = np.full(len(inputs[source]), -1)
         owner[assignment.rows] = assignment.clients + (num_clients if name == "new" else 0)
         owners.append((source, "train" if name == "new" else name, owner))

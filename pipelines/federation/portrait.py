@@ -16,7 +16,7 @@ from pipelines.common import figures, files
 from pipelines.configuration.config import Config
 from pipelines.federation import heterogeneity
 from pipelines.federation.assignment import Assignment
-from pipelines.federation.federations import Federation, options
+from pipelines.federation.federations import PUBLIC, Federation, options
 
 _SHOWN = 60  # clients that a bubble plot has room for
 _SHOWN_CLASSES = 30
@@ -61,6 +61,9 @@ def described(config: Config, federation: Federation) -> list[str]:
         if name == "train":
             continue
         held = len(assignment.rows)
+        if name == PUBLIC:
+            lines.append(f"public: {held:,} examples of the training part, without labels, that the server holds")
+            continue
         whose = "its own examples" if source == "train" else "the test part"
         if name == "new":
             lines.append(

@@ -14,7 +14,7 @@ from pipelines.federation.assignment import Assignment
 _ROUNDING = 1e-9
 # One seed serves the partition and every split of a federation: each split has a stream of its own, or the clients held
 # out would be chosen by the very permutation that divided the examples.
-_LONG_TAIL, _HOLD_OUT, _SPLIT = 1, 2, 3
+_LONG_TAIL, _HOLD_OUT, _SPLIT, _PUBLIC = 1, 2, 3, 4
 
 
 class HoldOut(NamedTuple):
@@ -45,6 +45,29 @@ class ClientSplit(NamedTuple):
     train: Assignment
     validation: Assignment
     test: Assignment
+
+
+def hold_out_rows(rows: np.ndarray, share: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(rows held out at random, the others), int64 each and ascending.
+
+    Args:
+      rows: int64[n], ascending.
+      share: of the rows that are held out, above 0 and below 1; their number is rounded.
+      seed: of the choice.
+
+    Raises:
+      ValueError: if none would be held out, or none left.
+    """
+    checks.scalar("share", share, low=0, high=1, low_open=True, high_open=True)
+    number = round(share * len(rows))
+    if not 0 < number < len(rows):
+        raise ValueError(
+            f"a share of {share:g} of {len(rows)} examples holds out {number} and leaves {len(rows) - number}: take "
+            "another share, by which both have some"
+        )
+    held = np.zeros(len(rows), bool)
+    held[np.random.default_rng([seed, _PUBLIC]).choice(len(rows), number, replace=False)] = True
+    return rows[held], rows[~held]
 
 
 def long_tail(labels: ArrayLike, factor: float, *, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.data.dataset import Dataset, Normalization
 from pipelines.federation.assignment import Assignment
-from pipelines.federation.federations import Federation, Part
+from pipelines.federation.federations import PUBLIC, Federation, Part
 
 _ARRAYS = ("train", "test", "groups", "test_groups", "group_names")
 
@@ -32,7 +32,7 @@ def of_federation(federation: Federation) -> Description:
         plain["normalization"] = [list(map(float, values)) for values in dataset.normalization]
     return {
         "examples": {name: _one(leaf) for name, leaf in dataset.train.items()},
-        "sizes": {"train": len(dataset.train["y"]), "test": len(dataset.test["y"])},
+        "sizes": {"train": len(dataset.train["y"]), "test": len(dataset.test["y"]), **_public(federation)},
         "clients": federation.num_clients,
         **plain,
     }
@@ -48,7 +48,16 @@ def without_data(description: Description) -> Federation:
         fields["normalization"] = Normalization(*map(tuple, fields["normalization"]))
     zeros = {name: np.zeros((1, *shape), np.dtype(dtype)) for name, (dtype, shape) in description["examples"].items()}
     first = Assignment.from_owner(np.zeros(1, np.int64), description["clients"])
-    return Federation(Dataset(train=zeros, test=dict(zeros), **fields), {"train": Part("train", first)})
+    parts = {"train": Part("train", first)}
+    if PUBLIC in description["sizes"]:
+        parts[PUBLIC] = Part("train", Assignment.from_owner(np.zeros(1, np.int64), 1))
+    return Federation(Dataset(train=zeros, test=dict(zeros), **fields), parts)
+
+
+def _public(federation: Federation) -> dict[str, int]:
+    """The number of examples that the server holds, if it holds any."""
+    found = federation.public_inputs
+    return {} if found is None else {PUBLIC: len(found["x"])}
 
 
 def misfit(dataset: Dataset, description: Description) -> str:

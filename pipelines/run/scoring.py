@@ -13,6 +13,7 @@ from pipelines.common.names import pick
 from pipelines.data import datasets
 from pipelines.experiment import views as known
 from pipelines.experiment.setup import EVAL_BATCH, in_precision
+from pipelines.federation.federations import PUBLIC
 from pipelines.results.history import of_view
 from pipelines.run import client_scores, description
 from pipelines.run.loading import Run, Trained
@@ -37,7 +38,7 @@ def examples_of(
     if dataset is None:
         if run.federation is None:
             raise ValueError(f"the data of the run is not here ({run.missing}): name a data set with --dataset")
-        parts = {name: part for name, part in run.federation.parts.items() if name not in SPLITS}
+        parts = {name: part for name, part in run.federation.parts.items() if name not in (*SPLITS, PUBLIC)}
         if pick("split", split, (*SPLITS, *parts)) in SPLITS:
             return getattr(run.federation.dataset, split), ""
         host = run.federation.host_population(split)

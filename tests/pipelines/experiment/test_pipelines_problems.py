@@ -1,0 +1,127 @@
+"""What runs have besides one whole model: public data of the server, several architectures."""
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pipelines import Config, load_run
+from pipelines.cli import commands
+from pipelines.configuration import methods
+from pipelines.experiment import setup
+from pipelines.federation import federations
+from pipelines.run import scoring, train
+
+SMALL = Config(
+    dataset="iris",
+    clients=4,
+    cohort_size=2,
+    partition="iid",
+    model="logistic_regression",
+    epochs=1,
+    batch_size=20,
+    eval_every=1,
+    seeds=2,
+    mesh=1,
+    x64=True,
+)
+DISTILLED = SMALL.replace(
+    methods=("feddf",), settings={"feddf": {"server_steps": 3}}, public_share=0.25, seeds=1, rounds=2
+)
+
+
+def saved(out):
+    """The states that a run has come to, and its curves."""
+    run = load_run(out)
+    assert not run.missing
+    return {name: (trained.state, trained.history) for name, trained in run.methods.items()}
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_server_holds_examples_that_no_client_has_and_no_labels():
+    federation = setup.federate(DISTILLED)
+    held = federation.parts["public"].assignment.rows
+    taken = federation.parts["train"].assignment.rows
+    assert len(held) == 30
+    np.testing.assert_array_equal(np.sort(np.concatenate([held, taken])), np.arange(120))
+    again = setup.federate(DISTILLED.replace(first_seed=7)).parts["public"].assignment.rows
+    np.testing.assert_array_equal(held, again)
+    other = setup.federate(DISTILLED.replace(partition_seed=1)).parts["public"].assignment.rows
+    assert not np.array_equal(held, other)
+    for staged in (False, True):
+        population = setup.prepare(DISTILLED.replace(staged=staged), federation).population
+        assert set(population.public["unlabelled"]) == {"x"}
+        np.testing.assert_array_equal(population.public["unlabelled"]["x"], federation.dataset.train["x"][held])
+
+
+def test_the_server_sees_inputs_without_the_skew_of_clients():
+    skewed = DISTILLED.replace(dataset="digits", feature_skew="noise", public_share=0.1)
+    federation, plain = setup.federate(skewed), setup.federate(skewed.replace(feature_skew="none"))
+    np.testing.assert_array_equal(federation.public_inputs["x"], plain.public_inputs["x"])
+    assert not np.array_equal(federation.dataset.train["x"], plain.dataset.train["x"])
+
+
+def test_a_saved_federation_keeps_its_public_part(tmp_path):
+    federation = setup.federate(DISTILLED)
+    federations.save(federation, DISTILLED, tmp_path)
+    fields, digest = federations.read(tmp_path)
+    config = DISTILLED.replace(federation=str(tmp_path), federation_digest=digest)
+    assert fields["public_share"] == 0.25
+    assert setup.federate(config).parts["public"] == federation.parts["public"]
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs without figures, which take longer than these runs."""
+    monkeypatch.setattr(train.report, "write", lambda *args: None)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_feddf_runs_resumes_and_is_evaluated(tmp_path):
+    train.train(DISTILLED, tmp_path / "whole")
+    train.train(DISTILLED.replace(rounds=1), tmp_path / "grown")
+    train.train(DISTILLED, tmp_path / "grown")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "grown"))
+    without = load_run(tmp_path / "grown", with_data=False)  # models are there without the data
+    whole = load_run(tmp_path / "whole")
+    examples, _ = scoring.examples_of(whole)
+    (row,) = scoring.score(whole, examples)
+    assert row["method"] == "feddf"
+    assert 0 <= row["accuracy"] <= 1
+    assert_same(without.methods["feddf"].params(), whole.methods["feddf"].params())
+    with pytest.raises(ValueError, match="public_share"):
+        train.train(DISTILLED.replace(public_share=0.5), tmp_path / "grown")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--method", "feddf"],
+            "feddf needs public data and public_share=0 leaves none: give public_share, for example",
+        ),
+        (["--public-share", "1"], "public_share must lie in [0, 1), got 1"),
+        (["--public-share", "-0.1"], "public_share must lie in [0, 1), got -0.1"),
+        (["--public-share", "nan"], "public_share must be finite"),
+        (["--public-share", "some"], "'some'"),
+        (["--public-share", "0.0001"], "public_share: a share of 0.0001 of 1438 examples holds out 0"),
+        (["--public-share", "0.9999"], "public_share: a share of 0.9999 of 1438 examples holds out 1438 and leaves 0"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, tmp_path):
+    result = CliRunner().invoke(commands.main, ["train", "--no-cache", "--out", str(tmp_path / "run"), *words])
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_public_data_that_no_method_takes_is_said():
+    given = ["public_share"]
+    (said,) = setup.unused(DISTILLED.replace(methods=("fedavg",), settings={}), given)
+    assert said.endswith("none of fedavg takes public data: it is for feddf")
+    assert setup.unused(DISTILLED, given) == []
+    assert "feddf" in methods.names()
