@@ -98,6 +98,7 @@ from fedjax_core.groups import Groups
 from fedjax_core.lengths import Measured, first_length, measured, per_length
 from fedjax_core.messages import Part, PartState, Pass, uploads, with_part
 from fedjax_core.partition import Hole, Where, combine, leaf_paths, partition
+from fedjax_core.phases import merge_phases
 from fedjax_core.placement import client_mesh, place, replicated, shardings
 from fedjax_core.plans import Plan
 from fedjax_core.population import Cohort, Population
@@ -242,6 +243,7 @@ __all__ = [
     "masks",
     "mean_over_participants",
     "measured",
+    "merge_phases",
     "messages",
     "metric_values",
     "needed_memory",

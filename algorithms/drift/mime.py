@@ -141,10 +141,10 @@ def _frozen(
             step=client_step,
             final=lambda shared, y: (optax.tree.sub(y, shared[0]), ()),
         )
-        shared = state.params, state.opt_state, *download(c)
+        shared = fc.Message(state.params, 0), state.opt_state, *download(c)  # clients have x from the first pass
         results = clients.run(program, shared, cohort, key)
         params = fc.add_scaled(state.params, server_lr, results.aggregate)
         _, opt_state = optimizer.update(fc.sums.widen(c), state.opt_state, fc.sums.widen(state.params))
-        return MimeState(params, opt_state), results._replace(bytes_up=results.bytes_up + full.bytes_up)
+        return MimeState(params, opt_state), fc.merge_phases(results, bytes_of=[full])
 
     return fc.federated(init, update)

@@ -1,6 +1,6 @@
 """SCAFFOLD."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import optax
 
@@ -71,9 +71,12 @@ def scaffold(
         return (optax.tree.sub(done.params, x), optax.tree.sub(c_i_new, c_i)), c_i_new
 
     def update(state: ScaffoldState, cohort: fc.Cohort, key: fc.Key):
+        x: Any = state.params
         at_x: fc.PyTree = ()
+        passes: list[fc.ClientResults] = []
         if option == "I":
-            at_x = clients.full_pass().run(gradient_at_x, state.params, cohort, key).outputs
+            passes = [clients.full_pass().run(gradient_at_x, x, cohort, key)]
+            at_x, x = passes[0].outputs, fc.Message(x, 0)  # clients have x from the first pass
         program = fc.local_descent(
             fc.optimizer_at(client_optimizer, state.round),
             direction,
@@ -81,12 +84,12 @@ def scaffold(
             upload=upload,
             with_mean=option == "II",
         )
-        shared = state.params, fc.sums.cast_like(state.control, state.params)
+        shared = x, fc.sums.cast_like(state.control, state.params)
         own = fc.gather(state.client_controls, cohort), at_x
         results = clients.run(program, shared, cohort, key, client_inputs=own)
         delta, change = results.aggregate
         params = fc.add_scaled(state.params, server_lr, delta)
         control, client_controls = controls.updated(state, change, results, cohort, num_clients)
-        return ScaffoldState(params, control, client_controls), results
+        return ScaffoldState(params, control, client_controls), fc.merge_phases(results, bytes_of=passes)
 
     return fc.federated(init, update)

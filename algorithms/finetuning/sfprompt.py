@@ -101,7 +101,8 @@ def sfprompt(
         return loss, optax.tree.add(of_tail, of_head)
 
     def update(state: fc.ModelState, cohort: fc.Cohort, key: fc.Key):
-        x, public, examples = state.params, cohort.public, cohort.examples
+        public, examples = cohort.public, cohort.examples
+        x: Any = state.params
         optimizer = fc.optimizer_at(client_optimizer, state.round)
 
         def own_gradient(y, batch, x, own):
@@ -113,10 +114,12 @@ def sfprompt(
         own: Any = ()
         if not splits:
             results = alone.run(fc.local_descent(optimizer, own_gradient, upload=sent), x, cohort, key)
-            return averaged(state, cohort, results, jnp.zeros_like(cohort.sizes), ((), ()))
+            return averaged(state, cohort, [results], jnp.zeros_like(cohort.sizes), ((), ()))
+        passes: list[fc.ClientResults] = []
         if self_epochs:
             program = fc.local_descent(optimizer, own_gradient, upload=lambda done, x: ((), done.params))
-            own = alone.run(program, x, cohort, jax.random.fold_in(key, 1)).outputs
+            passes.append(alone.run(program, x, cohort, jax.random.fold_in(key, 1)))
+            x, own = fc.Message(x, 0), passes[-1].outputs  # x goes down once
         # From here on a batch holds the rows of its examples, of which pruning makes others.
         num_rows = fc.checks.leading_axis(examples)
         rows = replace(cohort, examples=jnp.arange(num_rows, dtype=jnp.int32))
@@ -136,8 +139,8 @@ def sfprompt(
                 score,
                 lambda x, done: ((), done[1]),
             )
-            scores = clients.full_pass().run(scoring, x, rows, jax.random.fold_in(key, 2), client_inputs=own).outputs
-            rows = pruned(rows, jnp.sum(scores, axis=0), keep)
+            passes.append(clients.full_pass().run(scoring, x, rows, jax.random.fold_in(key, 2), client_inputs=own))
+            x, rows = fc.Message(state.params, 0), pruned(rows, jnp.sum(passes[-1].outputs, axis=0), keep)
 
         def step(x, now, batch):
             (y, opt_state), count = now
@@ -150,22 +153,23 @@ def sfprompt(
 
         program = fc.ClientProgram(start, step, lambda x, done: (optax.tree.sub(done[0][0], x), done[1]))
         with_server = clients._replace(weights=_before_pruning(clients.weights, cohort))
-        results = with_server.run(program, x, rows, key, client_inputs=own)
+        passes.append(with_server.run(program, x, rows, key, client_inputs=own))
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), examples)
-        s = jax.eval_shape(model.head, x, public, one, key)
-        return averaged(state, cohort, results, rows.sizes, (s, jax.eval_shape(model.body, public, s, key)))
+        s = jax.eval_shape(model.head, state.params, public, one, key)
+        return averaged(state, cohort, passes, rows.sizes, (s, jax.eval_shape(model.body, public, s, key)))
 
-    def averaged(state: fc.ModelState, cohort: fc.Cohort, results: fc.ClientResults, kept: fc.Array, cut: Any):
+    def averaged(state: fc.ModelState, cohort: fc.Cohort, passes: list[fc.ClientResults], kept: fc.Array, cut: Any):
         """The new model and what has traveled, `cut` being what one example's s and r are."""
-        s, r = cut
-        of_model = results.bytes_up + results.bytes_down
+        (s, r), (*before, results) = cut, passes
+        merged = fc.merge_phases(results, bytes_of=before)  # the loss is that of the whole model
+        of_model = merged.bytes_up + merged.bytes_down
         examples = results.outputs.astype(of_model.dtype) if jax.tree.leaves(cut) else jnp.zeros_like(of_model)
         up = examples * (fc.num_bytes(s) + fc.num_bytes(_floats(r)))
         down = examples * (fc.num_bytes(r) + fc.num_bytes(_floats(s)))
-        results = results._replace(bytes_up=results.bytes_up + up, bytes_down=results.bytes_down + down)
+        merged = merged._replace(bytes_up=merged.bytes_up + up, bytes_down=merged.bytes_down + down)
         params = fc.add_scaled(state.params, 1.0, results.aggregate)
         extra = [fc.mean_over_participants(values, cohort) for values in (of_model, up + down, kept)]
-        return state._replace(params=params), results, SFPromptMetrics(*extra)
+        return state._replace(params=params), merged, SFPromptMetrics(*extra)
 
     return fc.federated(fc.ModelState, update)
 

@@ -120,16 +120,16 @@ def fedgh(
     def update(state: FedGHState, cohort: fc.Cohort, key: fc.Key):
         has_begun = state.round > 0
         sent = fc.Message((state.params, has_begun), jnp.where(has_begun, fc.num_bytes(state.params), 0))
-        results, tables = [], []
+        results, tables, prototypes = [], [], []
         for g, (table, part) in enumerate(zip(state.clients, groups.split(cohort), strict=True)):
             trained = clients.run(train(g, state), sent, part, key, fc.gather(table, part))
             program = class_means(tasks[g], state.first[g], cohort.examples, labels, num_classes)
             means = clients.full_pass().run(program, (), part, key, trained.outputs, aggregator=fc.stacked())
-            results.append(trained._replace(aggregate=means.aggregate, bytes_up=trained.bytes_up + means.bytes_up))
+            results.append(fc.merge_phases(trained, bytes_of=[means]))
             tables.append(fc.scatter(table, part, trained.outputs))
-        merged = groups.merge(cohort, results)
-        pairs = in_order(cohort, groups.join(cohort, merged.aggregate))
-        return state._replace(params=taught(state, pairs), clients=tuple(tables)), merged
+            prototypes.append(means.aggregate)
+        pairs = in_order(cohort, groups.join(cohort, prototypes))
+        return state._replace(params=taught(state, pairs), clients=tuple(tables)), groups.merge(cohort, results)
 
     def taught(state: FedGHState, pairs: Pairs) -> tuple[fc.Array, ...]:
         def loss(h: Any, r: fc.Array, c: fc.Array) -> fc.Array:

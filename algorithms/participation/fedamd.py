@@ -130,19 +130,17 @@ def fedamd(
         V = fc.sums.cast_like(V, state.params)
 
         program = fc.ClientProgram(client_init, client_step, client_final)
-        miners = clients.run(program, (state.params, V), cohort.only(cohort.mask & ~anchor), key)
+        # An anchor gets x and sends v_i; a miner gets x and V and sends y_i - x, and v_i if it is new.
+        x = fc.Message(state.params, jnp.where(asked.mask, 0, fc.num_bytes(state.params)))
+        miners = clients.run(program, (x, V), cohort.only(cohort.mask & ~anchor), key)
         params = fc.add_scaled(state.params, server_lr, miners.aggregate)
 
         change = optax.tree.sub(fc.sums.widen(v), old.gradient)
         total = optax.tree.add(total, fc.sums.weighted(weights * (anchor & old.known), change))
         anchors = fc.scatter(state.anchors, asked, Anchor(v, asked.mask))
-        # An anchor gets x and sends v_i; a miner gets x and V and sends y_i - x, and v_i if it is new.
-        results = miners._replace(
-            weights=weights,
-            loss=jnp.where(anchor, full.loss, miners.loss),
-            bytes_up=miners.bytes_up + full.bytes_up,
-            bytes_down=jnp.where(anchor, full.bytes_down, miners.bytes_down),
-        )
+        # The loss is a miner's that of its steps, and an anchor's the one at x.
+        measured = full._replace(steps=jnp.where(anchor, full.steps, 0))
+        results = fc.merge_phases(measured, miners)
         counts = FedAMDMetrics(jnp.sum(anchor, dtype=jnp.int32), jnp.sum(new, dtype=jnp.int32))
         return FedAMDState(params, anchors, total, weight), results, counts
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
@@ -76,17 +75,6 @@ def trained_jointly(
         return PersonalState(params, fc.scatter(state.personal, cohort, results.outputs)), results
 
     return fc.federated(lambda params: begun(params, cut, num_clients), update, views={"personal": own_part(cut)})
-
-
-def chained(first: fc.ClientResults, last: fc.ClientResults) -> fc.ClientResults:
-    """Two phases of local training as one: their steps, and the mean loss over them; the rest is the last one's.
-
-    For a first phase that sends nothing and starts from what the last one is sent too.
-    """
-    steps = first.steps + last.steps
-    share = first.steps.astype(last.loss.dtype) / jnp.maximum(steps, 1).astype(last.loss.dtype)
-    loss = share * first.loss + (1 - share) * last.loss
-    return last._replace(loss=loss, steps=steps, executed_steps=first.executed_steps + last.executed_steps)
 
 
 def tuned(loss_fn: fc.LossFn, optimizer: optax.GradientTransformation, work: fc.LocalWork) -> fc.View:

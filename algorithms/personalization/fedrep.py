@@ -1,6 +1,6 @@
 """FedRep."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import fedjax_core as fc
 from algorithms.parts import personal as parts
@@ -73,16 +73,16 @@ def fedrep(
         return on_head.run(program, cut(state.params)[1], cohort, key, client_inputs=fc.gather(state.personal, cohort))
 
     def update(state: PersonalState, cohort: fc.Cohort, key: fc.Key):
-        heads, h, body_key = None, fc.gather(state.personal, cohort), key
+        phases, h, body_key = [], fc.gather(state.personal, cohort), key
+        x: Any = cut(state.params)[1]
         if head_epochs:
             head_key, body_key = fc.keys.split(key)
-            heads = fit_heads(state, cohort, head_key)
-            h = heads.outputs
+            phases.append(fit_heads(state, cohort, head_key))
+            h, x = phases[0].outputs, fc.Message(x, 0)  # clients have x from the first phase
         program = fc.local_descent(fc.optimizer_at(client_optimizer, state.round), of_body)
-        results = clients.run(program, cut(state.params)[1], cohort, body_key, client_inputs=h)
-        params = parts.moved(state, cut, results.aggregate, server_lr)
-        state = PersonalState(params, fc.scatter(state.personal, cohort, h))
-        return state, results if heads is None else parts.chained(heads, results)
+        phases.append(clients.run(program, x, cohort, body_key, client_inputs=h))
+        params = parts.moved(state, cut, phases[-1].aggregate, server_lr)
+        return PersonalState(params, fc.scatter(state.personal, cohort, h)), fc.merge_phases(*phases)
 
     def last(state: PersonalState, cohort: fc.Cohort, key: fc.Key) -> PersonalState:
         heads = fit_heads(state, cohort, key).outputs

@@ -88,15 +88,17 @@ def ifca(
 
     def update(state: IFCAState, cohort: fc.Cohort, key: fc.Key):
         before = fc.gather(state.choices, cohort)
-        chosen = clients.full_pass().run(choosing, state.params, cohort, key, client_inputs=before).outputs
+        choices = clients.full_pass().run(choosing, state.params, cohort, key, client_inputs=before)
+        chosen, models = choices.outputs, fc.Message(state.params, 0)  # clients have them from the first pass
         optimizer = fc.optimizer_at(client_optimizer, state.round)
         program = fc.local_descent(optimizer, gradient, start=model_of, upload=upload)
         results = clients.run(
-            program, state.params, cohort, key, client_inputs=chosen, aggregator=fc.segment_mean(num_models)
+            program, models, cohort, key, client_inputs=chosen, aggregator=fc.segment_mean(num_models)
         )
         step, members = results.aggregate
         params = fc.add_scaled(state.params, server_lr, step)
-        return IFCAState(params, members, fc.scatter(state.choices, cohort, chosen)), results
+        state = IFCAState(params, members, fc.scatter(state.choices, cohort, chosen))
+        return state, fc.merge_phases(results, bytes_of=[choices])
 
     personal = fc.View(
         lambda state: state.params,

@@ -198,12 +198,13 @@ def scaffold_zo(
         each = num_queries(num_directions, state.params)
         if option == "I":
             at_x = clients.one_step().run(one_estimate(estimate), state.params, cohort, control_key)
-            # The c_i have gone up in that pass; of the local steps only y_i - x does.
+            # The c_i have gone up in that pass, and x down; of the local steps only y_i - x goes up.
             program = fc.local_descent(optimizer, direction, start=fc.first_part)
-            results = clients.run(program, (state.params, at_x.aggregate), cohort, key, client_inputs=at_x.outputs)
-            results = results._replace(bytes_up=results.bytes_up + at_x.bytes_up)
+            shared = fc.Message(state.params, 0), at_x.aggregate
+            results = clients.run(program, shared, cohort, key, client_inputs=at_x.outputs)
             queries = (fc.sums.total(at_x.steps) + fc.sums.total(results.steps)) * each
             delta = results.aggregate
+            results = fc.merge_phases(results, bytes_of=[at_x])
         else:
             program = fc.local_descent(
                 optimizer, direction, start=fc.first_part, upload=controls.upload, with_mean=True

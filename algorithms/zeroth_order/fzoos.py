@@ -310,8 +310,8 @@ def fzoos(
         )
         nu, value_of_old = surveyed.aggregate
         program = fc.ClientProgram(client_init, client_step, client_final)
-        # A newcomer has no use for nu.
-        shared = x, fc.Message(nu, jnp.where(new, 0, fc.num_bytes(nu)))
+        # All have x from the pass before; a newcomer has no use for nu.
+        shared = fc.Message(x, 0), fc.Message(nu, jnp.where(new, 0, fc.num_bytes(nu)))
         results = clients.run(program, shared, cohort, local_key, client_inputs=(memories, nu_i, values, ~new))
         memories, accuracy = results.outputs
         x_new = fc.add_scaled(x, server_lr, results.aggregate)
@@ -320,8 +320,7 @@ def fzoos(
         share = weights / jnp.where(jnp.sum(weights) > 0, jnp.sum(weights), 1)
         of_new = jnp.sum(share * new)
         at_x = of_new * looked.aggregate + (1 - of_new) * value_of_old
-        # x goes down once.
-        bytes_up, bytes_down = results.bytes_up + surveyed.bytes_up + looked.bytes_up, results.bytes_down
+        passes = [surveyed, looked]
         # Counted in floats: many clients with many steps ask more than int32 can count.
         asked = fc.sums.total(new) * (1 + initial) + fc.sums.total(cohort.mask & ~new) * (1 + survey)
         asked += fc.sums.total(results.steps) * (active + 1)
@@ -329,7 +328,7 @@ def fzoos(
             last = fc.ClientProgram(lambda x, i, key: jnp.zeros((), x.dtype), value_step, lambda x, f: (f, ()))
             check = once.run(last, x_new, cohort, safeguard_key)
             x_new = jnp.where(check.aggregate < at_x, x_new, x)
-            bytes_up, bytes_down = bytes_up + check.bytes_up, bytes_down + check.bytes_down
+            passes.append(check)
             asked += fc.sums.total(check.steps)
 
         def measured(mean: fc.Array) -> fc.Array:
@@ -341,7 +340,7 @@ def fzoos(
             accuracy = jax.tree.map(lambda total: measured(jnp.sum(share * total / steps)), accuracy)
         state = FZooSState(params, fc.scatter(state.memories, cohort, memories))
         extra = FZooSMetrics(asked, measured(at_x), accuracy if diagnose else ())
-        return state, results._replace(bytes_up=bytes_up, bytes_down=bytes_down), extra
+        return state, fc.merge_phases(results, bytes_of=passes), extra
 
     return fc.federated(init, update)
 
