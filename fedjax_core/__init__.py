@@ -96,7 +96,7 @@ from fedjax_core.gradients import (
 )
 from fedjax_core.groups import Groups
 from fedjax_core.lengths import Measured, first_length, measured, per_length
-from fedjax_core.messages import Part, PartState, Pass, uploads, with_part
+from fedjax_core.messages import Admission, Part, PartState, Pass, Traffic, uploads, with_part
 from fedjax_core.partition import Hole, Where, combine, leaf_paths, partition
 from fedjax_core.phases import merge_phases
 from fedjax_core.placement import client_mesh, place, replicated, shardings
@@ -133,6 +133,7 @@ except PackageNotFoundError:  # a source tree on the path that is not installed
 __all__ = [
     "Adaptation",
     "AdapterLossFn",
+    "Admission",
     "Aggregator",
     "Algorithm",
     "Array",
@@ -189,6 +190,7 @@ __all__ = [
     "Stream",
     "Task",
     "TaskOfEachGroup",
+    "Traffic",
     "Trial",
     "ValidSampler",
     "Variables",

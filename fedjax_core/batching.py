@@ -64,6 +64,16 @@ class LocalWork(NamedTuple):
             count = jnp.minimum(_per_client(self.num_epochs, ids), most) * per_epoch
         return jnp.where(sizes > 0, jnp.maximum(count, 1), 0).astype(jnp.int32)
 
+    def examples(self, ids: Array, sizes: Array) -> Array:
+        """float[C], number of examples in all local steps of each client, each as often as it is seen."""
+        steps = self.steps(ids, sizes)
+        per_epoch = jnp.maximum(-(-sizes // self.batch_size), 1)
+        epochs, rest = steps // per_epoch, steps % per_epoch
+        dtype = jnp.result_type(float)
+        if self.order == "replacement":  # every batch is full
+            return steps.astype(dtype) * self.batch_size
+        return epochs.astype(dtype) * sizes + rest.astype(dtype) * self.batch_size
+
     def check(self, cohort: Cohort) -> None:
         """Compares the local work with the clients that do it.
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, bounded_sum, itself, mapped
 from fedjax_core.algorithm import Algorithm, Event, is_private, separate
+from fedjax_core.batching import LocalWork
 from fedjax_core.clients import (
     ClientProgram,
     ClientResults,
@@ -216,12 +217,44 @@ class Pass(NamedTuple):
 Around = Callable[[Any, Pass, Key], tuple[ClientResults, Any, Any]]
 
 
+class Traffic(NamedTuple):
+    """What a round asks of its clients, as it is known before the round: all passes together.
+
+    Attributes:
+      examples: float[C], examples that a client trains on, each as often as it does.
+      bytes_up: float[C], bytes that it sends, as the parts inside leave them. Where a `Message` states its size as a
+        traced number, which is not known yet, those of its arrays count.
+      bytes_down: float[C], bytes that it is sent, likewise.
+    """
+
+    examples: Array
+    bytes_up: Array
+    bytes_down: Array
+
+
+class Admission(NamedTuple):
+    """Who takes part in a round, which a part decides before the method knows of it: by clocks, budgets, availability.
+
+    Attributes:
+      choose: `choose(state, cohort, traffic, key) -> (cohort, state, info)`, once a round: the cohort with fewer
+        participants (`Cohort.only`), and a pytree of arrays that the metrics show.
+      begin: `begin() -> state`, the state before the first round, a pytree of arrays; nothing unless given.
+    """
+
+    choose: Callable[[Any, Cohort, Traffic, Key], tuple[Cohort, Any, Any]]
+    begin: Callable[[], Any] = lambda: ()
+
+
+def _as_it_is(state: Any, asked: Pass, key: Key) -> tuple[ClientResults, Any, tuple[()]]:
+    return asked.run(), state, ()
+
+
 class Part(NamedTuple):
-    """What happens to the passes of a method on their way to the server and back.
+    """What happens to the passes of a method on their way to the server and back, or to its cohorts.
 
     Attributes:
       around: `around(state, pass, key) -> (results, state, info)`: sends the pass on with `pass.run()`, changed as it
-        may be. info is a pytree of arrays that the metrics show.
+        may be. info is a pytree of arrays that the metrics show. As it is unless given.
       init: `init(upload, num_clients) -> state` of one pass, from the shapes of what a client uploads; a
         `ClientTable` in it has a row for every client. Of a pass of a group (`Groups.split`) they are the group's
         clients. No state unless given.
@@ -229,12 +262,14 @@ class Part(NamedTuple):
       private: whether the part hides by noise what clients send and who has sent something. Then a round without
         participants is a round like any other, with its noise, and what would reach the server beside the part is
         refused: uploads of events, and statistics that are averaged around it.
+      admission: who takes part in a round, or None: everybody in the cohort.
     """
 
-    around: Around
+    around: Around = _as_it_is
     init: Callable[[PyTree, int], Any] = lambda upload, num_clients: ()
     name: str = "part"
     private: bool = False
+    admission: Admission | None = None
 
 
 class PartState(NamedTuple):
@@ -243,10 +278,12 @@ class PartState(NamedTuple):
     Attributes:
       method: the state of the method.
       passes: of each of its passes that upload something, the state of the part.
+      admission: the state of the part's admission, () without one.
     """
 
     method: Any
     passes: tuple[Any, ...]
+    admission: Any = ()
 
     @property
     def round(self) -> Array:
@@ -261,10 +298,12 @@ class PartMetrics(NamedTuple):
     Attributes:
       method: those of the method.
       passes: of each of its passes that upload something, what the part tells.
+      admission: what its admission tells, () without one.
     """
 
     method: Any
     passes: tuple[Any, ...]
+    admission: Any = ()
 
 
 def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopulation) -> Algorithm:
@@ -292,18 +331,24 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
             if _uploads(event.run, state, like, part.name):
                 raise TypeError(_PAST.format(name, part.name))
         passes = tuple(_begun(part, upload, like.num_clients) for upload in uploads)
-        return separate(PartState(state, passes), params)
+        begun = part.admission.begin() if part.admission else ()
+        return separate(PartState(state, passes, begun), params)
 
     init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
     init._is_private = part.private or is_private(algorithm)  # type: ignore[attr-defined]
 
     def round(state: PartState, cohort: Cohort, key: Key) -> tuple[PartState, Metrics]:
+        admitted, told = state.admission, ()
+        if part.admission is not None:
+            traffic = _traffic(algorithm.round, state.method, cohort, key)
+            choice_key = jax.random.fold_in(keys.one(key), _TAG - 1)
+            cohort, admitted, told = part.admission.choose(admitted, cohort, traffic, choice_key)
         route = _Route(part, state.passes, key)
         routed = through(cohort, route)
         new, metrics = algorithm.round(state.method, replace(routed, private=part.private or cohort.private), key)
         states, infos = route.end()
-        metrics = metrics._replace(extra=PartMetrics(metrics.extra, infos))
-        return PartState(new, states), metrics
+        metrics = metrics._replace(extra=PartMetrics(metrics.extra, infos, told))
+        return PartState(new, states, admitted), metrics
 
     def of_method(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda state: function(state.method)
@@ -428,6 +473,44 @@ def _uploads(
     with replaced(without_steps):
         jax.eval_shape(round, state, population, jax.random.key(0))
     return found
+
+
+def _traffic(run: Callable[[Any, Cohort, Key], Any], state: Any, cohort: Cohort, key: Key) -> Traffic:
+    """What a round asks of the clients of a cohort, by tracing it without the clients' steps."""
+    passes: list[tuple[LocalWork, Any, Any, tuple[Groups, int] | None]] = []
+
+    def record(asked: Pass) -> ClientResults:
+        up: list[Any] = []
+
+        def final(shared: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
+            upload, output = asked.program.final(shared, carry)
+            up.append(_known_bytes(upload))
+            return upload, output
+
+        asked._replace(program=asked.program._replace(final=final)).upload()
+        passes.append((asked.options["work"], up[-1], _known_bytes(asked.shared), asked.cohort.group))
+        return asked.run()
+
+    def alone(state: Any, cohort: Cohort, key: Key) -> Any:
+        return run(state, through(cohort, record), key)
+
+    with replaced(without_steps):
+        jax.eval_shape(alone, state, replace(cohort, route=None), key)
+    traffic = Traffic(*[jnp.zeros(cohort.ids.shape)] * 3)
+    for work, bytes_up, bytes_down, group in passes:
+        own = cohort.mask
+        if group is not None:
+            groups, number = group
+            own &= cohort.per_client("groups", groups.of) == number
+        asked = Traffic(work.examples(cohort.ids, cohort.sizes), bytes_up, bytes_down)
+        traffic = jax.tree.map(lambda so_far, more, own=own: so_far + jnp.where(own, more, 0), traffic, asked)
+    return traffic
+
+
+def _known_bytes(tree: PyTree) -> Any:
+    """Bytes of a tree on the wire as far as they are known while tracing."""
+    size = sizes.sent_bytes(tree)
+    return size if checks.is_concrete(size) else float(sizes.num_bytes(sizes.opened(tree)))
 
 
 def uploads(algorithm: Algorithm, params: Params, *, like: Population | HostPopulation) -> list[PyTree]:

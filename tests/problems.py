@@ -107,6 +107,7 @@ def every_part(malicious, *, top_k: float) -> dict[str, Part]:
         "sign_flip": messages.sign_flip(malicious),
         "alie": messages.alie(malicious),
         "inner_product_manipulation": messages.inner_product_manipulation(malicious),
+        "deadline": messages.deadline(9.0, seconds_per_example=0.1),
         "observed": messages.observed(),
         "rank_reversal": messages.rank_reversal(malicious),
     }

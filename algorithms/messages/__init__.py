@@ -1,6 +1,7 @@
-"""Parts for any method (`fedjax_core.messages.with_part`): codecs, rules, attacks, privacy, observers."""
+"""Parts for any method (`fedjax_core.messages.with_part`): codecs, rules, attacks, privacy, observers, clocks."""
 
 from algorithms.messages.attacks import alie, inner_product_manipulation, rank_reversal, sign_flip
+from algorithms.messages.clocks import deadline
 from algorithms.messages.codecs import stochastic_rounding, top_k
 from algorithms.messages.observers import observed
 from algorithms.messages.privacy import client_level_dp
@@ -10,6 +11,7 @@ __all__ = [
     "alie",
     "client_level_dp",
     "coordinate_median",
+    "deadline",
     "inner_product_manipulation",
     "krum",
     "observed",

@@ -23,7 +23,7 @@ import algorithms
 from algorithms import messages
 from algorithms.parts.options import grouped, option_tuples
 from fedjax_core import Groups, Split, Task, aggregation, clients, needs, testing
-from fedjax_core.messages import Part, with_part
+from fedjax_core.messages import Admission, Part, with_part
 from tests.problems import (
     assert_trees_equal,
     every_part,
@@ -275,7 +275,8 @@ N = len(SIZES)
 MALICIOUS = np.arange(N) == 4
 PARTS = every_part(MALICIOUS, top_k=0.4)
 IDENTITY = Part(lambda state, asked, key: (asked.run(), state, ()), name="identity")
-WITHOUT_EFFECT = [IDENTITY, messages.sign_flip(np.zeros(N, bool)), messages.alie(np.zeros(N, bool))]
+EVERYBODY = Part(admission=Admission(lambda state, cohort, traffic, key: (cohort, state, ())), name="everybody")
+WITHOUT_EFFECT = [EVERYBODY, IDENTITY, messages.sign_flip(np.zeros(N, bool)), messages.alie(np.zeros(N, bool))]
 
 
 def around(method, parts):
@@ -357,7 +358,7 @@ def test_every_part_is_there():
 
 @every_method
 def test_parts_without_effect_leave_the_program_as_it_is(name):
-    """So that they give the same bits: nobody malicious, or nothing done."""
+    """So that they give the same bits: nobody malicious, nobody left out, or nothing done."""
     with jax.enable_x64(True):
         plain, constants = program(name, [])
         wrapped, others = program(name, WITHOUT_EFFECT)

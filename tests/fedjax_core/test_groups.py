@@ -231,6 +231,17 @@ def test_parts_keep_rows_of_a_group_alone_and_pass_nothing_by():
     assert_trees_close(state.method, rounds()[0], rtol=1e-12)
 
 
+def test_what_a_round_asks_of_a_client_is_what_the_pass_of_its_group_does():
+    """Known before the round, and counted once for each client."""
+    tells = fc.Part(admission=fc.Admission(lambda state, cohort, traffic, key: (cohort, state, traffic)))
+    wrapped = fc.with_part(alone(), tells, like=POPULATION)
+    _, metrics = jax.jit(wrapped.round)(wrapped.init(MODELS), POPULATION.cohort([4, 0, -1, 3, 1]), KEY)
+    traffic = metrics.extra.admission
+    np.testing.assert_array_equal(traffic.examples, [4, 2, 0, 0, 3])
+    np.testing.assert_array_equal(traffic.bytes_up, [8, 8, 0, 0, 8])
+    np.testing.assert_array_equal(traffic.bytes_down, [8, 8, 0, 0, 8])
+
+
 def test_bytes_and_executed_steps_of_groups_add_up():
     cohort = POPULATION.cohort([0, 4, -1, 3])
     parts = GROUPS.split(cohort)

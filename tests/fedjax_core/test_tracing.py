@@ -18,6 +18,7 @@ GRADIENTS = {"fedavg": 1, "scaffold": 1, "fedper": 1, "feddyn": 1, "fedsam": 2, 
 PARTS = {
     "none": (),
     "codec and privacy": (parts.top_k(0.5), parts.client_level_dp(1.0, 0.1, expected=3.0)),
+    "clock": (parts.deadline(1.0, seconds_per_example=0.1),),
     "attack and rule": (parts.sign_flip([True] + [False] * (CLIENTS - 1)), parts.coordinate_median()),
 }
 
