@@ -28,8 +28,17 @@ def is_concrete(value: object) -> bool:
 
 def positive_int(name: str, value: object, fix: str) -> int:
     """Returns `value` as an int from 1 to 2^31 - 1, or raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.200}: {fix}")
+    return _int(name, value, fix, 1)
+
+
+def count(name: str, value: object, fix: str) -> int:
+    """Returns `value` as an int from 0 to 2^31 - 1, or raises ValueError."""
+    return _int(name, value, fix, 0)
+
+
+def _int(name: str, value: object, fix: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r:.200}: {fix}")
     if value > LARGEST_INT:
         raise ValueError(f"{name} must be at most {LARGEST_INT}, which int32 can hold, got {value!r}: lower it")
     return int(value)

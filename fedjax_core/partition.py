@@ -7,7 +7,7 @@ structure with a `Hole` where another part has the leaf. A hole has no leaves, s
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -85,11 +85,17 @@ def combine(*parts: PyTree) -> Any:
     if not parts:
         raise ValueError("combine needs the parts of a tree, got none: pass all that partition gave")
     flat: list[Any] = [jax.tree.flatten(part, is_leaf=_is_hole) for part in parts]
+    if len(parts) == 1 and isinstance(parts[0], list | tuple) and not isinstance(parts[0], Hole):
+        several = [part for part in parts[0] if any(map(_is_hole, jax.tree.leaves(part, is_leaf=_is_hole)))]
+        if len(several) > 1:
+            raise ValueError(
+                f"combine got one {type(parts[0]).__name__} of {len(parts[0])} parts: call combine(*parts)"
+            )
     for number, (_, treedef) in enumerate(flat[1:], 1):
         if treedef != flat[0][1]:
             raise ValueError(
-                f"the parts must be of one structure, but part {number} is {treedef!s:.300} where part 0 is "
-                f"{flat[0][1]!s:.300}: combine the parts of one tree"
+                f"the parts must be of one structure, but {_difference(parts[0], parts[number], number)}; "
+                "combine the parts that partition has given of one tree"
             )
     found = []
     for i, candidates in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
@@ -109,10 +115,54 @@ def _is_hole(node: Any) -> bool:
     return isinstance(node, Hole)
 
 
+def _difference(first: PyTree, other: PyTree, number: int, path: str = "") -> str:
+    """Where two trees of different structures differ first, in words; `other` is of part `number`."""
+    one, two, name = _children(first), _children(other), f"part {number}"
+    if one is not None and two is not None:
+        for has, lacks, these, those, node in (("part 0", name, one, two, other), (name, "part 0", two, one, first)):
+            more = next((child for child in these if child not in those), None)
+            if more is not None:
+                whole, kind = _joined(path, more), _text_of_node(node)
+                return f"{has} has {whole!r}, and {lacks} does not: there it is {kind}"
+        for child in one:
+            pair: list[Any] = [jax.tree.structure(node[child], is_leaf=_is_hole) for node in (one, two)]
+            if pair[0] != pair[1]:
+                return _difference(one[child], two[child], number, _joined(path, child))
+    at = f"has at {path!r}" if path else "is"
+    return f"part 0 {at} {_text_of_node(first)}, and {name} {_text_of_node(other)}"
+
+
+def _children(node: PyTree) -> dict[str, Any] | None:
+    """What a node holds by name; None for a leaf and for a hole."""
+    if _is_hole(node):
+        return None
+    found = tree_flatten_with_path(node, is_leaf=lambda other: other is not node)[0]
+    return None if any(not path for path, _ in found) else {keystr(path, simple=True): child for path, child in found}
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _text_of_node(node: PyTree) -> str:
+    children = _children(node)
+    if children is None:
+        return "a hole" if _is_hole(node) else "a leaf"
+    if node is None:
+        return "None"
+    inside = ", ".join(map(repr, list(children)[:3])) + ", ..." * (len(children) > 3)
+    return f"a {type(node).__name__} with {inside or 'nothing in it'}"
+
+
 def _chosen(where: Where, paths: tuple[str, ...], leaves: list[Any]) -> list[int]:
     """Indices of the leaves that `where` chooses."""
     if isinstance(where, str):
         return _below(where, paths)
+    if isinstance(where, Mapping):
+        raise TypeError(
+            f"where must be paths, got {_text_of_node(where)}: the order is partition(tree, where), and "
+            "fedjax_core.leaf_paths(tree) are the paths of a tree"
+        )
     if isinstance(where, re.Pattern):
         found = [i for i, path in enumerate(paths) if where.fullmatch(path)]
     elif callable(where):

@@ -95,8 +95,7 @@ def feddf(
     fc.checks.positive_int("server_batch_size", server_batch_size, "128 is the paper's")
     fc.checks.positive_int("patience", patience, "1000 is the paper's")
     fc.checks.positive_int("check_every", check_every, "100 is usual")
-    if isinstance(server_steps, bool) or not isinstance(server_steps, int) or server_steps < 0:
-        raise ValueError(f"server_steps must be an integer of at least 0, got {server_steps!r}: 0 is FedAvg")
+    server_steps = fc.checks.count("server_steps", server_steps, "0 is FedAvg")
     server = server_optimizer
     if server is None:
         server = optax.adam(optax.cosine_decay_schedule(server_lr, max(server_steps, 1)))

@@ -69,8 +69,7 @@ def fedlora(
     fc.checks.one_of("rule", rule, ("factors", "norms", "products"))
     fc.checks.one_of("scaling", scaling, ("rank", "root", "constant"))
     fc.checks.scalar("alpha", alpha)
-    if ranks is not None and np.shape(ranks) != (num_clients,):
-        raise ValueError(f"ranks must be one for each of {num_clients} clients, got shape {list(np.shape(ranks))}")
+    own_ranks = None if ranks is None else _checked_ranks(ranks, num_clients)
     clients = fc.local_training(**local)
     gradient = fc.value_and_grad(loss_fn)
 
@@ -79,10 +78,12 @@ def fedlora(
 
     def init(params: fc.Params) -> FedLoRAState:
         most = _largest_rank(params)
-        own = np.full(num_clients, most) if ranks is None else np.asarray(ranks)
-        if own.min() < 1 or own.max() > most:
-            bad = own.min() if own.min() < 1 else own.max()
-            raise ValueError(f"ranks holds {bad}, but those of the adapter are 1 to {most}: make it of a larger rank")
+        own = np.full(num_clients, most) if own_ranks is None else own_ranks
+        if own.max() > most:
+            raise ValueError(
+                f"ranks[{own.argmax()}] is {own.max()}, but the adapter's rank is {most}: make it of a larger rank, "
+                f"models.adapters.lora({own.max()}), or lower the clients'"
+            )
         return FedLoRAState(params, fc.ClientTable(jnp.asarray(own, jnp.int32)))
 
     def received(x: fc.Params, rank: fc.Array) -> fc.Params:
@@ -152,6 +153,25 @@ def fedlora(
     return fc.federated(init, update, views={"personal": personal}, main="global")
 
 
+def _checked_ranks(ranks: Any, num_clients: int) -> np.ndarray:
+    """The clients' ranks, int[num_clients], or ValueError."""
+    fix = f"pass one for each client, such as [1 + i % 4 for i in range({num_clients})]"
+    if not all(map(fc.checks.is_concrete, jax.tree.leaves(ranks))):
+        raise ValueError(f"ranks must be known when the method is made, got traced ones: {fix}")
+    try:
+        found = np.asarray(ranks)
+    except ValueError:  # of rows that differ in length
+        found = np.asarray(None)
+    if found.shape != (num_clients,) or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(
+            f"ranks must be {num_clients} integers, got {ranks!r:.60} of shape {list(found.shape)} and type "
+            f"{found.dtype}: {fix}"
+        )
+    if found.min() < 1:
+        raise ValueError(f"ranks[{found.argmin()}] is {found.min()}, and the lowest is 1: leave such a client out")
+    return found
+
+
 def _is_part(node: Any) -> bool:
     return isinstance(node, dict) and node.keys() == {"A", "B"} and jnp.ndim(node["A"]) == jnp.ndim(node["B"]) == 2
 
@@ -178,7 +198,8 @@ def _cut(tree: fc.Params, rank: fc.Array, times: Any = 1.0) -> fc.Params:
 
 
 def _largest_rank(params: fc.Params) -> int:
-    found = {node["A"].shape[1] for node in jax.tree.leaves(params, is_leaf=_is_part) if _is_part(node)}
+    parts = [node for node in jax.tree.leaves(params, is_leaf=_is_part) if _is_part(node)]
+    found = {rank for part in parts for rank in (part["A"].shape[1], part["B"].shape[0])}
     if len(found) != 1:
         raise ValueError(
             "params must hold parts {'A': [in, r], 'B': [r, out]} of one rank, got "

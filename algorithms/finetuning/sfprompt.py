@@ -75,8 +75,7 @@ def sfprompt(
         )
     fc.checks.scalar("keep", keep, low=0, high=1)
     fc.checks.one_of("scored", scored, ("after", "before"))
-    if isinstance(self_epochs, bool) or not isinstance(self_epochs, int) or self_epochs < 0:
-        raise ValueError(f"self_epochs must be an integer of at least 0, got {self_epochs!r}: 0 leaves that phase out")
+    self_epochs = fc.checks.count("self_epochs", self_epochs, "0 leaves that phase out")
     prunes = not (fc.checks.is_concrete(keep) and keep == 1)
     splits = not (fc.checks.is_concrete(keep) and keep == 0)
     if not splits and not self_epochs:

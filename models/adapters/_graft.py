@@ -1,14 +1,16 @@
 """One function that grafts any adapter on any model."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedjax_core import Array, Key, Params, leaf_paths, partition
+from fedjax_core import Array, Hole, Key, Params, checks, leaf_paths, partition
 from models._common import Model, Stage, span
 
 Rank = int | Array | None
@@ -86,10 +88,19 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
       An `Adapted`.
 
     Raises:
+      TypeError: if `model` or `adapter` is something else.
       ValueError: if `where` is missing or chooses no layer that the adapter is for; from `apply`, if a layer with a
         part was not run as a flax module, so that its part would be ignored; from `merge`, if the adapter is none that
-        can be merged; for a `rank` that the adapter does not know.
+        can be merged; from all of them, if base or adapter are not those of this model; for a `rank` that the adapter
+        does not know.
     """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model must be a Model, got {type(model).__name__}: the order is adapted(model, adapter, where)"
+        )
+    if not isinstance(adapter, Adapter):
+        hint = ", and call what makes it" if callable(adapter) else ""
+        raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}: pass adapters.lora(rank=8){hint}")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     layers = _layers(model, adapter, where, shapes)
     if adapter.layer is None and not model.stages:
@@ -103,6 +114,16 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
             return adapter.init(key, shapes, model.stages)
         return {path: adapter.init(_own(key, path), _at(shapes, path)) for path in layers}
 
+    @cache
+    def expected() -> dict[str, Any]:
+        return _leaves(jax.eval_shape(lambda: init(jax.random.key(0))))
+
+    of_layers = {f"{path}/{name}": leaf for path in layers for name, leaf in _at(shapes, path).items()}
+
+    def check(base: Params, parts: Params) -> None:
+        _check_leaves("base", base, of_layers)
+        _check_leaves("adapter", parts, expected(), only=True)
+
     def run(
         base: Params,
         parts: Params,
@@ -112,8 +133,10 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
         key: Key | None = None,
         rank: Rank = None,
     ) -> Any:
+        whole = start is None and stop is None
+        if whole:  # else either may hold only what those stages need
+            check(base, parts)
         if adapter.layer is not None:
-            whole = start is None and stop is None
             call = (lambda: model.apply(base, x, key)) if whole else (lambda: model.run(base, x, start, stop, key))
             return _intercepted(call, parts, key, rank, strict=whole)
         _check_rank(adapter, rank)
@@ -157,22 +180,24 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
             raise ValueError(
                 "this adapter is no change of the layers' own parameters and cannot be merged: keep it apart"
             )
+        check(base, parts)
         for path, part in parts.items():
             base = _replaced(base, path.split("/"), adapter.merge(_at(base, path), part, rank, sign))
         return base
 
     def limit(tree: Params, rank: Rank) -> Params:
         _check_rank(adapter, rank)
-        return tree if rank is None else {path: adapter.limit(part, rank) for path, part in tree.items()}  # type: ignore[misc]
+        if rank is None:
+            return tree
+        _check_leaves("tree", tree, expected(), only=True, holes=True)
+        return {path: adapter.limit(part, rank) for path, part in tree.items()}  # type: ignore[misc]
 
     joint = Model(
         init=lambda key: {"base": model.init(key), "adapter": init(jax.random.fold_in(key, 1))},
-        apply=lambda params, x, key=None: apply(params["base"], params["adapter"], x, key),
-        features=lambda params, x, key=None: features(params["base"], params["adapter"], x, key),
+        apply=lambda params, x, key=None: apply(*_both(params), x, key),
+        features=lambda params, x, key=None: features(*_both(params), x, key),
         stages=model.stages,
-        run=lambda params, x, start=None, stop=None, key=None: run(
-            params["base"], params["adapter"], x, start, stop, key
-        ),
+        run=lambda params, x, start=None, stop=None, key=None: run(*_both(params), x, start, stop, key),
         paths=lambda kind: tuple(f"base/{path}" for path in model.paths(kind)),
     )
     return Adapted(
@@ -226,8 +251,62 @@ def _parents(paths: Any) -> tuple[str, ...]:
 
 
 def _check_rank(adapter: Adapter, rank: Rank) -> None:
-    if rank is not None and adapter.limit is None:
+    if rank is None:
+        return
+    if adapter.limit is None:
         raise ValueError(f"rank must be left out for an adapter without ranks, got {rank!r}: only lora has them")
+    is_array = isinstance(rank, jax.Array | np.ndarray | np.integer)
+    is_int = isinstance(rank, int) and not isinstance(rank, bool)
+    if not is_int and not (is_array and np.shape(rank) == () and np.issubdtype(rank.dtype, np.integer)):  # type: ignore[union-attr]
+        got = f"{rank!r:.100}" if checks.is_concrete(rank) else f"{jnp.result_type(rank)}{list(np.shape(rank))}"
+        raise ValueError(f"rank must be one integer, got {got}: pass an int, or int32[] and jax.vmap over several")
+
+
+def _both(params: Any) -> tuple[Params, Params]:
+    if not isinstance(params, Mapping) or not {"base", "adapter"} <= params.keys():
+        raise ValueError(
+            f"params of the joint model must be {{'base': ..., 'adapter': ...}}, got {_kind(params)}: put both in, and "
+            "combine the parts of a tree that was cut"
+        )
+    return params["base"], params["adapter"]
+
+
+def _leaves(tree: Params) -> dict[str, Any]:
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _check_leaves(name: str, tree: Any, expected: dict[str, Any], *, only: bool = False, holes: bool = False) -> None:
+    """Raises ValueError unless a tree has these leaves, by path; `only` for no others, `holes` for not all of them."""
+    own = (
+        "the model's own parameters, of model.init(key) or a checkpoint" if name == "base" else "what tuned.init gives"
+    )
+    fix = f"pass {own}, as {name}"
+    found = _leaves(tree)
+    if only and not isinstance(tree, Mapping):
+        raise ValueError(f"{name} must be a dict with a part for each layer, got {_kind(tree)}: {fix}")
+    more = next((path for path in found if path not in expected), None)
+    if only and more is not None:
+        raise ValueError(f"{name} has the leaf {more!r}, where this model's has {next(iter(expected))!r}: {fix}")
+    for path, leaf in expected.items():
+        if path in found:
+            if jnp.shape(found[path]) != leaf.shape:
+                got, want = list(jnp.shape(found[path])), list(leaf.shape)
+                raise ValueError(f"{path!r} of {name} must have shape {want}, got {got}: {fix}")
+        elif not holes:
+            if any(map(_is_hole, jax.tree.leaves(tree, is_leaf=_is_hole))):
+                raise ValueError(f"{name} has no leaf {path!r} but a hole: combine the parts of the tree first")
+            raise ValueError(f"{name} has no leaf {path!r}, got {_kind(tree)}: {fix}")
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, Hole)
+
+
+def _kind(tree: Any) -> str:
+    if not isinstance(tree, Mapping):
+        return f"an object of type {type(tree).__name__}"
+    names = ", ".join(repr(name) for name in list(tree)[:3]) + ", ..." * (len(tree) > 3)
+    return f"a dict with {names}" if names else "an empty dict"
 
 
 def _own(key: Key, path: str) -> Key:

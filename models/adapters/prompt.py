@@ -29,8 +29,7 @@ def prompt(num_tokens: int, *, deep: bool = False, bound: float = 0.1) -> Adapte
       An `Adapter` for models with the stages "embed" and "block_0", "block_1", ...: transformers, pretrained or not.
       The adapter is {"embed": float[P, d]}, or if deep {"block_0": float[P, d], ...}; it cannot be merged.
     """
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 0:
-        raise ValueError(f"num_tokens must be an integer of at least 0, got {num_tokens!r}: pass a number of tokens")
+    num_tokens = checks.count("num_tokens", num_tokens, "pass a number of tokens")
     checks.scalar("bound", bound, low=0)
 
     def init(key: Key, shapes: Params, stages: tuple[str, ...]) -> dict[str, Array]:

@@ -137,6 +137,7 @@ def test_under_transformations_only_the_part_is_computed_and_kept():
 
 
 CHOSEN, REST = fc.partition(PARAMS, "head")
+HOLE = fc.Hole()
 BAD = [
     ("no choice", lambda: fc.partition(PARAMS), ValueError, ["got none"]),
     ("typing error", lambda: fc.partition(PARAMS, "haed"), ValueError, ["'haed' is no path", "did you mean 'head'"]),
@@ -153,7 +154,52 @@ BAD = [
     ("twice", lambda: fc.combine(CHOSEN, PARAMS), ValueError, ["'head/bias' is in parts 0 and 1"]),
     ("missing", lambda: fc.combine(CHOSEN, CHOSEN), ValueError, ["in none of the 2 parts", "at once"]),
     ("one part", lambda: fc.combine(CHOSEN), ValueError, ["'block_0/bias_net/kernel' is in none of the 1 parts"]),
-    ("others", lambda: fc.combine(CHOSEN, {"a": 1}), ValueError, ["one structure", "part 1"]),
+    ("others", lambda: fc.combine(CHOSEN, {"a": 1}), ValueError, ["one structure", "part 1", "'a'"]),
+    (
+        "arguments swapped",
+        lambda: fc.partition("head", PARAMS),
+        TypeError,
+        ["where must be paths", "'block_0'", "order"],
+    ),
+    ("a tree for where", lambda: fc.partition(PARAMS, PARAMS), TypeError, ["where must be paths, got a dict with"]),
+    ("parts in a tuple", lambda: fc.combine(fc.partition(PARAMS, "head")), ValueError, ["one tuple of 2", "*parts"]),
+    (
+        "one leaf more",
+        lambda: fc.combine({"a": HOLE, "b": {"c": 1}}, {"a": 2, "b": {"c": HOLE, "d": 3}}),
+        ValueError,
+        ["part 1 has 'b/d', and part 0 does not: there it is a dict with 'c'"],
+    ),
+    (
+        "one leaf less",
+        lambda: fc.combine({"a": HOLE, "b": {"c": 1, "d": HOLE}}, {"a": 2, "b": {"c": HOLE}}),
+        ValueError,
+        ["part 0 has 'b/d', and part 1 does not: there it is a dict with 'c'"],
+    ),
+    (
+        "the third",
+        lambda: fc.combine({"a": HOLE}, {"a": 1}, {"a": {"b": HOLE}}),
+        ValueError,
+        ["part 0 has at 'a' a hole, and part 2 a dict with 'b'"],
+    ),
+    (
+        "nothing of it",
+        lambda: fc.combine(CHOSEN, ()),
+        ValueError,
+        ["part 0 has 'block_0'", "a tuple with nothing in it"],
+    ),
+    (
+        "list and tuple",
+        lambda: fc.combine({"a": [HOLE, 1]}, {"a": (2, HOLE)}),
+        ValueError,
+        ["part 0 has at 'a' a list with '0', '1', and part 1 a tuple with '0', '1'"],
+    ),
+    (
+        "None",
+        lambda: fc.combine({"a": None, "b": 1}, {"a": 2, "b": HOLE}),
+        ValueError,
+        ["part 0 has at 'a' None, and part 1 a leaf"],
+    ),
+    ("a leaf", lambda: fc.combine(CHOSEN, 3.0), ValueError, ["part 0 is a dict with 'block_0', ", "and part 1 a leaf"]),
 ]
 
 
@@ -163,3 +209,4 @@ def test_bad_input(call, error, words):
         call()
     for word in words:
         assert word in str(caught.value)
+    assert "PyTreeDef" not in str(caught.value)

@@ -271,15 +271,18 @@ def test_a_model_of_a_user_is_grafted_by_shape():
     np.testing.assert_allclose(
         tuned.apply(base, adapter, IMAGES), model.apply(tuned.merge(base, adapter), IMAGES), rtol=1e-5
     )
-    compiled = models.adapted(model._replace(apply=jax.jit(apply)), adapters.lora(2), "last")
-    jax.jit(apply)(base, IMAGES)
-    with pytest.raises(ValueError, match="no flax module of that path was run"):
-        compiled.apply(base, {**adapter, "lost": adapter["last"]}, IMAGES)
+    by_hand = model._replace(apply=lambda params, x, key=None: x[:, 0, :4, 0] @ params["last"]["kernel"])
+    with pytest.raises(ValueError, match=r"last has a part .* no flax module of that path was run"):
+        models.adapted(by_hand, adapters.lora(2), "last").apply(base, adapter, IMAGES)
+    with pytest.raises(ValueError, match="adapter has the leaf 'lost/A'"):
+        tuned.apply(base, {**adapter, "lost": adapter["last"]}, IMAGES)
 
 
 LORA = models.adapted(MLP, adapters.lora(2), "dense_0")
 BASE = jax.eval_shape(MLP.init, jax.random.key(0))
 PARTS = jax.eval_shape(LORA.init, jax.random.key(0))
+PROMPT = models.adapted(ENCODER, adapters.prompt(2))
+KEY = jax.random.key(0)
 BAD = [
     ("rank", lambda: adapters.lora(0), ["rank", "got 0"]),
     ("alpha", lambda: adapters.lora(2, alpha=float("nan")), ["alpha"]),
@@ -295,6 +298,39 @@ BAD = [
     ("where of a prompt", lambda: models.adapted(ENCODER, adapters.prompt(2), "norm"), ["where", "left out"]),
     ("prompt", lambda: models.adapted(MLP, adapters.prompt(2)).init(jax.random.key(0)), ["transformer", "dense_0"]),
     ("too high a rank", lambda: LORA.limit(PARTS, 3), ["rank", "1..2", "got 3"]),
+    ("half a rank", lambda: LORA.apply(BASE, PARTS, IMAGES, rank=1.5), ["rank must be one integer", "got 1.5"]),
+    ("rank of a kind", lambda: LORA.merge(BASE, PARTS, rank="all"), ["rank must be one integer", "got 'all'"]),
+    ("yes for a rank", lambda: LORA.limit(PARTS, True), ["rank must be one integer", "got True"]),
+    ("several ranks", lambda: LORA.limit(PARTS, np.array([1, 2])), ["one integer", "got array([1, 2])", "vmap"]),
+    (
+        "a model merged with itself",
+        lambda: LORA.merge(BASE, BASE),
+        ["adapter has the leaf 'dense_0/bias'", "'dense_0/A'", "tuned.init"],
+    ),
+    ("taken out of itself", lambda: LORA.unmerge(BASE, BASE), ["adapter has the leaf 'dense_0/bias'"]),
+    ("applied to itself", lambda: LORA.apply(BASE, BASE, IMAGES), ["adapter has the leaf 'dense_0/bias'"]),
+    ("limited itself", lambda: LORA.limit(BASE, 1), ["tree has the leaf 'dense_0/bias'"]),
+    ("swapped", lambda: LORA.apply(PARTS, BASE, IMAGES), ["base has no leaf 'dense_0/bias'", "model.init"]),
+    ("adapters alone", lambda: LORA.merge(PARTS, PARTS), ["base has no leaf 'dense_0/bias'", "a dict with 'dense_0'"]),
+    ("joint", lambda: LORA.merge({"base": BASE, "adapter": PARTS}, PARTS), ["base has no leaf", "'base', 'adapter'"]),
+    ("not joint", lambda: LORA.joint.apply(PARTS, IMAGES), ["params of the joint model", "a dict with 'dense_0'"]),
+    ("no adapter", lambda: LORA.apply(BASE, None, IMAGES), ["adapter must be a dict", "NoneType", "tuned.init"]),
+    ("an empty one", lambda: LORA.apply(BASE, {}, IMAGES), ["adapter has no leaf 'dense_0/A'", "an empty dict"]),
+    (
+        "of a smaller rank",
+        lambda: LORA.merge(BASE, jax.eval_shape(models.adapted(MLP, adapters.lora(1), "dense_0").init, KEY)),
+        ["'dense_0/A' of adapter must have shape [64, 2], got [64, 1]"],
+    ),
+    (
+        "half of it",
+        lambda: LORA.apply(BASE, fc.partition(PARTS, "dense_0/A")[0], IMAGES),
+        ["adapter has no leaf 'dense_0/B' but a hole", "combine"],
+    ),
+    (
+        "prompts",
+        lambda: PROMPT.apply(ENCODER.init(KEY), PARTS, TOKENS),
+        ["adapter has the leaf 'dense_0/A'", "'embed'"],
+    ),
     (
         "rank without",
         lambda: models.adapted(MLP, adapters.scale_shift(), "head").limit({}, 3),
@@ -317,3 +353,31 @@ def test_bad_input(call, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: models.adapted(adapters.lora(2), MLP, "dense_0"), "model must be a Model, got Adapter: the order is"),
+        (lambda: models.adapted(MLP, adapters.lora, "dense_0"), "adapter must be an Adapter, got function: .* call"),
+        (lambda: models.adapted(MLP, 2, "dense_0"), r"adapter must be an Adapter, got int: pass adapters\.lora"),
+    ],
+)
+def test_what_is_grafted_and_what_on_are_told_apart(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_integers_of_numpy_will_do():
+    one, two = np.int64(1), np.int32(2)
+    assert models.adapted(MLP, adapters.lora(two), "dense_0").layers == LORA.layers
+    assert jax.eval_shape(adapters.bottleneck(two).init, KEY, {"kernel": IMAGES[0, :, :, 0]})["down"]["bias"].shape == (
+        2,
+    )
+    assert jax.eval_shape(models.adapted(ENCODER, adapters.prompt(two)).init, KEY)["embed"].shape == (2, 8)
+    parts = noisy(LORA.init(KEY))
+    fc.checks.same_structure("limited", LORA.limit(parts, one), parts, "adapter")
+    for rank in (one, jnp.int32(1), np.array(1)):
+        limited = LORA.limit(parts, rank)["dense_0"]
+        assert not np.any(limited["A"][:, 1:])
+        assert np.all(np.isfinite(limited["B"]))

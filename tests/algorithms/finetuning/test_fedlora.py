@@ -238,9 +238,19 @@ def test_an_empty_round_changes_nothing():
     ("settings", "params", "words"),
     [
         ({"rule": "sum"}, None, "rule must be"),
-        ({"ranks": (1, 2)}, None, r"ranks must be one for each of 5 clients, got shape \[2\]"),
-        ({"ranks": (1, 2, 9, 1, 1)}, adapter(), "ranks holds 9, but those of the adapter are 1 to 4"),
-        ({"ranks": (1, 0, 1, 1, 1)}, adapter(), "ranks holds 0"),
+        ({"ranks": (1, 2)}, None, r"ranks must be 5 integers, got \(1, 2\) of shape \[2\] .* range\(5\)"),
+        ({"ranks": 2}, None, r"ranks must be 5 integers, got 2 of shape \[\] "),
+        ({"ranks": (1, 2, 1.5, 1, 1)}, None, r"ranks must be 5 integers, got \(1, 2, 1\.5, 1, 1\) .* type float"),
+        ({"ranks": np.ones(N, bool)}, None, "ranks must be 5 integers, got array.* type bool"),
+        ({"ranks": "12345"}, None, "ranks must be 5 integers, got '12345'"),
+        ({"ranks": [[1], [2, 3], 1, 1, 1]}, None, r"ranks must be 5 integers, got \[\[1\], \[2, 3\]"),
+        ({"ranks": (1, 2, 9, 1, 1)}, adapter(), r"ranks\[2\] is 9, but the adapter's rank is 4: .*lora\(9\)"),
+        ({"ranks": (1, 0, 1, 1, 1)}, None, r"ranks\[1\] is 0, and the lowest is 1"),
+        (
+            {},
+            {"a": {"A": jnp.zeros((5, 2)), "B": jnp.zeros((1, 3))}},
+            r"params must hold parts .* got ranks \[1, 2\]",
+        ),
         ({}, {"w": jnp.zeros((5, 3))}, "params must hold parts .* got none"),
         (
             {},
@@ -256,3 +266,14 @@ def test_an_empty_round_changes_nothing():
 def test_mistakes_are_named(settings, params, words):
     with pytest.raises(ValueError, match=words):
         made(**{"rule": "factors", **settings}).init(params)
+
+
+def test_ranks_must_be_known_when_the_method_is_made():
+    with pytest.raises(ValueError, match="ranks must be known"):
+        jax.jit(lambda ranks: made("factors", ranks).init(adapter()))(jnp.ones(N, int))
+
+
+def test_integers_of_numpy_and_jax_will_do():
+    given = algorithms.fedlora(loss_fn, optax.sgd(LR), num_clients=np.int32(N), ranks=jnp.arange(1, N + 1) % R + 1)
+    own = algorithms.fedlora(loss_fn, optax.sgd(LR), num_clients=N, ranks=[2, 3, 4, 1, 2])
+    assert_trees_equal(given.init(adapter()), own.init(adapter()))

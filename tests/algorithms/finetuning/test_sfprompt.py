@@ -269,6 +269,8 @@ def test_a_mesh_and_an_identity_part_give_the_same():
         ({"model": cross_entropy}, TypeError, "model must be an fc.Split, got function"),
         ({"keep": 1.5}, ValueError, "keep must"),
         ({"self_epochs": -1}, ValueError, "self_epochs must be an integer of at least 0, got -1"),
+        ({"self_epochs": np.float64(1)}, ValueError, r"self_epochs must be an integer .* got np\.float64\(1\.0\)"),
+        ({"self_epochs": True}, ValueError, "self_epochs must be an integer .* got True"),
         ({"keep": 0, "self_epochs": 0}, ValueError, "leave nothing to train"),
         ({"scored": "later"}, ValueError, "scored must be"),
     ],
@@ -276,6 +278,12 @@ def test_a_mesh_and_an_identity_part_give_the_same():
 def test_mistakes_are_named(settings, error, words):
     with pytest.raises(error, match=words):
         made(**settings)
+
+
+def test_integers_of_numpy_will_do():
+    one, two = np.int64(1), np.int32(2)
+    given, plain = (trained(made(self_epochs=a, num_epochs=a, batch_size=b), 1)[0] for a, b in ((one, two), (1, 2)))
+    assert_trees_equal(given, plain)
 
 
 @pytest.mark.parametrize(
