@@ -71,6 +71,7 @@ LEFT_OUT = {
     "local_only": "makes a model for each client, and no global one",
     "per_fedavg": "makes a start for models of each client",
     "feddf": "needs public data",
+    "fedgh": "has clients that differ in architecture",
     "frl": "trains no weights: it chooses among fixed ones",
     "fot": "is for a sequence of tasks; during the first it is FedAvg",
     "ewc": "is for a sequence of tasks; during the first it is FedAvg",

@@ -41,6 +41,8 @@ class Split(NamedTuple):
 
 NumClients = Annotated[int, Need("num_clients")]
 """The size of the population, N."""
+NumClasses = Annotated[int, Need("num_classes")]
+"""The number of classes, C."""
 AdapterLossFn = Annotated[Callable[..., Array], Need("adapter loss")]
 """A loss of low-rank parts {"A": [in, r], "B": [r, out]} and of other leaves, of a model that is frozen."""
 SplitModel = Annotated[Split, Need("split")]

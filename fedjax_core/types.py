@@ -30,8 +30,8 @@ class Need(NamedTuple):
     """Marks an argument of a factory as something that its caller has to bring (`fedjax_core.needs`).
 
     Attributes:
-      what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "features", "logits", "inputs",
-        "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
+      what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "num_classes", "features", "logits",
+        "inputs", "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
       values_only: of a loss, whether values of it are enough, and no gradient is taken.
     """
 

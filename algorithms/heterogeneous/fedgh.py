@@ -33,7 +33,7 @@ def fedgh(
     client_optimizer: fc.ClientOptimizer,
     *,
     groups: fc.GroupsOfClients,
-    num_classes: int,
+    num_classes: fc.NumClasses,
     header: fc.Where | None = None,
     labels: Callable[[fc.Examples], fc.Array] = lambda examples: examples["y"],
     server_lr: fc.Scalar = 0.01,

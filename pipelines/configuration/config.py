@@ -347,8 +347,19 @@ class Config(Configuration):
         "Model; `fedjax-core list` shows them. Your own: module:function.",
         completes=("model",),
     )
+    models: tuple[str, ...] = names(
+        (),
+        "model",
+        "Models of clients that differ in architecture, such as mlp,cnn, instead of --model: client i has number i "
+        "modulo their number.",
+        may_be_empty=True,
+        metavar="NAME,NAME",
+        completes=("model",),
+    )
     hidden: tuple[int, ...] = widths(
-        (100,), "mlp: widths of the hidden layers.", fix="each hidden layer has at least one unit"
+        (100,),
+        "mlp: widths of the hidden layers; the last is that of features of all --models that can have it.",
+        fix="each hidden layer has at least one unit",
     )
     participation: ParticipationConfig = field(default_factory=ParticipationConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -370,6 +381,7 @@ class Config(Configuration):
                 f"of them from first_seed={self.first_seed!r}: a seed has 32 bits, take a smaller one"
             )
         _check_validation(self.evaluation, self.federation)
+        _check_models(self.methods, self.models)
         for name in self.methods:
             if methods.asks_for(name, "public") and not self.federation.public_share:
                 raise ValueError(
@@ -413,6 +425,11 @@ class Config(Configuration):
             choices.setdefault("checkpoint_every", None)
         return super().replace(**choices)
 
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """Names of the models of this run: one, or one for each group of clients."""
+        return self.models or (self.model,)
+
     def client_settings(self, method: str) -> dict[str, Any]:
         """The options of the clients' optimizer for one method, by the names of `CLIENT_SETTINGS`."""
         own = self.settings.get(method, {})
@@ -424,7 +441,7 @@ class Config(Configuration):
 
     def sources(self) -> dict[str, dict[str, str]]:
         """Of each method, model and data set of the user's own, the file it is in and its sha256 (`own.sources`)."""
-        return own.sources([*self.methods, self.model, *self.data.dataset.split("+")])
+        return own.sources([*self.methods, *self.all_models, *self.data.dataset.split("+")])
 
     def check_grown_from(self, there: "Config", out: Path) -> None:
         """Checks that this is the run `there` of the directory `out`, or that run with more of it.
@@ -472,7 +489,7 @@ class Config(Configuration):
         # Choices that there were not always do not change the name of a run that leaves them alone.
         later = [name for name, usual in _LATER.items() if self.flat()[name] == usual]
         digest = growth.digest(self.flat(), [*named(Config, "place", "machine"), *later])
-        return f"{self.federation_slug()}-{own.file_name(self.model)}-{digest}"
+        return f"{self.federation_slug()}-{'-'.join(map(own.file_name, self.all_models))}-{digest}"
 
     def federation_slug(self) -> str:
         """The readable part of that which says what the federation is."""
@@ -485,7 +502,13 @@ class Config(Configuration):
         return {name: value for name, value in self.flat().items() if name in FEDERATION_FIELDS}
 
 
-_LATER: Mapping[str, Any] = {"evaluate": (), "evaluate_clients": None, "statistics": "average", "public_share": 0.0}
+_LATER: Mapping[str, Any] = {
+    "evaluate": (),
+    "evaluate_clients": None,
+    "statistics": "average",
+    "public_share": 0.0,
+    "models": (),
+}
 
 FEDERATION_FIELDS = tuple(
     name
@@ -493,6 +516,22 @@ FEDERATION_FIELDS = tuple(
     if each.path[0] in ("data", "federation") and each.option.role == "result" and name != "federation_digest"
 )
 """Names of the choices that say what a federation is."""
+
+
+def _check_models(chosen: Collection[str], of_groups: tuple[str, ...]) -> None:
+    for name in chosen:
+        in_groups = methods.asks_for(name, "tasks")
+        if in_groups and len(of_groups) < 2:
+            raise ValueError(
+                f"{name} is for clients that differ in architecture, and models={list(of_groups)} names "
+                f"{len(of_groups) or 'none'}: give two or more, for example --models mlp,cnn"
+            )
+        if of_groups and not in_groups:
+            takers = [each for each in methods.names() if methods.asks_for(each, "tasks")]
+            raise ValueError(
+                f"models={list(of_groups)} are for clients that differ in architecture, and {name} has one model for "
+                f"all: take {', '.join(takers)}, or --model in the place of --models"
+            )
 
 
 def _check_validation(evaluation: EvaluationConfig, federation: FederationConfig) -> None:

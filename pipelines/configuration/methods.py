@@ -37,7 +37,6 @@ _LEARNS = ("loss", "tasks", "adapter loss", "split")
 """What a method is about; every method asks for one of these."""
 
 _NOT_IN_RUNS = {
-    "tasks": "a task for each architecture of its clients",
     "adapter loss": "adapters of a frozen model",
     "split": "a model in three pieces",
 }
@@ -51,7 +50,9 @@ _WORDS = {
     "logits": "logits of the model",
     "inputs": "inputs of its layers",
     "layers": "widths of its layers",
-    "groups": "groups of clients",
+    "tasks": "a model for each group of clients (--models)",
+    "groups": "the groups of clients",
+    "num_classes": "the number of classes",
 }
 """What factories ask for besides a loss and an optimizer, in words."""
 
@@ -226,8 +227,8 @@ def build(
       settings: hyper-parameters by name; the others are the factory's defaults.
       local: the options of local work (`fedjax_core.LocalOptions`), of which those are left out that are None or mean
         nothing to the method; and arguments that stand in the place of settings.
-      model_functions: functions of the model besides its loss, by the name of the argument (`features`, `inputs`,
-        `logits`), and the widths of its layers (`layers`), for the methods that have it.
+      model_functions: what else there is of data and model, by what a factory calls it (`fedjax_core.needs`): functions
+        of the model besides its loss, the widths of its layers, tasks and groups of clients.
 
     Raises:
       ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.

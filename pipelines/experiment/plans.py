@@ -127,7 +127,7 @@ def kept(config: Config, saved: Config, explicit: Collection[str]) -> Config:
 def _tried(config: Config, reporter: Reporter) -> Config:
     """The fastest lanes and convolution for a configuration, tried now or looked up."""
     # Any one method stands for all: what is measured is the local step.
-    experiment = prepare(config.replace(methods=("fedavg",), evaluate=(), settings={}))
+    experiment = prepare(config.replace(methods=("fedavg",), models=(), evaluate=(), settings={}))
     name, where = f"{_fingerprint(experiment)}.json", "not kept"
     # Processes that took different plans would wait for each other forever, so the first one's counts.
     found = processes.first_does(lambda: _kept_trial(name))
@@ -168,7 +168,7 @@ def _measure(config: Config, experiment: Experiment) -> dict[str, Any]:
     best = trials["auto"][0]
     may_gain = config.model in ("cnn", "cnn_bn", "resnet18_gn") and jax.default_backend() != "tpu"
     if config.machine.convolution == "auto" and may_gain:
-        chosen = prepare(config.replace(methods=("fedavg",), evaluate=(), settings={}, convolution="dots"))
+        chosen = prepare(config.replace(methods=("fedavg",), models=(), evaluate=(), settings={}, convolution="dots"))
         trials["dots"] = trial(chosen, [best.plan])
     convolution = min(trials, key=lambda name: trials[name][0].seconds)
     return {

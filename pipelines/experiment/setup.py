@@ -19,6 +19,7 @@ from fedjax_core import (
     Array,
     ClientTable,
     Examples,
+    Groups,
     HostPopulation,
     Key,
     Metrics,
@@ -66,8 +67,10 @@ class Experiment(NamedTuple):
       federation: who holds which examples of the data set.
       population: the clients' training examples, on the device or, staged, on the host.
       test: the data set's test part, leaves [m, ...].
-      model: the model, of inputs as the data set has them; its parameters are `Variables` if it has statistics.
-      metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`.
+      model: the model, of inputs as the data set has them; its parameters are `Variables` if it has statistics. Where
+        clients differ in architecture, all models together: its parameters are a tuple, and it cannot be applied.
+      metric_fn: `metric_fn(params, batch) -> {"loss": [B], "accuracy": [B]}`; here and in the next two a tuple of
+        one for each architecture where clients differ in it.
       score_fn: the same for the test examples, with "robust_accuracy" too if the configuration asks for an attack.
       loss_fn: the task, which is called as `loss_fn(params, batch, key) -> [B]`.
       sampler: who takes part.
@@ -83,9 +86,9 @@ class Experiment(NamedTuple):
     population: Population | HostPopulation
     test: Examples
     model: models.Model | models.StatisticsModel
-    metric_fn: Callable[[Any, Any], dict[str, Array]]
-    score_fn: Callable[[Any, Any], dict[str, Array]]
-    loss_fn: Task
+    metric_fn: Any
+    score_fn: Any
+    loss_fn: Any
     sampler: Sampler
     algorithms: dict[str, Algorithm]
     plan: Plan
@@ -101,6 +104,12 @@ class Experiment(NamedTuple):
     def mesh(self) -> Mesh | None:
         """The devices, or None."""
         return self.plan.mesh
+
+    def of_each_model(self, params: Params) -> list[tuple[Task, Any, Params]]:
+        """(task, score_fn, parameters) of the model, or of each where clients differ in architecture."""
+        if not self.config.models:
+            return [(self.loss_fn, self.score_fn, params)]
+        return list(zip(self.loss_fn, self.score_fn, params, strict=True))
 
     @property
     def seeds(self) -> list[int]:
@@ -142,6 +151,13 @@ MODELS: dict[str, Callable[[Dataset, Config], models.Model | models.StatisticsMo
 }
 """Name to `build(dataset, config) -> Model`; the first paragraph of `models.<name>` describes it."""
 
+_OF_GROUPS: dict[str, Callable[[Dataset, Config], models.Model | models.StatisticsModel]] = {
+    "cnn": lambda d, c: models.cnn(
+        d.input_shape, d.num_classes, hidden=c.hidden[-1], convolution=c.machine.convolution
+    ),
+}
+"""Those of `MODELS` that can have features of another width than their own, for one header of all groups of clients."""
+
 SAMPLERS: dict[str, Callable[[ParticipationConfig, Population | HostPopulation], Sampler]] = {
     "uniform": lambda c, p: samplers.uniform(p.num_clients, c.cohort_size),
     "weighted": lambda c, p: samplers.weighted(np.asarray(p.sizes), c.cohort_size),
@@ -180,8 +196,9 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
             f"x64={config.machine.x64} but JAX runs in {jnp.result_type(float)}: call this within "
             f"jax.enable_x64({config.machine.x64})"
         )
-    if not own.is_own(config.model):
-        pick("model", config.model, MODELS)
+    for name in config.all_models:
+        if not own.is_own(name):
+            pick("model", name, MODELS)
     pick("sampler", config.participation.sampler, SAMPLERS)
     pick("client optimizer", config.local.client_optimizer, OPTIMIZERS)
     federation = federation or federate(config)
@@ -195,15 +212,22 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
     population = federation.host_population("train") if config.machine.staged else federation.population("train")
     if (held_by_server := federation.public_inputs) is not None:
         population = population.with_public({methods.UNLABELLED: held_by_server})
-    model = (
-        own_model.build(config.model, dataset) if own.is_own(config.model) else MODELS[config.model](dataset, config)
+    built = tuple(
+        datasets.normalized(_model(config, name, dataset), dataset.normalization) for name in config.all_models
     )
-    inputs = datasets.normalized(model, dataset.normalization)
+    model = _together(built) if config.models else built[0]
+    own_name = next(filter(own.is_own, config.all_models), config.model)  # to explain errors by
     here = plan is None
     plan = plan or Plan(config.machine.lanes, _mesh(config.machine.mesh, config.machine.model_parallel))
     kind = {"kind": "sequence", "pad_id": dataset.pad_id} if dataset.is_sequence else {"kind": "classification"}
-    loss_fn = models.task(inputs, **kind)
-    metric_fn = tasks.as_metric(loss_fn)
+    of_models = tuple(models.task(each, **kind) for each in built)
+    loss_fn, metric_fns = of_models[0], tuple(map(tasks.as_metric, of_models))
+    score_fns = metric_fns
+    if config.evaluation.attack_radius:
+        score_fns = tuple(_under_attack(config, dataset, *each) for each in zip(of_models, metric_fns, strict=True))
+    if config.models:
+        _check_architectures(config, dataset, of_models, population.num_clients)
+        groups = Groups.by_modulo(population.num_clients, len(of_models))
 
     def evaluated(params: Params, x: Array) -> Any:
         return loss_fn.outputs(params, {"x": x})
@@ -224,7 +248,11 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
     }
 
     def make(name: str, plan: Plan, rates: Mapping[str, Any] = MappingProxyType({})) -> Algorithm:
-        functions: dict[str, Any] = {"features": loss_fn.features, "inputs": layer_inputs, "logits": loss_fn.outputs}
+        functions: dict[str, Any] = {"num_classes": dataset.num_classes}
+        if config.models:
+            functions |= {"tasks": of_models, "groups": groups}
+        else:
+            functions |= {"features": loss_fn.features, "inputs": layer_inputs, "logits": loss_fn.outputs}
         if methods.asks_for(name, "layers"):  # traces the model, which takes half a second for a deep one
             functions["layers"] = layer_widths()
         method = methods.build(
@@ -236,7 +264,7 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
             local=local | {"plan": plan} | {key: value for key, value in rates.items() if key != "client_lr"},
             model_functions=functions,
         )
-        return _carrying(method, config, loss_fn, population.num_clients)
+        return method if config.models else _carrying(method, config, loss_fn, population.num_clients)
 
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     experiment = Experiment(
@@ -244,10 +272,10 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
         federation=federation,
         population=population,
         test=jax.tree.map(jnp.asarray, dataset.test),
-        model=inputs,
-        metric_fn=metric_fn,
-        score_fn=_under_attack(config, dataset, loss_fn, metric_fn) if config.evaluation.attack_radius else metric_fn,
-        loss_fn=loss_fn,
+        model=model,
+        metric_fn=metric_fns if config.models else metric_fns[0],
+        score_fn=score_fns if config.models else score_fns[0],
+        loss_fn=of_models if config.models else loss_fn,
         sampler=SAMPLERS[config.participation.sampler](config.participation, population),
         algorithms={name: make(name, plan) for name in config.methods},
         plan=plan,
@@ -256,7 +284,7 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
         keys=jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(len(seeds), jnp.int32))),
     )
     views.check_names(config, experiment.algorithms)
-    with own.explain_errors("model", config.model):
+    with own.explain_errors("model", own_name):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
     largest = -(-int(np.max(population.sizes)) // config.local.batch_size)
     if (config.local.epochs or 0) * largest > LIMIT or int(np.max(population.sizes)) + config.local.batch_size > LIMIT:
@@ -272,7 +300,7 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
                 "one round to the device: leave out --staged"
             )
         # Tracing one round finds what does not fit together, without compiling.
-        with own.explain_errors("method", name), own.explain_errors("model", config.model):
+        with own.explain_errors("method", name), own.explain_errors("model", own_name):
             try:
                 traced = jax.eval_shape(
                     partial(_one_round, experiment, algorithm), population_shapes(population), experiment.keys
@@ -300,6 +328,46 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
             limits = jax.local_devices()[0].memory_stats() or {}
             memory.refuse(f"each device with {name}", device, limits.get("bytes_limit", math.inf), smaller)
     return experiment._replace(keys=jax.vmap(jax.random.key)(jnp.arange(seeds.start, seeds.stop)))
+
+
+def _model(config: Config, name: str, dataset: Dataset) -> models.Model | models.StatisticsModel:
+    """The model of that name, of inputs as the model sees them."""
+    if own.is_own(name):
+        return own_model.build(name, dataset)
+    return ((_OF_GROUPS if config.models else {}).get(name) or MODELS[name])(dataset, config)
+
+
+def _together(each: tuple[models.Model | models.StatisticsModel, ...]) -> models.Model:
+    """Models of different architecture as one whose parameters are a tuple; which of them is applied a client knows."""
+
+    def init(key: Key) -> tuple[Params, ...]:
+        return tuple(model.init(jax.random.fold_in(key, number)) for number, model in enumerate(each))
+
+    def apply(params: Params, x: Array, key: Key | None = None) -> Array:
+        raise ValueError("the clients of this run differ in architecture: apply the model of one group")
+
+    return models.Model(init, apply, apply)
+
+
+def _check_architectures(config: Config, dataset: Dataset, of_models: tuple[Task, ...], num_clients: int) -> None:
+    """Raises ValueError unless there are clients for all models, and these have features of one width."""
+    said = f"models={list(config.models)}"
+    if len(of_models) > num_clients:
+        raise ValueError(f"{said} are {len(of_models)}, and there are {num_clients} clients: each model needs one")
+    if dataset.is_sequence:
+        raise ValueError(f"{said} meet in a header of classes, and {dataset.name} has no label for each example")
+    one = jax.tree.map(lambda leaf: leaf[:1], dataset.test)
+    widths = {}
+    for name, task in zip(config.models, of_models, strict=True):
+        assert task.features is not None
+        with own.explain_errors("model", name):
+            params = jax.eval_shape(task.init, jax.random.key(0))
+            widths[name] = jax.eval_shape(task.features, params, one).shape[-1]
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{name} {width}" for name, width in widths.items())
+        fixed = [width for name, width in widths.items() if name not in ("mlp", *_OF_GROUPS)]
+        fix = f"give --hidden {fixed[0]}" if len(set(fixed)) == 1 else "take models of one width, such as mlp and cnn"
+        raise ValueError(f"{said} have features of different widths ({listed}), and one header cannot fit all: {fix}")
 
 
 def unlikely_classes(dataset: Dataset) -> str:
@@ -331,10 +399,12 @@ def unused(config: Config, given: Collection[str]) -> list[str]:
     if config.federation.directory is None:
         reading += [("partition", field, names) for field, names in partitions_of.items() if names]
         reading += [("feature_skew", "severity", tuple(skew.SKEWS))]
-    if not own.is_own(config.model):
-        reading += [("model", "hidden", ("mlp",)), ("model", "statistics", ("cnn_bn",))]
     chosen = config.flat()
+    if not (config.models or own.is_own(config.model)):
+        reading += [("model", "hidden", ("mlp",)), ("model", "statistics", ("cnn_bn",))]
     public = []
+    if config.models and "model" in given:
+        public.append(f"--model means nothing beside --models {','.join(config.models)}")
     if "public_share" in given and config.federation.public_share:
         takers = [name for name in methods.names() if methods.asks_for(name, "public")]
         if not any(methods.asks_for(name, "public") for name in config.methods):
@@ -598,10 +668,11 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
     )
     test_batch = jax.eval_shape(lambda e: jax.tree.map(lambda leaf: leaf[:EVAL_BATCH], e), experiment.test)
 
-    def mean_loss(params: Params, batch: Examples, key: Key) -> Array:
-        return jnp.mean(masks.call(experiment.loss_fn, params, batch, key))
+    def mean_loss(task: Task, params: Params, batch: Examples, key: Key) -> Array:
+        return jnp.mean(masks.call(task, params, batch, key))
 
-    backward = _traced_bytes(jax.grad(mean_loss), params, batch, jax.random.key(0))
+    each = experiment.of_each_model(params)
+    backward = max(_traced_bytes(jax.grad(partial(mean_loss, t)), p, batch, jax.random.key(0)) for t, _, p in each)
     model = num_bytes(params)
     training = lanes * (3 * model + num_bytes(opt_state) + backward) + config.seeds * model
     training += 2 * sum(num_bytes(leaf) // num_clients for leaf in rows) * slots
@@ -609,7 +680,7 @@ def predicted_memory(experiment: Experiment, method: str) -> dict[str, int]:
         "data": _training_bytes(experiment, slots) + num_bytes(experiment.test),
         "state": num_bytes(states) - (num_bytes(rows) if staged else table),
         "local training": training,
-        "evaluation": config.seeds * _traced_bytes(experiment.score_fn, params, test_batch),
+        "evaluation": config.seeds * max(_traced_bytes(score, own, test_batch) for _, score, own in each),
     }
 
 

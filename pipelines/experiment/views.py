@@ -94,6 +94,11 @@ def differs(algorithm: Algorithm, name: str, states: Any) -> bool:
     return jax.eval_shape(jax.vmap(view.rows), states) is not None
 
 
+def has_one_global(algorithm: Algorithm) -> bool:
+    """Whether the global model is one for all clients: it is not where they differ in architecture."""
+    return algorithm.views[GLOBAL].groups is None
+
+
 def one_model(algorithm: Algorithm, name: str, state: Any) -> Params:
     """The model of a view in which clients do not differ."""
     view = view_of(algorithm, name)

@@ -132,7 +132,7 @@ def clients_parquet(experiment: Experiment, histories: Mapping[str, History], pa
     parts: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
     for method, history in histories.items():
         for view in views_of(history, "each"):
-            if view == views.GLOBAL:
+            if view == views.GLOBAL and views.has_one_global(experiment.algorithms[method]):
                 parts[method, view] = part, experiment.federation.parts[part].assignment.sizes
             else:
                 parts[method, view] = "test", views.own_tests(config, experiment.federation).assignment.sizes
@@ -395,7 +395,8 @@ def described(experiment: Experiment) -> list[str]:
     """What an experiment is, one line for each part of it."""
     config = experiment.config
     params = num_parameters(experiment)
-    hidden = f" (hidden {', '.join(map(str, config.hidden))})" if config.model == "mlp" else ""
+    hidden = f" (hidden {', '.join(map(str, config.hidden))})" if "mlp" in config.all_models else ""
+    several = f" in all, client i has number i modulo {len(config.models)}" if config.models else ""
     work = (
         f"{_count(config.local.steps, 'step')}"
         if config.local.steps is not None
@@ -404,7 +405,7 @@ def described(experiment: Experiment) -> list[str]:
     seeds = ", ".join(map(str, experiment.seeds))
     return [
         *portrait.described(config, experiment.federation),
-        f"model: {config.model}{hidden}, {params:,} parameters",
+        f"model{'s' if config.models else ''}: {', '.join(config.all_models)}{hidden}, {params:,} parameters{several}",
         f"cohort: {cohort(config, experiment.federation.num_clients)}"
         + (", staged from host memory" if config.machine.staged else ""),
         f"local work: {work}, batches of {config.local.batch_size}, {config.local.client_optimizer}, "
@@ -600,7 +601,7 @@ def _say(axis: Axes, text: str) -> None:
 
 
 def _title(experiment: Experiment) -> str:
-    return f"{portrait.title(experiment.config, experiment.federation)}, {experiment.config.model}"
+    return f"{portrait.title(experiment.config, experiment.federation)}, {'/'.join(experiment.config.all_models)}"
 
 
 def _tested_on_own(experiment: Experiment) -> bool:

@@ -69,8 +69,10 @@ def models_of(
             if clients is None:
                 yield Exported(name, trained.params(seed))
                 continue
-            for at in range(0, len(clients), _AT_ONCE):
-                ids = list(clients[at : at + _AT_ONCE])
+            # Models of different architecture do not stack.
+            together = _AT_ONCE if trained.algorithm.personal.groups is None else 1
+            for at in range(0, len(clients), together):
+                ids = list(clients[at : at + together])
                 stacked = jax.tree.map(np.asarray, trained.client_params(ids, seed))
                 for row, client in enumerate(ids):
                     personal = jax.tree.map(lambda leaf, row=row: leaf[row], stacked)

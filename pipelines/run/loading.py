@@ -189,7 +189,10 @@ def load_run(
                 stop_at=None,
                 keep_best=False,
             )
-            stub = description.without_data(known or description.of_federation(federation))  # type: ignore[arg-type]
+            found = known or description.of_federation(federation)  # type: ignore[arg-type]
+            if config.models:  # whose clients are tested one by one, so that it is asked how they differ
+                bare = bare.replace(partition="iid", clients=found["clients"], feature_skew="none")
+            stub = description.without_data(found)
             experiment = setup.prepare(bare, stub)
         trained = {name: _trained(out, config, experiment, name) for name in methods or config.methods}
         there = {name: found for name, found in trained.items() if found is not None}

@@ -578,7 +578,7 @@ def _judge(
 def _follower(experiment: Experiment, algorithm: Algorithm) -> Callable[[Any, Any], History]:
     """`follow(state, {view: scores of clients [S, N]})`: these and those of the global model, "each/..." [S, N]."""
     over_time = experiment.config.evaluation.clients_over_time
-    with_global = over_time and views.GLOBAL in views.evaluated(experiment.config, algorithm).names
+    with_global = over_time and _tests_one_global(experiment, algorithm)
     score = _part_scorer(experiment, report.part_of_clients(experiment)) if with_global else None
 
     def follow(tree: Any, of_clients: Mapping[str, History]) -> History:
@@ -613,18 +613,23 @@ def _of_reported(
     experiment: Experiment, algorithm: Algorithm, scorers: Sequence[client_scores.Scorer], reported: early.Reported
 ) -> History:
     """`_per_client` of the global model, and the same of each view in which clients differ."""
-    chosen = views.evaluated(experiment.config, algorithm)
-    found = _per_client(experiment, reported.params) if views.GLOBAL in chosen.names else {}
+    found = _per_client(experiment, reported.params) if _tests_one_global(experiment, algorithm) else {}
     if reported.state is None:
         return found
-    names = {"train": "client/{}/train_", "test": "client/{}/", "validation": "validation/{}/"}
-    for part, kind in names.items():
+    names = {"train": ("client", "train_"), "test": ("client", ""), "validation": ("validation", "")}
+    for part, (kind, begin) in names.items():
         if part != "test" and part not in experiment.federation.parts:
             continue
         for each in scorers:
-            begin = kind.format(each.view)
-            found |= {f"{begin}{metric}": value for metric, value in each.scores(reported.state, part).items()}
+            scores = each.scores(reported.state, part)
+            found |= {history.of_view(kind, each.view, f"{begin}{metric}"): value for metric, value in scores.items()}
     return found
+
+
+def _tests_one_global(experiment: Experiment, algorithm: Algorithm) -> bool:
+    """Whether a global model of all clients is evaluated."""
+    chosen = views.evaluated(experiment.config, algorithm)
+    return views.GLOBAL in chosen.names and views.has_one_global(algorithm)
 
 
 def _ending(
@@ -742,10 +747,14 @@ def class_shares(federation: Federation) -> np.ndarray:
 
 def _losses(experiment: Experiment, algorithm: Algorithm, tree: PyTree) -> np.ndarray:
     """Mean training loss of the models of a state, [S]."""
-    params = early.last(experiment.config, algorithm, tree).params
+    last = early.last(experiment.config, algorithm, tree)
     sizes = experiment.federation.sizes
-    held = sizes > 0  # a client without examples has no loss
-    return np.average(_on_part(experiment, params, "train")["loss"][:, held], axis=1, weights=sizes[held])
+    if views.has_one_global(algorithm):
+        losses = _on_part(experiment, last.params, "train")["loss"]
+    else:
+        losses = client_scores.scorer(experiment, algorithm, views.GLOBAL).scores(last.state, "train")["loss"]
+    held = (sizes > 0) & ~np.isnan(losses).all(axis=0)  # a client without examples has no loss
+    return np.average(losses[:, held], axis=1, weights=sizes[held])
 
 
 def diagnose(experiment: Experiment, name: str, measured: History, good_losses: np.ndarray) -> str:

@@ -90,7 +90,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
         **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
         **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
         **{"federation_digest": "0123", "best_by": "loss", "clients_over_time": True},
-        **{"evaluate": ("global",), "evaluate_clients": 3, "public_share": 0.1},
+        **{"evaluate": ("global",), "evaluate_clients": 3, "public_share": 0.1, "models": ("cnn", "mlp")},
     }
     held = {"patience": 3, "stop_at": 0.5, "keep_best": True}  # need examples that are kept back
     other |= held
@@ -106,6 +106,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
             value = value / 4 if isinstance(value, float) and value > 1 else value
             value = value + 1 if value == 0 else value
         base = Config(validation_share=0.2) if name in held else Config()
+        base = Config(methods=("fedgh",), models=("mlp", "cnn")) if name == "models" else base
         changed = base.replace(**{name: value})
         assert list(changed.differences(base)) == [name]
         slugs.add(changed.slug())

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import algorithms
-from fedjax_core import as_task, values_suffice
+from fedjax_core import Groups, as_task, values_suffice
 from pipelines import Config
 from pipelines.cli import commands
 from pipelines.configuration import methods
@@ -20,7 +20,9 @@ def loss_fn(params, batch, key):
 
 
 # What is at the head is a normalization too, for methods that ask a task what its normalizations are.
-TASK = dataclasses.replace(as_task(loss_fn), paths=lambda kind: ("head",))
+TASK = dataclasses.replace(
+    as_task(loss_fn), paths=lambda kind: ("head",), features=lambda *args: args[1]["x"], head=lambda params, z: z
+)
 
 
 def build(name, settings=None, **local):
@@ -32,7 +34,7 @@ def build(name, settings=None, **local):
         settings=settings or {},
         local={"batch_size": 2, **local},
         model_functions=dict.fromkeys(["features", "inputs", "logits"], lambda params, batch, key: params * batch["x"])
-        | {"layers": {}},
+        | {"layers": {}, "num_classes": 2, "tasks": (TASK,) * 2, "groups": Groups.by_modulo(4, 2)},
     )
 
 
@@ -48,7 +50,9 @@ def test_every_method_describes_itself_and_builds(name):
     assert method.paper[-1] == "."
     assert "batch_size" not in method.hyperparameters
     algorithm = build(name, num_epochs=2, num_steps=None, order="shuffled", weights="uniform")
-    state = jax.eval_shape(algorithm.init, {"head": jnp.zeros((3, 2))}, jax.random.key(0))
+    params = {"head": jnp.zeros((3, 2))}
+    params = (params, params) if methods.asks_for(name, "tasks") else params
+    state = jax.eval_shape(algorithm.init, params, jax.random.key(0))
     assert state.round.dtype == jnp.int32
     for key, default in method.hyperparameters.items():
         assert methods.parse(name, key, str(default)) == default
@@ -57,7 +61,6 @@ def test_every_method_describes_itself_and_builds(name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fedgh", "fedgh needs a task for each architecture of its clients, .*: run it in Python"),
         ("fedlora", "fedlora needs adapters of a frozen model"),
         ("sfprompt", "sfprompt needs a model in three pieces"),
         ("fedghx", "unknown method 'fedghx': did you mean 'fedgh'"),
@@ -73,12 +76,12 @@ def test_a_method_that_the_command_line_cannot_run_says_why(name, words):
 def test_every_method_is_listed_with_what_it_asks_for():
     listed = methods.all_names()
     assert set(methods.names()) < set(listed)
-    assert {"fedgh", "fedlora", "sfprompt"} <= set(listed)
+    assert {"fedlora", "sfprompt"} <= set(listed)
     assert "public data (--public-share)" in methods.asks_in_words(methods.describe("feddf"))
     assert methods.asks_in_words(methods.describe("scaffold")) == "state of every client"
     assert methods.asks_in_words(methods.describe("fedsgd")) == "no local epochs or steps"
     assert methods.asks_in_words(methods.describe("fedzo")) == "values of the loss and no gradients"
-    assert methods.asks_in_words(methods.describe("fedgh")).startswith("a task for each architecture")
+    assert methods.asks_in_words(methods.describe("fedgh")).startswith("a model for each group of clients (--models)")
 
 
 def test_hyperparameters_are_the_keyword_arguments_with_plain_defaults():
@@ -187,7 +190,7 @@ def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path)
 
     The model has no normalization, which FedBN is about.
     """
-    own = "--public-share 0.1 --set feddf.server_steps=100" if name == "feddf" else ""
+    own = {"feddf": "--public-share 0.1 --set feddf.server_steps=100", "fedgh": "--models mlp,cnn"}.get(name, "")
     words = (
         f"train --method {name} {own} --rounds 2 --seeds 1 --eval-every 2 --mesh 1 --no-cache --out {tmp_path / 'run'}"
     )
@@ -195,6 +198,7 @@ def test_every_method_trains_at_its_defaults_on_the_command_line(name, tmp_path)
     assert result.exit_code == 0, result.output
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
-    assert all(math.isfinite(float(last[score])) for score in ("loss", "update_norm", "test_loss"))
-    if name not in PARTLY_TRAINED:
+    scores = ("loss", "update_norm", "test_personal_loss" if name == "fedgh" else "test_loss")
+    assert all(math.isfinite(float(last[score])) for score in scores)
+    if name not in (*PARTLY_TRAINED, "fedgh"):
         assert float(last["test_accuracy"]) > 0.1

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from jax.experimental.compilation_cache import compilation_cache
 
 from pipelines import Config, load_run
 from pipelines.cli import commands
 from pipelines.configuration import methods
 from pipelines.experiment import setup
 from pipelines.federation import federations
-from pipelines.run import scoring, train
+from pipelines.run import export, scoring, train
 
 SMALL = Config(
     dataset="iris",
@@ -75,12 +76,18 @@ def test_a_saved_federation_keeps_its_public_part(tmp_path):
 
 
 @pytest.fixture
-def no_report(monkeypatch):
-    """Runs without figures, which take longer than these runs."""
+def quick(monkeypatch, tmp_path_factory):
+    """Runs without figures, and programs that are compiled once for all runs of a test."""
     monkeypatch.setattr(train.report, "write", lambda *args: None)
+    usual = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", usual)
+    compilation_cache.reset_cache()
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("quick")
 def test_feddf_runs_resumes_and_is_evaluated(tmp_path):
     train.train(DISTILLED, tmp_path / "whole")
     train.train(DISTILLED.replace(rounds=1), tmp_path / "grown")
@@ -104,6 +111,34 @@ def test_feddf_runs_resumes_and_is_evaluated(tmp_path):
             ["--method", "feddf"],
             "feddf needs public data and public_share=0 leaves none: give public_share, for example",
         ),
+        (["--method", "fedgh"], "fedgh is for clients that differ in architecture, and models=[] names none: give two"),
+        (
+            ["--method", "fedgh", "--models", "mlp"],
+            "models=['mlp'] names 1: give two or more, for example",
+        ),
+        (["--method", "fedgh", "--models", "mlp,mlp"], "models=['mlp', 'mlp'] names one twice"),
+        (["--method", "fedgh", "--models", "mlp,cmn"], "unknown model 'cmn': did you mean 'cnn'?"),
+        (
+            ["--models", "mlp,cnn"],
+            "models=['mlp', 'cnn'] are for clients that differ in architecture, and fedavg has",
+        ),
+        (
+            ["--method", "fedgh", "--models", "mlp,resnet18_gn"],
+            "features of different widths (mlp 100, resnet18_gn 512), and one header cannot fit all: give --hidden 512",
+        ),
+        (
+            ["--method", "fedgh", "--models", "mlp,cnn", "--clients", "1", "--cohort-size", "1"],
+            "models=['mlp', 'cnn'] are 2, and there are 1 clients",
+        ),
+        (["--method", "fedgh", "--models", "mlp,cnn_bn", "--hidden", "512"], "tasks[1] has statistics"),
+        (
+            ["--method", "fedlora"],
+            "fedlora needs adapters of a frozen model, which runs of the command line",
+        ),
+        (
+            ["--method", "sfprompt"],
+            "sfprompt needs a model in three pieces, which runs of the command line",
+        ),
         (["--public-share", "1"], "public_share must lie in [0, 1), got 1"),
         (["--public-share", "-0.1"], "public_share must lie in [0, 1), got -0.1"),
         (["--public-share", "nan"], "public_share must be finite"),
@@ -117,6 +152,46 @@ def test_mistakes_are_one_line(words, said, tmp_path):
     assert result.exit_code == 2, result.output
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+MIXED = SMALL.replace(
+    methods=("fedgh",), models=("mlp", "logistic_regression"), hidden=(4,), seeds=1, rounds=2, clients=5, steps=2
+)
+
+
+@pytest.mark.usefixtures("quick")
+def test_fedgh_runs_resumes_and_is_evaluated(tmp_path):
+    train.train(MIXED, tmp_path / "whole")
+    train.train(MIXED.replace(rounds=1), tmp_path / "grown")
+    train.train(MIXED, tmp_path / "grown")
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "grown"))
+    run = load_run(tmp_path / "grown")
+    examples, _ = scoring.examples_of(run)
+    rows = scoring.score(run, examples, part="test")
+    assert [row["view"] for row in rows] == ["global", "personal"]
+    trained = run.methods["fedgh"]
+    for row in rows:
+        last = trained.history["test/accuracy" if row["view"] == "global" else "test/personal/accuracy"][0, -1]
+        assert row["accuracy"] == pytest.approx(last)
+    without = load_run(tmp_path / "grown", with_data=False).methods["fedgh"]
+    assert_same(without.params(), trained.params())
+    small, large = trained.params()
+    assert small["head"]["kernel"].shape == large["head"]["kernel"].shape == (4, 3)
+    assert jax.tree.structure(small) != jax.tree.structure(large)
+    exported = {each.name: each.params for each in export.models_of(run, clients=range(2))}
+    own = jax.tree.map(lambda leaf: leaf[0], trained.client_params([1]))
+    assert_same(exported["fedgh-seed0-client1"], own)
+
+
+def test_clients_are_dealt_to_models_in_turn():
+    experiment = setup.prepare(MIXED)
+    view = experiment.algorithms["fedgh"].personal
+    np.testing.assert_array_equal(view.groups.of, [0, 1, 0, 1, 0])
+    with pytest.raises(ValueError, match="differ in architecture: apply the model of one group"):
+        experiment.model.apply({}, np.zeros((1, 4)))
+    assert MIXED.slug() != MIXED.replace(models=("logistic_regression", "mlp")).slug()
+    (said,) = setup.unused(MIXED, ["model"])
+    assert said == "--model means nothing beside --models mlp,logistic_regression"
 
 
 def test_public_data_that_no_method_takes_is_said():
