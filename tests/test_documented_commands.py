@@ -10,7 +10,7 @@ import click
 import pytest
 
 from pipelines import Config
-from pipelines.cli import commands
+from pipelines.cli import choosing, commands
 from pipelines.configuration import methods
 from pipelines.configuration.options import fields_of
 from pipelines.studies import continual, zeroth_order
@@ -77,7 +77,7 @@ def test_a_command_of_the_documentation_can_be_given(page, words):
     try:
         values = parsed(commands.main, words)
         if values and words[0] == "train" and not any(":" in name for name in values["methods"]):
-            commands.parse_settings(values["settings"], values["methods"] or Config().methods)
+            choosing.parse_settings(values["settings"], values["methods"] or Config().methods)
             for name in values["methods"]:
                 methods.describe(name)
     except (click.UsageError, ValueError) as error:

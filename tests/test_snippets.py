@@ -47,7 +47,13 @@ INSTEAD = {
 }
 RUN = {"docs/reports.md", "docs/runs.md"}  # are about the run `runs/mine`
 NEEDS = {"docs/tpu.md": "libtpu"}  # what a page is about, too large for every environment
-LONG = {*RUN, "docs/data.md", "docs/own.md", "pipelines/README.md"}  # take many seconds; their imports are always tried
+LONG = {
+    *RUN,
+    "docs/data.md",
+    "docs/own.md",
+    "docs/sweep.md",
+    "pipelines/README.md",
+}  # take many seconds; their imports are always tried
 
 
 def blocks(page: str) -> list[str]:

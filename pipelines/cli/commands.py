@@ -1,9 +1,9 @@
-"""The command line: `fedjax-core train`, `federate`, `compile`, `continual`, `list`, `zeroth-order` and the others."""
+"""The command line, `fedjax-core`; other modules of this package have the commands of finished runs and of studies."""
 
 import logging
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.cli import catalog, options, terminal
+from pipelines.cli import catalog, choosing, options, terminal
 from pipelines.cli.compile_command import compile_
 from pipelines.cli.run_commands import evaluate, export
+from pipelines.cli.sweep_command import sweep
 from pipelines.cli.terminal import usage_errors
 from pipelines.cli.zeroth_order_command import zeroth_order
 from pipelines.common import files, processes, progress
@@ -24,8 +25,7 @@ from pipelines.common.names import pick
 from pipelines.common.own import short
 from pipelines.common.progress import duration, size
 from pipelines.configuration import config_file, methods
-from pipelines.configuration.config import CLIENT_SETTINGS, FEDERATION_FIELDS, MOST_DEVICES, Config
-from pipelines.configuration.options import fields_of
+from pipelines.configuration.config import FEDERATION_FIELDS, MOST_DEVICES, Config
 from pipelines.federation import heterogeneity
 from pipelines.results import logs
 from pipelines.studies.continual_config import Continual
@@ -37,6 +37,7 @@ _HELP = """Federated learning research in JAX: a whole federated round is one co
 
 \b
 fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
+fedjax-core sweep            train with every setting of a grid, and find the best
 fedjax-core federate         describe and draw a federation before anything is trained
 fedjax-core continual        learn one task after another, and see what is forgotten
 fedjax-core list             what there is to choose from
@@ -60,6 +61,7 @@ def main(debug: bool) -> None:
     """Federated learning research in JAX; the help text is given above."""
 
 
+main.add_command(sweep)
 main.add_command(zeroth_order)
 main.add_command(evaluate)
 main.add_command(export)
@@ -151,7 +153,7 @@ def train(
     with terminal.warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
-        chosen = choices_of(typed, config_path)
+        chosen = choosing.choices(typed, config_path)
         config = Config(**chosen)
         if options.shown(config, write_config, print_config):
             return
@@ -329,7 +331,7 @@ def federate(
     typed = options.given(ctx, Config)
     with terminal.warnings_as_lines(), usage_errors(ctx):
         filed = {} if config_path is None else config_file.read(config_path)
-        config = Config(**{name: value for name, value in _beside(typed, filed).items() if name in values})
+        config = Config(**{name: value for name, value in choosing.beside(typed, filed).items() if name in values})
         out = out or Path("federations") / config.federation_slug()
         files.check_directory(out)
         terminal.check_jax()
@@ -365,60 +367,6 @@ def _train_part(config: Config, built: Any, partition: str) -> Any:
 
     other = config.replace(partition=partition, feature_skew="none")
     return federations.build(other, built.dataset).parts["train"].assignment
-
-
-def choices_of(typed: Mapping[str, Any], config_path: Path | None) -> dict[str, Any]:
-    """The choices of a run that are not left at their defaults: those that are given, then those of a file."""
-    filed = {} if config_path is None else config_file.read(config_path)
-    found = _beside(typed, filed)
-    if found.get("federation") is not None:
-        found |= _saved_federation(found)
-    found.setdefault("methods", Config().methods)
-    for name in found["methods"]:
-        methods.check_runs(name)
-    settings = parse_settings(typed.get("settings", ()), found["methods"])
-    for method, own in _filed_settings(filed, found["methods"]).items():
-        settings[method] = own | settings.get(method, {})
-    return found | {"settings": settings}
-
-
-def _beside(typed: Mapping[str, Any], filed: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, and what a file says beside; one of epochs and steps does away with the other."""
-    work = {"epochs", "steps"}
-    if typed.keys() & work:
-        filed = {name: value for name, value in filed.items() if name not in work}
-    if filed.get("federation") is None or "federation" in typed:
-        filed = {name: value for name, value in filed.items() if name != "federation_digest"}
-    found = {**filed, **typed}
-    return found | {"epochs": found.get("epochs")} if found.get("steps") is not None else found
-
-
-def _filed_settings(filed: dict[str, Any], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
-    """The settings of a file for the methods of this run; those of other methods of the file are left out."""
-    settings: dict[str, dict[str, methods.Value]] = dict(filed.get("settings", {}))
-    general = parse_settings([f"{name}={value}" for name, value in settings.pop("", {}).items()], chosen)
-    for method, own in settings.items():
-        called = [each for each in chosen if short(each) == method]
-        name = called[0] if method not in chosen and len(called) == 1 else method
-        pick("method in settings", name, list(dict.fromkeys([*chosen, *(filed.get("methods") or ())])))
-        if name in chosen:
-            general[name] = general.get(name, {}) | own
-    return general
-
-
-def _saved_federation(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved federation says of the choices; what was asked for beside must agree."""
-    from pipelines.federation import federations
-
-    fields, digest = federations.read(found["federation"])
-    for name in found.keys() & fields:
-        if found[name] != fields[name]:
-            flag = fields_of(Config)[name].flags[0]
-            raise ValueError(
-                f"{flag} {found[name]} and --federation {found['federation']}, which was made with {fields[name]}: "
-                f"leave {flag} out, or make another federation"
-            )
-    return {**fields, "federation_digest": digest}
 
 
 @main.command(
@@ -535,37 +483,6 @@ def completion(shell: str) -> None:
     made = get_completion_class(shell)
     assert made is not None
     click.echo(made(main, {}, "fedjax-core", "_FEDJAX_CORE_COMPLETE").source())
-
-
-def parse_settings(pairs: Sequence[str], chosen: Sequence[str]) -> dict[str, dict[str, methods.Value]]:
-    """Reads `[METHOD.]NAME=VALUE` pairs; a pair without a method goes to every chosen method that has the name.
-
-    A method of the user's own, `module:name`, may be called by its name alone.
-
-    Raises:
-      ValueError: if a pair is malformed, the method is not among the chosen, or nothing has the name.
-    """
-    settings: dict[str, dict[str, methods.Value]] = {}
-    own: dict[str, dict[str, methods.Value]] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"--set {pair!r} is not of the form NAME=VALUE or METHOD.NAME=VALUE")
-        method, dot, name = key.strip().rpartition(".")
-        if dot:
-            called = [each for each in chosen if short(each) == method]
-            method = called[0] if method not in chosen and len(called) == 1 else method
-            pick("method among those of this run", method, chosen)
-            own.setdefault(method, {})[name] = value
-            continue
-        having = [m for m in chosen if name in CLIENT_SETTINGS or name in methods.describe(m).hyperparameters]
-        if not having:
-            known = {n for m in chosen for n in methods.describe(m).hyperparameters} | set(CLIENT_SETTINGS)
-            pick(f"hyper-parameter of {', '.join(chosen)}", name, sorted(known))
-        for each in having:
-            settings.setdefault(each, {})[name] = value
-    # What is said of one method goes before what is said of all, wherever it stands.
-    return {m: {**settings.get(m, {}), **own.get(m, {})} for m in chosen if m in settings or m in own}
 
 
 def _show_method(console: Console, method: methods.Method) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import jax
 
-from pipelines.cli import options, terminal
+from pipelines.cli import choosing, options, terminal
 from pipelines.cli.terminal import usage_errors
 from pipelines.common.progress import duration, size
 from pipelines.configuration.config import Config
@@ -57,14 +57,13 @@ def compile_(
     ctx: click.Context, topology: str, largest: bool, config_path: Path | None, as_json: bool, **values: Any
 ) -> None:
     """Compile a run for TPUs that are not there; the help text is given above."""
-    from pipelines.cli.commands import choices_of
     from pipelines.compiled import compiling
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     with terminal.warnings_as_lines(), usage_errors(ctx):
         # What is here does nothing but trace, and a TPU that is here is left alone.
         jax.config.update("jax_platforms", "cpu")
-        config = Config(**choices_of(options.given(ctx, Config), config_path))
+        config = Config(**choosing.choices(options.given(ctx, Config), config_path))
         tpus, experiment = compiling.prepare(config, topology)
         if not as_json:
             for line in compiling.assumptions(tpus):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pipelines.common import growth, own
 from pipelines.common.names import pick
@@ -398,7 +398,7 @@ class Config(Configuration):
             raise ValueError(f"methods={list(self.methods)} names one twice: name each once")
         for method in self.settings:
             pick("method in settings (of this run)", method, self.methods)
-        read = {m: {k: _setting(m, k, v) for k, v in chosen.items()} for m, chosen in self.settings.items()}
+        read = {m: {k: read_setting(m, k, v) for k, v in chosen.items()} for m, chosen in self.settings.items()}
         object.__setattr__(self, "settings", {m: dict(sorted(chosen.items())) for m, chosen in sorted(read.items())})
         for method in self.methods:
             dataclasses.replace(self.local, **self.client_settings(method))  # checks them
@@ -407,7 +407,7 @@ class Config(Configuration):
         """That of the JSON text, as settings are dictionaries."""
         return hash(self.to_json())
 
-    def replace(self, **choices: Any) -> "Config":
+    def replace(self, **choices: Any) -> Self:
         """This configuration with other choices, by their names.
 
         Steps take the place of epochs, and the other way round; rounds between checkpoints that no longer are a
@@ -557,7 +557,12 @@ def _with_checkpoints(report: ReportConfig, eval_every: int) -> ReportConfig:
     return report
 
 
-def _setting(method: str, name: str, value: Value) -> Value:
+def read_setting(method: str, name: str, value: Value) -> Value:
+    """A hyper-parameter of a method, or of the clients' optimizer, with the type of its default.
+
+    Raises:
+      ValueError: if there is none of that name, with the nearest, or the value does not fit.
+    """
     if name in CLIENT_SETTINGS:
         read = methods.read(f"{method}.{name}", value, CLIENT_SETTINGS[name])
     else:

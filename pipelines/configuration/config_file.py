@@ -149,8 +149,8 @@ def _content(path: Path) -> dict[Any, Any]:
 
 def _of_type(where: str, field: Field, value: Any) -> Any:
     """A value as the type of its choice."""
-    if field.name == "settings":
-        return _settings(where, value)
+    if field.name in ("settings", "grid"):
+        return _settings(where, value, lists=field.name == "grid")
     optional = field.kind is not field.type
     if optional and (value is None or (field.option.none and str(value).lower() == field.option.none)):
         return None
@@ -174,8 +174,8 @@ def _of_type(where: str, field: Field, value: Any) -> Any:
     raise ValueError(f"{where} is {value!r}: write a text in quotes")
 
 
-def _settings(where: str, value: Any) -> dict[str, dict[str, Any]]:
-    """Method to name to value; "" to what is said of all methods."""
+def _settings(where: str, value: Any, *, lists: bool) -> dict[str, dict[str, Any]]:
+    """Method to name to value, or a list of them; "" to what is said of all methods."""
     if isinstance(value, list):
         if not all(isinstance(each, str) and "=" in each for each in value):
             raise ValueError(f"{where} is {value!r}: write METHOD.NAME=VALUE, or a table for each method")
@@ -191,7 +191,8 @@ def _settings(where: str, value: Any) -> dict[str, dict[str, Any]]:
             found.setdefault(method, {})[own] = chosen
     for method, chosen in found.items():
         for own, number in chosen.items():
-            if not isinstance(number, bool | int | float | str):
+            each = number if lists and isinstance(number, list) else [number]
+            if not all(isinstance(one, bool | int | float | str) for one in each):
                 raise ValueError(f"{where} has {method}.{own}={number!r}: write a number, true or false, or a text")
     return found
 

@@ -311,15 +311,17 @@ def fields_of(kind: type[Section]) -> Mapping[str, Field]:
 _FIELDS: dict[type[Section], Mapping[str, Field]] = {}
 
 
-def _fields(kind: type[Section], path: tuple[str, ...], heading: str) -> Iterator[Field]:
+def _fields(kind: type[Section], path: tuple[str, ...], heading: str, usual: Section | None = None) -> Iterator[Field]:
+    """The choices of a section; their defaults are those of `usual`, if the whole has other ones than the section."""
     types = typing.get_type_hints(kind)
     for each in dataclasses.fields(kind):
         option: Option | None = each.metadata.get("option")
         if option is None:
-            yield from _fields(types[each.name], (*path, each.name), types[each.name].heading)
+            section = each.default_factory() if callable(each.default_factory) else None
+            yield from _fields(types[each.name], (*path, each.name), types[each.name].heading, section)
         else:
-            own = option.heading or heading
-            yield Field(option.name or each.name, (*path, each.name), types[each.name], each.default, option, own)
+            own, default = option.heading or heading, each.default if usual is None else getattr(usual, each.name)
+            yield Field(option.name or each.name, (*path, each.name), types[each.name], default, option, own)
 
 
 @dataclass(frozen=True, init=False)
@@ -373,8 +375,9 @@ class Configuration(Section):
                 continue
             *path, last = fields[canonical("choice of a configuration", name, cls)].path
             (within.setdefault(path[0], {}) if path else found)[last] = value
+        usual: Any = {each.name: each.default_factory for each in dataclasses.fields(cls)}
         for name, own in within.items():
-            found[name] = dataclasses.replace(found[name], **own) if name in found else types[name](**own)
+            found[name] = dataclasses.replace(found[name] if name in found else usual[name](), **own)
         return found
 
     @classmethod

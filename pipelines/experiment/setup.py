@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,7 +42,13 @@ from fedjax_core.types import Params, PyTree
 from pipelines.common import own
 from pipelines.common.names import pick
 from pipelines.configuration import methods
-from pipelines.configuration.config import FEDERATION_FIELDS, MOST_DEVICES, Config, ParticipationConfig
+from pipelines.configuration.config import (
+    CLIENT_SETTINGS,
+    FEDERATION_FIELDS,
+    MOST_DEVICES,
+    Config,
+    ParticipationConfig,
+)
 from pipelines.configuration.options import LIMIT
 from pipelines.data import datasets
 from pipelines.data.dataset import fits_single
@@ -76,8 +82,9 @@ class Experiment(NamedTuple):
       sampler: who takes part.
       algorithms: name to method, in the order they run.
       plan: how the hardware is used.
-      make: `make(method, plan, rates={}) -> Algorithm`; the rates replace the configuration's `client_lr` and number
-        settings of the method, and may be traced, so that a `jax.vmap` sweeps them.
+      make: `make(method, plan, rates={}) -> Algorithm`; the rates replace the configuration's options of the clients'
+        optimizer and settings of the method. `client_lr` and numbers of the method may be traced, so that a `jax.vmap`
+        sweeps them.
       keys: keys[S], one per seed, the same for every method: the same initial models, cohorts and batches.
     """
 
@@ -235,6 +242,7 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
     def layer_inputs(params: Params, batch: Examples) -> dict[str, Array]:
         return models.capture.layer_inputs(evaluated)(params, batch["x"])
 
+    @cache
     def layer_widths() -> dict[str, int]:
         one = jax.tree.map(lambda leaf: leaf[:1], dataset.test["x"])
         return models.capture.layer_widths(evaluated, jax.eval_shape(model.init, jax.random.key(0)), one)
@@ -258,10 +266,10 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
         method = methods.build(
             name,
             loss_fn,
-            client_optimizer(config, name, rates.get("client_lr")),
+            client_optimizer(config, name, rates),
             num_clients=population.num_clients,
             settings={key: value for key, value in config.method_settings(name).items() if key not in rates},
-            local=local | {"plan": plan} | {key: value for key, value in rates.items() if key != "client_lr"},
+            local=local | {"plan": plan} | {key: value for key, value in rates.items() if key not in CLIENT_SETTINGS},
             model_functions=functions,
         )
         return method if config.models else _carrying(method, config, loss_fn, population.num_clients)
@@ -604,17 +612,15 @@ def _build_or_load(config: Config, dataset: Dataset) -> Federation:
     return federations.load(config.federation.directory, dataset)
 
 
-def client_optimizer(config: Config, method: str, lr: Any = None) -> Any:
+def client_optimizer(config: Config, method: str, rates: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """The clients' optimizer for a method: an optax optimizer, or a function of the round giving one.
 
     Args:
       config: the configuration.
       method: name of the method.
-      lr: learning rate instead of the configuration's; it may be traced.
+      rates: `client_lr`, which may be traced, `client_momentum` and `client_lr_decay` instead of the configuration's.
     """
-    chosen = config.client_settings(method)
-    lr = chosen["client_lr"] if lr is None else lr
-    momentum, decay = chosen["client_momentum"], chosen["client_lr_decay"]
+    lr, momentum, decay = ({**config.client_settings(method), **rates}[name] for name in CLIENT_SETTINGS)
     if momentum and config.local.client_optimizer != "sgd":
         raise ValueError(
             f"client_momentum={momentum:g} means nothing to client_optimizer={config.local.client_optimizer!r}: "

@@ -7,7 +7,7 @@ it adapts.
 Letters: S seeds, N clients, K of them tested.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from fedjax_core import (
     Algorithm,
+    ClientStatistics,
     HostPopulation,
     Population,
     client_statistics,
@@ -33,7 +34,8 @@ from pipelines.run import engines
 
 _MOST_CLIENTS = 1024
 _MOST_EXAMPLES = 64 * EVAL_BATCH
-_ADAPTED_AT_ONCE = 8
+ADAPTED_AT_ONCE = 8
+"""Clients that adapt together before they are tested."""
 
 
 class _Block(NamedTuple):
@@ -100,7 +102,7 @@ def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str) -> Scor
                 state,
                 examples,
                 ids,
-                at_once=_ADAPTED_AT_ONCE,
+                at_once=ADAPTED_AT_ONCE,
                 batch_size=EVAL_BATCH,
                 plan=experiment.plan,
                 adapt_on=own,
@@ -111,7 +113,7 @@ def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str) -> Scor
 
     jitted = jax.jit(score, out_shardings=engines.replicated_results(experiment))
     rows_of = jax.jit(lambda rows, ids: jax.tree.map(lambda leaf: leaf[:, ids], rows))
-    keys = put(jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], 0xAD))(experiment.keys))
+    keys = put(jax.vmap(key_of)(experiment.keys))
 
     def scores(states: PyTree, part: str = "test") -> History:
         device, tables = split_tables(states)
@@ -148,15 +150,29 @@ def population_of(experiment: Experiment, part: Part) -> HostPopulation:
     return HostPopulation.from_flat(getattr(experiment.dataset, source), assignment.offsets, assignment.rows)
 
 
+def key_of(key: Key) -> Key:
+    """What clients draw from when they adapt before they are tested, to be folded with a block's number.
+
+    Args:
+      key: of a seed.
+    """
+    return jax.random.fold_in(run_keys(key)[1], 0xAD)
+
+
 def over_clients(view: str, values: History) -> History:
     """The mean over clients of each metric, and of the accuracy its spread: "test/<view>/<metric>" [S]."""
-    found: History = {}
-    for metric, of_clients in values.items():
-        there = _statistics(of_clients)
-        found[of_view("test", view, metric)] = np.asarray(there.mean)
+    found = named(view, {metric: _statistics(of_clients) for metric, of_clients in values.items()})
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def named(view: str, values: Mapping[str, ClientStatistics]) -> dict[str, Any]:
+    """Statistics over clients in a view by the names of a history."""
+    found: dict[str, Any] = {}
+    for metric, there in values.items():
+        found[of_view("test", view, metric)] = there.mean
         if metric == "accuracy":
-            found[of_view("test", view, "accuracy_sd")] = np.asarray(there.std)
-            found[of_view("test", view, "accuracy_worst_decile")] = np.asarray(there.worst_decile)
+            found[of_view("test", view, "accuracy_sd")] = there.std
+            found[of_view("test", view, "accuracy_worst_decile")] = there.worst_decile
     return found
 
 

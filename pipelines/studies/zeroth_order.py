@@ -13,13 +13,8 @@ curves.csv, curves.png and .pdf, summary.md and results.tex.
 import csv
 import io
 import json
-import os
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +35,7 @@ from pipelines.configuration.options import check_grown, named
 from pipelines.data.dataset import Dataset
 from pipelines.experiment import memory
 from pipelines.federation.assignment import Assignment
-from pipelines.run import identity, run_directory
-from pipelines.run.checkpoint import CheckpointWarning, OtherRun
+from pipelines.run import identity, run_directory, trials
 from pipelines.run.run_directory import Kind, Work
 from pipelines.studies.zeroth_order_config import ALL, Attack, Metric, Study, of_values
 
@@ -317,7 +311,7 @@ def _trials(
 ) -> dict[str, np.ndarray]:
     """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there, one a device."""
     run = jax.jit(curve(name, study, tasks[0]))
-    parts = [_stored(work, name, trial) for trial in range(len(tasks))]
+    parts = [trials.load(_path(work, name, trial), work.run, _of(name, trial)) for trial in range(len(tasks))]
     missing = [trial for trial, part in enumerate(parts) if part is None]
     devices = jax.devices()
     done = len(parts) - len(missing)
@@ -341,7 +335,7 @@ def _trials(
         for trial, result in zip(group, results, strict=True):
             values = {k: np.asarray(v) for k, v in run_directory.waited_for(result).items()}
             with files.explain_os_errors(work.out, saved):
-                _store(work, name, trial, values)
+                trials.save(_path(work, name, trial), work.run, _of(name, trial), values)
             parts[trial], done = values, done + 1
             after = f"{values['queries'][-1]:g} queries a client" if "queries" in values else f"{study.rounds} rounds"
             say(f"{name}, trial {trial}: F = {values['value'][-1]:.5g} after {after}")
@@ -353,58 +347,8 @@ def _path(work: Work, name: str, trial: int) -> Path:
     return work.out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
 
 
-_OF = "of"
-"""Name in a file of curves of what they are of, as JSON text."""
-
-
-def _stored(work: Work, name: str, trial: int) -> dict[str, np.ndarray] | None:
-    """The curves of a trial; None if they are not there or damaged, which a digest tells.
-
-    Raises:
-      OtherRun: if they are of another study.
-    """
-    path = _path(work, name, trial)
-    if not os.path.lexists(path):
-        return None
-    try:
-        with np.load(path) as stored:
-            curves = dict(stored)
-        of = json.loads(str(curves.pop(_OF))) if _OF in curves else {}  # earlier versions did not say
-        damage = "it is not what was written, its sha256 differs" if of and of["sha256"] != _digest(curves) else ""
-        whose, what = of.get("run", ""), [of.get("method", name), of.get("trial", trial)]
-    except (ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
-        damage = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        damage = str(error)
-    if damage:
-        warnings.warn(f"{path} is damaged ({damage}): the trial is run again", CheckpointWarning, stacklevel=2)
-        return None
-    if work.run and whose and whose != work.run:
-        raise OtherRun(
-            f"{path} was written by another study ({whose}, and this one is {work.run}): put this study's own curves "
-            "back, or remove that file to have the trial run again"
-        )
-    if what != [name, trial]:
-        raise OtherRun(
-            f"{path} is of {what[0]}, trial {what[1]}: put the curves of {name}, trial {trial}, back, or remove that "
-            "file to have the trial run again"
-        )
-    return curves
-
-
-def _store(work: Work, name: str, trial: int, curves: Mapping[str, np.ndarray]) -> None:
-    path = _path(work, name, trial)
-    of = json.dumps({"run": work.run, "method": name, "trial": trial, "sha256": _digest(curves)})
-    path.parent.mkdir(exist_ok=True)
-    files.write(path, partial(_save, arrays={**curves, _OF: np.asarray(of)}))
-
-
-def _digest(curves: Mapping[str, np.ndarray]) -> str:
-    hashed = sha256()
-    for name, values in sorted(curves.items()):
-        hashed.update(f"{name} {values.dtype} {values.shape}".encode())
-        hashed.update(np.ascontiguousarray(values).tobytes())
-    return hashed.hexdigest()
+def _of(name: str, trial: int) -> dict[str, Any]:
+    return {"method": name, "trial": trial}
 
 
 def claim(study: Study, out: Path, pinned: Mapping[str, str] | None = None) -> None:
@@ -572,13 +516,6 @@ def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str, 
         if (values > 0).all():  # nothing below the least value on a logarithmic axis
             low = np.maximum(low, values.min(axis=0))
         axis.fill_between(x, low, mean + sd, color=color, alpha=0.18, linewidth=0)
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _quadratic(u: Array, first: Array, second: Array) -> Array:
