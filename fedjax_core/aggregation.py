@@ -239,6 +239,7 @@ class Stacked(NamedTuple):
 
 def stacked(rule: Callable[[PyTree, Array], PyTree] = lambda uploads, weights: uploads) -> Stacked:
     """`rule(uploads, weights)` of all uploads, leaves [C, ...]; the uploads themselves unless given."""
+    checks.function("rule", rule, "rule(uploads, weights) -> result")
     return Stacked(rule)
 
 

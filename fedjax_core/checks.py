@@ -258,13 +258,13 @@ def params(params: Params, name: str = "params") -> Params:
             raise TypeError(f"{where} is {leaf!r}{_instead_of(np.asarray(leaf).dtype)}")
         elif not path:
             raise TypeError(
-                f"{name} must be a pytree of arrays, got {_described(leaf)}: pass the parameters themselves, such as "
+                f"{name} must be a pytree of arrays, got {described(leaf)}: pass the parameters themselves, such as "
                 'model.init(key), the "params" of flax variables, or the first part of '
                 "equinox.partition(model, equinox.is_inexact_array)"
             )
         else:
             raise TypeError(
-                f"{where} is {_described(leaf)}, and parameters are arrays: pass only those and close over the rest "
+                f"{where} is {described(leaf)}, and parameters are arrays: pass only those and close over the rest "
                 "(of an equinox model, the first part of equinox.partition(model, equinox.is_inexact_array); of an nnx "
                 "model, nnx.state(model, nnx.Param))"
             )
@@ -314,7 +314,8 @@ def _instead_of(dtype: DTypeLike) -> str:
     )
 
 
-def _described(leaf: object) -> str:
+def described(leaf: object) -> str:
+    """What a value is, for an error: a text, a function by its name, an object by its type."""
     if isinstance(leaf, str | bytes):
         return f"the text {leaf!r:.40}"
     kind = getattr(leaf, "__qualname__", None) if callable(leaf) else None
@@ -364,7 +365,7 @@ def _no_model_state(name: str, params: Params) -> None:
 def function(name: str, value: object, example: str) -> None:
     """Raises TypeError unless `value` can be called."""
     if not callable(value):
-        raise TypeError(f"{name} must be a function, got {_described(value)}: pass {example}")
+        raise TypeError(f"{name} must be a function, got {described(value)}: pass {example}")
 
 
 def takes(
@@ -417,7 +418,7 @@ def options(names: Iterable[str], known: Collection[str]) -> None:
 def optimizer(name: str, value: object) -> Any:
     """Returns `value` if it is an optax optimizer, or raises TypeError."""
     if not is_optimizer(value):
-        raise TypeError(f"{name} must be an optax optimizer, got {_described(value)}: pass for example optax.sgd(0.1)")
+        raise TypeError(f"{name} must be an optax optimizer, got {described(value)}: pass for example optax.sgd(0.1)")
     return value
 
 

@@ -103,6 +103,11 @@ def for_each_client(
     """
     if not isinstance(cohort, Cohort):
         raise TypeError(f"cohort must be a Cohort, got {type(cohort).__name__}: pass population.cohort(ids)")
+    if not isinstance(aggregator, Aggregator | Stacked | None):
+        raise TypeError(
+            f"aggregator must be an Aggregator or Stacked, got {checks.described(aggregator)}: pass for example "
+            "weighted_mean() or stacked(rule)"
+        )
     if cohort.route is not None:
         from fedjax_core.messages import Pass  # which runs passes by this function
 
@@ -166,7 +171,7 @@ def for_each_client(
 
     def final(client: Array, shared: PyTree, carry: PyTree, weight: Array) -> tuple[PyTree, PyTree]:
         with as_this(client):
-            upload, output = program.final(shared, carry)
+            upload, output = _pair(program.final(shared, carry))
         sizes.check_messages("the upload", upload)
         size, upload = sizes.sent_bytes(upload), sizes.opened(upload)
         up[:] = [None if isinstance(size, jax.Array) else size]
@@ -217,6 +222,16 @@ def for_each_client(
     )
 
 
+def _pair(ended: Any) -> tuple[PyTree, PyTree]:
+    """What `ClientProgram.final` returns, after a look whether it is a pair."""
+    if not isinstance(ended, tuple) or len(ended) != 2 or hasattr(ended, "_fields"):
+        raise TypeError(
+            f"final must return the pair (upload, output), got {checks.described(ended)}: return () in the place of "
+            "the output of a client that keeps nothing, or of the upload of one that sends nothing"
+        )
+    return ended
+
+
 def _to_participants(cohort: Cohort, count: Any) -> Array:
     """float[C], a number of bytes (or one for each slot) for participants, 0 for the others."""
     return jnp.where(cohort.mask, jnp.asarray(count, jnp.result_type(float)), 0)
@@ -243,7 +258,7 @@ def _end_of(program: ClientProgram, shared: PyTree, client_inputs: PyTree, key: 
         own = jax.tree.map(lambda leaf: leaf[0], client_inputs)
         with as_client(jnp.int32(0)):
             carry = execution.strip_weak_type(program.init(shared, own, key))
-            upload, output = program.final(shared, carry)
+            upload, output = _pair(program.final(shared, carry))
         return execution.strip_weak_type((sizes.opened(upload), output))
 
     ends: tuple[PyTree, PyTree] = jax.eval_shape(end, sizes.opened(shared), client_inputs, keys.one(key))
@@ -499,6 +514,7 @@ def check_tables(state: PyTree, cohort: Cohort) -> None:
             rows = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
             if expected is not None and rows != expected:
                 made_with = "groups of as many clients" if has_index else f"num_clients={cohort.population_size}"
+                made_with += ", and its parts with like=the population"
                 raise ValueError(
                     f"the state has rows for {rows} clients, but the population has {cohort.population_size}: make the "
                     f"method with {made_with}"

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, bounded_sum, itself, mapped
-from fedjax_core.algorithm import Algorithm, Event, is_private, separate
+from fedjax_core.algorithm import Algorithm, Event, check_algorithm, is_private, separate
 from fedjax_core.batching import LocalWork
 from fedjax_core.clients import (
     ClientProgram,
@@ -317,12 +318,20 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
     Its state is a `PartState`, its own metrics are `PartMetrics`. Events of a method beside its rounds go past the
     part, which a private part refuses.
 
+    Raises:
+      TypeError: if an argument is of another type, such as a part's factory that was not called.
+
     Raises (the functions that are returned):
-      TypeError: if the round that is wrapped has been given to `jax.jit` before, for the part could not take part in
+      TypeError: if what the part returns is no (results, state, info), or its state changes its structure, shapes or
+        dtypes. If the round that is wrapped has been given to `jax.jit` before, for the part could not take part in
         what is compiled already: wrap first, jax.jit(with_part(...).round). If the part is private and clients upload
         something in an event.
     """
-    checks.function("part.around", part.around, "Part(around)")
+    check_algorithm(algorithm)
+    _check_part(part)
+    if not isinstance(like, Population | HostPopulation):
+        got = checks.misplaced(like) or type(like).__name__
+        raise TypeError(f"like must be a population, got {got}: pass like=population, whose clients the part is for")
 
     def init(params: Params, key: Key | None = None) -> PartState:
         state = algorithm.init(params, key)
@@ -342,7 +351,9 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         if part.admission is not None:
             traffic = _traffic(algorithm.round, state.method, cohort, key)
             choice_key = jax.random.fold_in(keys.one(key), _TAG - 1)
-            cohort, admitted, told = part.admission.choose(admitted, cohort, traffic, choice_key)
+            returned = part.admission.choose(admitted, cohort, traffic, choice_key)
+            what = f"{part.name}.admission.choose"
+            cohort, admitted, told = _returned(what, "cohort", Cohort, returned, admitted)
         route = _Route(part, state.passes, key)
         routed = through(cohort, route)
         new, metrics = algorithm.round(state.method, replace(routed, private=part.private or cohort.private), key)
@@ -369,6 +380,53 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         {name: passing_by(event) for name, event in algorithm.events.items()},
         algorithm.main,
     )
+
+
+def _check_part(part: object) -> None:
+    """Raises TypeError unless `part` is a part whose functions can be called as they will be."""
+    if not isinstance(part, Part):
+        name = getattr(part, "__name__", "")
+        fix = f"call it first, {name}(...)" if callable(part) and name else "pass for example messages.top_k(0.01)"
+        got = checks.misplaced(part) or checks.described(part)
+        raise TypeError(f"part must be a Part, got {got}: {fix}; the order of arguments is (algorithm, part)")
+    functions: list[tuple[str, Callable[..., Any], tuple[str, ...], str]] = [
+        ("around", part.around, ("state", "asked", "key"), "around(state, asked, key) -> (results, state, info)"),
+        ("init", part.init, ("upload", "num_clients"), "init(upload, num_clients) -> state"),
+    ]
+    if part.admission is not None:
+        if not isinstance(part.admission, Admission):
+            got = checks.described(part.admission)
+            raise TypeError(f"part.admission must be an Admission, got {got}: pass Admission(choose, begin)")
+        choose, begin = part.admission
+        example = "choose(state, cohort, traffic, key) -> (cohort, state, info)"
+        functions.append(("admission.choose", choose, ("state", "cohort", "traffic", "key"), example))
+        functions.append(("admission.begin", begin, (), "begin() -> state"))
+    for name, function, arguments, example in functions:
+        checks.takes(f"part.{name}", function, arguments, example=example)
+
+
+def _returned(what: str, first: str, kind: type, returned: Any, state: Any) -> tuple[Any, Any, Any]:
+    """What a function of a part returns, after a look whether it is (what it is to be, the state as it was, arrays)."""
+    if not isinstance(returned, tuple) or len(returned) != 3 or not isinstance(returned[0], kind):
+        types = ", ".join(type(value).__name__ for value in returned) if isinstance(returned, tuple) else ""
+        got = f"({types})" if isinstance(returned, tuple) else checks.described(returned)
+        raise TypeError(
+            f"{what} must return ({first}, state, info), the first a {kind.__name__}, got {got}: return () where there "
+            "is no state or no info"
+        )
+    _, new, info = returned
+    for path, leaf in jax.tree_util.tree_flatten_with_path(info)[0]:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+            raise TypeError(
+                f"{what} returns info{jax.tree_util.keystr(path)} that is {checks.described(leaf)}: metrics are arrays"
+            )
+    if not _alike(new, state):
+        before, after = (jax.tree.map(_kind, tree) for tree in (state, new))
+        raise TypeError(
+            f"{what} returns the state {after}, and was given {before}: keep structure, shapes and dtypes from round "
+            "to round (cast with astype)"
+        )
+    return returned
 
 
 def through(cohort: Cohort, route: Callable[[Pass], ClientResults]) -> Cohort:
@@ -402,7 +460,14 @@ class _Route:
                 "begin with init of the wrapped method"
             )
         key = jax.random.fold_in(keys.one(self._key), _TAG + number)
-        results, state, info = self._part.around(self._states[number], asked, key)
+        what, state = f"{self._part.name}.around", self._states[number]
+        returned = self._part.around(state, asked, key)
+        results, state, info = _returned(what, "results", ClientResults, returned, state)
+        if len(results.seen) != len(asked.looks):
+            raise TypeError(
+                f"{what} has looked at uploads and not taken out what was seen: return "
+                "results._replace(seen=tuple(rest)) of *rest, mine = results.seen"
+            )
         self._new.append(state)
         self._infos.append(info)
         return results
@@ -587,8 +652,9 @@ def before_sending(
 def _alike(tree: PyTree, other: PyTree) -> bool:
     """Whether two trees have the same structure, shapes and dtypes."""
 
-    def kind(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+    one: object = jax.tree.map(_kind, tree)
+    return one == jax.tree.map(_kind, other)
 
-    one: object = jax.tree.map(kind, tree)
-    return one == jax.tree.map(kind, other)
+
+def _kind(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))

@@ -21,6 +21,7 @@ def sign_flip(malicious: Any, *, factor: fc.Scalar = 1.0) -> Part:
 
     Paper: Karimireddy, He, Jaggi, "Learning from History for Byzantine Robust Optimization", 2021.
     """
+    fc.checks.scalar("factor", factor)
     return _attack("sign_flip", malicious, lambda own, mean, sd, n, f: -factor * own)
 
 
@@ -37,6 +38,9 @@ def alie(malicious: Any, *, z: fc.Scalar | None = None) -> Part:
 
     Paper: Baruch, Baruch, Goldberg, "A Little Is Enough: Circumventing Defenses For Distributed Learning", 2019.
     """
+
+    if z is not None:
+        fc.checks.scalar("z", z)
 
     def sent(own: fc.Array, mean: fc.Array, sd: fc.Array, n: fc.Array, f: fc.Array) -> fc.Array:
         needed = jnp.floor(n / 2 + 1) - f
@@ -59,6 +63,7 @@ def inner_product_manipulation(malicious: Any, *, epsilon: fc.Scalar = 0.1) -> P
 
     Paper: Xie, Koyejo, Gupta, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation", 2019.
     """
+    fc.checks.scalar("epsilon", epsilon)
     return _attack("inner_product_manipulation", malicious, lambda own, mean, sd, n, f: -epsilon * mean)
 
 
@@ -96,8 +101,14 @@ def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
     f the malicious ones among them; what is returned is [...] or [C, ...].
     """
 
+    _check_malicious(malicious)
     if fc.checks.is_concrete(malicious) and not np.any(malicious):  # uploads need not be stacked
-        return Part(lambda state, asked, key: (asked.run(), (), jnp.int32(0)), name=name)
+
+        def by_nobody(state: Any, asked: Pass, key: fc.Key) -> Any:
+            asked.cohort.check_per_client("malicious", malicious)
+            return asked.run(), (), jnp.int32(0)
+
+        return Part(by_nobody, name=name)
 
     def attacked(leaf: fc.Array, bad: fc.Array, honest: fc.Array) -> fc.Array:
         count, mask, wide = jnp.sum(honest), fc.sums.across(honest, leaf), fc.sums.widen(leaf)
@@ -113,6 +124,8 @@ def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
 def _by_malicious(name: str, malicious: Any, attacked: Callable[..., fc.Array]) -> Part:
     """`attacked(leaf, bad, honest)` in the place of each leaf of the uploads, [C, ...]; bad and honest are bool[C]."""
 
+    _check_malicious(malicious)
+
     def around(state: Any, asked: Pass, key: fc.Key) -> Any:
         bad = asked.cohort.per_client("malicious", jnp.asarray(malicious, bool)) & asked.cohort.mask
         honest = asked.cohort.mask & ~bad
@@ -123,3 +136,15 @@ def _by_malicious(name: str, malicious: Any, attacked: Callable[..., fc.Array]) 
         return asked.changed(change).run(), (), jnp.sum(bad, dtype=jnp.int32)
 
     return Part(around, name=name)
+
+
+def _check_malicious(malicious: Any) -> None:
+    """Raises ValueError unless it says of every client whether it is malicious, bool[num_clients]."""
+    array = malicious if isinstance(malicious, jax.Array) else np.asarray(malicious)
+    if array.ndim == 1 and array.size and array.dtype == bool:
+        return
+    is_ids = array.ndim == 1 and array.dtype.kind in "iu"
+    fix = "numpy.isin(numpy.arange(num_clients), ids)" if is_ids else "True for every client that is malicious"
+    raise ValueError(
+        f"malicious must be bool[num_clients], got {array.dtype}{list(array.shape)} {malicious!r:.40}: pass {fix}"
+    )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import fedjax_core as fc
@@ -39,6 +40,8 @@ def top_k(share: float = 0.01, *, feedback: bool = True) -> Part:
     SignSGD", 2019.
     """
     fc.checks.scalar("share", share, low=0, low_open=True, high=1)
+    if not fc.checks.is_concrete(share):
+        raise TypeError("share is traced, and says how many entries are sent, a size of arrays: pass a Python number")
 
     def count(d: int) -> int:
         return max(1, -int(-share * d // 1))
@@ -68,8 +71,9 @@ def stochastic_rounding(bits: int = 8, *, chunk: int = 512) -> Part:
     "Distributed Mean Estimation with Limited Communication", 2017.
     """
     fc.checks.positive_int("chunk", chunk, "512 is usual")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= 16:
         raise ValueError(f"bits must be an integer from 1 to 16, got {bits!r}: 8 is usual")
+    bits, chunk = int(bits), int(chunk)
     levels = 2**bits - 1
 
     def encode(x: fc.Array, key: fc.Key) -> Any:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fedjax_core as fc
 from fedjax_core.messages import Part, Pass
@@ -43,6 +44,12 @@ def client_level_dp(clip: fc.Scalar, noise_multiplier: fc.Scalar, *, expected: f
     for name, value in (("clip", clip), ("expected", expected)):
         fc.checks.scalar(name, value, low=0, low_open=True, finite=name != "clip")
     fc.checks.scalar("noise_multiplier", noise_multiplier, low=0)
+    infinite = fc.checks.is_concrete(clip) and np.isinf(clip)
+    if infinite and not (fc.checks.is_concrete(noise_multiplier) and noise_multiplier == 0):
+        raise ValueError(
+            f"clip is infinite and noise_multiplier={noise_multiplier!r:.60}: the noise has deviation noise_multiplier "
+            "* clip, choose a finite clip, or noise_multiplier=0.0 for none"
+        )
     # Nothing is added where it is known that there is none: the clip may be infinite then.
     has_noise = not fc.checks.is_concrete(noise_multiplier) or noise_multiplier > 0
 

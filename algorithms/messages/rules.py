@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fedjax_core as fc
 from fedjax_core.messages import Part, Pass
@@ -142,5 +143,5 @@ def _ordered(leaf: fc.Array, taking: fc.Array) -> fc.Array:
 
 
 def _check_count(malicious: int) -> None:
-    if isinstance(malicious, bool) or not isinstance(malicious, int) or malicious < 0:
+    if isinstance(malicious, bool) or not isinstance(malicious, int | np.integer) or malicious < 0:
         raise ValueError(f"malicious must be an integer of at least 0, got {malicious!r}: count the malicious clients")
