@@ -11,6 +11,7 @@ import pytest
 
 import algorithms
 import fedjax_core as fc
+from algorithms.messages import client_level_dp
 from fedjax_core import Plan, Population, Task, Variables, reference, testing, with_statistics
 from fedjax_core.messages import Part, with_part
 
@@ -326,6 +327,17 @@ def test_who_looks_at_uploads_inside_sees_no_statistics(population, begun, held)
     method = with_statistics(with_part(plain, Part(around), like=population), "average")
     _, metrics = jax.jit(method.round)(method.init(begun), population.cohort([-1, 0]), jax.random.key(0))
     np.testing.assert_allclose(metrics.extra.passes[0], [0, metrics.update_norm], rtol=1e-6)
+
+
+def test_a_clip_around_them_is_that_of_model_and_statistics_together(population, begun):
+    plain = with_statistics(algorithms.fedavg(TASK, optax.sgd(LR), batch_size=4, plan=Plan(lanes=1)), "average")
+    method = with_part(plain, client_level_dp(0.01, 0.0, expected=1.0), like=population)
+    state = method.init(begun)
+    after, _ = jax.jit(method.round)(state, population.cohort([-1, 0]), jax.random.key(0))
+    moved = jax.tree.map(jnp.subtract, method.params(after), method.params(state))
+    np.testing.assert_allclose(optax.tree.norm(moved), 0.01, rtol=1e-5)
+    assert optax.tree.norm(moved.statistics) > 0
+    assert optax.tree.norm(moved.params) > 0
 
 
 def checked(rule, begun):

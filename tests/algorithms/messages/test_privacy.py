@@ -204,6 +204,12 @@ def test_what_an_event_uploads_would_go_past_it():
     )
 
 
+@pytest.mark.parametrize(("name", "event"), [("ewc", "end_task"), ("fedlex", "explore"), ("autoflip", "explore")])
+def test_methods_whose_events_read_clients_are_refused(name, event):
+    with pytest.raises(TypeError, match=f"in the event '{event}' of the method clients upload something"):
+        noised(made(name), POPULATION).init(softmax_params())
+
+
 def test_statistics_that_are_averaged_around_it_are_refused():
     private = noised(made(), POPULATION)
     with pytest.raises(TypeError, match=r"put the part outside, with_part\(with_statistics\(method, 'average'\), part"):
