@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="*",
-        default=[name for name in methods.names() if not methods.asks_for(name, "public")],
+        default=[
+            name for name in methods.names() if not ({"public", "tasks"} & set(methods.describe(name).needs.values()))
+        ],
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", default="compiling")

@@ -268,7 +268,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(
-            f"written: {out / 'summary.md'}, results.tex, metrics.csv, clients.csv, "
+            f"written: {out / 'summary.md'} and .json, results.tex, metrics.csv, clients.csv, "
             f"{'clients.parquet, ' if config.evaluation.clients_over_time else ''}checkpoints; curves and "
             "clients as .png and .pdf"
         )

@@ -547,23 +547,37 @@ def initial_states(experiment: Experiment, algorithm: Algorithm, keys: Key) -> P
 
 def begun(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
     """States [S, ...] after what a method does before its first round, an exploration say; all clients are asked."""
-    return _after_events(algorithm, "before", states, population, keys, 0xE8)
+    return _after_events(algorithm, "before", states, population, keys)
 
 
 def ended(algorithm: Algorithm, states: PyTree, population: Population, keys: Key) -> PyTree:
     """States [S, ...] after what a method does after its last round, a calibration say; all clients are asked."""
-    return _after_events(algorithm, "after", states, population, keys, 0xAF)
+    return _after_events(algorithm, "after", states, population, keys)
 
 
-def _after_events(
-    algorithm: Algorithm, when: Phase, states: PyTree, population: Population, keys: Key, tag: int
-) -> PyTree:
+def _after_events(algorithm: Algorithm, when: Phase, states: PyTree, population: Population, keys: Key) -> PyTree:
     if not algorithm.events_at(when):
         return states
+    rounds_keys = jax.vmap(lambda key: run_keys(key)[1])(keys)
+    return jax.vmap(partial(beside_rounds, algorithm, when), (0, None, 0))(states, population, rounds_keys)
+
+
+_BESIDE: Mapping[Phase, int] = {"before": 0xE8, "after": 0xAF}
+
+
+def beside_rounds(algorithm: Algorithm, when: Phase, state: PyTree, population: Population, rounds_key: Key) -> PyTree:
+    """The state after a method's events before the first or after the last round; all clients are asked.
+
+    Args:
+      algorithm: the method.
+      when: "before" or "after".
+      state: of one seed.
+      population: the clients.
+      rounds_key: the key of the rounds, from which that of the events is made.
+    """
     cohort = population.cohort(jnp.arange(population.num_clients))
     # A key of its own: the rounds split theirs.
-    keys = jax.vmap(lambda key: jax.random.fold_in(run_keys(key)[1], tag))(keys)
-    return jax.vmap(partial(run_events, algorithm, when), (0, None, 0))(states, cohort, keys)
+    return run_events(algorithm, when, state, cohort, jax.random.fold_in(rounds_key, _BESIDE[when]))
 
 
 def asks_everybody(algorithm: Algorithm) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.csv, clients.csv, summary.md, results.tex, and figures as .png and .pdf.
+"""What a run leaves behind: metrics.csv, clients.csv, summary.md and .json, results.tex, and figures as .png and .pdf.
 
 Everything is written from the histories (`pipelines.results.history`), so a report can be made again from checkpoints
 alone. There is a report for every run that has ended: what was not measured, because no client took part or none has
@@ -7,6 +7,7 @@ examples for it, is said in words.
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -31,6 +32,7 @@ from pipelines.federation import portrait
 from pipelines.results import early, latex
 from pipelines.results.history import (
     History,
+    column,
     evaluated_rounds,
     final_scores,
     mean_losses,
@@ -70,6 +72,8 @@ def write(
     if config.evaluation.clients_over_time:
         files.write(out / "clients.parquet", partial(clients_parquet, experiment, histories))
     files.write_text(out / "results.tex", results_tex(experiment, histories))
+    numbers = summary_json(experiment, histories)
+    files.write_text(out / "summary.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
     with figures.style():
         figures.write(out / "curves.png", curves(experiment, histories, eval_rounds))
@@ -304,6 +308,52 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
             ]
         )
     return header, rows
+
+
+def summary_json(experiment: Experiment, histories: Mapping[str, History]) -> dict[str, Any]:
+    """What every method has come to, as JSON values: means over seeds, and those of each seed under "seeds".
+
+    Names are those of the columns of metrics.csv: the last test scores of every view ("test_accuracy",
+    "test_personal_accuracy"), "client_accuracy_worst_decile" of the clients of each view, "rounds_to_target", and the
+    bytes of all rounds and participants ("bytes_up_total"). A number that there is not is None, and so is its mean.
+    """
+    config = experiment.config
+    eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
+    found = {}
+    for name, history in histories.items():
+        of_seeds: dict[str, list[float | None]] = {}
+        for view in views_of(history):
+            prefix = of_view("test", view, "")
+            metrics = [key.removeprefix(prefix) for key in history if key.startswith(prefix)]
+            for metric in (each for each in metrics if "/" not in each):
+                scores = final_scores(history, view, metric)
+                of_seeds[column(of_view("test", view, metric))] = [_known(value) for value in scores]
+            if (clients := of_view("client", view, "accuracy")) in history:
+                tails = [worst_decile(row) for row in history[clients].astype(np.float64)]
+                of_seeds[column(f"{clients}_worst_decile")] = [_known(value) for value in tails]
+        curve = history[of_view("test", main_view(experiment, name, history), "accuracy")]
+        reached = curve >= config.report.target
+        of_seeds["rounds_to_target"] = [
+            float(eval_rounds[np.argmax(row)]) if row.any() else None for row in np.asarray(reached)
+        ]
+        sent = ("round/bytes_up", "round/bytes_down", "round/participants")
+        one_seed = [{key: history[key][s : s + 1] for key in sent} for s in range(len(curve))]
+        for direction in ("bytes_up", "bytes_down"):
+            of_seeds[f"{direction}_total"] = [float(transferred(each, direction)) for each in one_seed]
+        means = {
+            key: None if any(value is None for value in values) else float(np.mean(values))  # type: ignore[arg-type]
+            for key, values in of_seeds.items()
+        }
+        seeds = {
+            str(seed): {key: values[s] for key, values in of_seeds.items()} for s, seed in enumerate(experiment.seeds)
+        }
+        found[name] = {**means, "seeds": seeds}
+    return found
+
+
+def _known(value: Any) -> float | None:
+    """The number, or None if it is none that JSON has."""
+    return float(value) if np.isfinite(value) else None
 
 
 def rows_of(experiment: Experiment, histories: Mapping[str, History]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ A run directory:
                             that has come of it; more rounds go on from the state before
     metrics.csv             every metric of every round: appended to with every checkpoint, put in order at the end;
                             later seeds when they are done
-    clients.csv, summary.md, results.tex, and curves and clients as .png and .pdf     at the end
+    clients.csv, summary.md, summary.json, results.tex, and curves and clients as .png and .pdf     at the end
     clients.parquet         so too, where it is asked for
 """
 

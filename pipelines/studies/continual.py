@@ -6,9 +6,11 @@ A scenario makes the tasks of one data set. "permuted": the same examples with t
 task, one head for all. "split": the classes are divided among the tasks, each has its own head, and which task it is
 is told when it is tested. All tasks have the same number of examples, so that one compiled program serves them all.
 
-A method is trained for `rounds` rounds on every task, at whose end a method with an `end_task` looks back, and is then
-tested on all of them, learned or not. "joint" is FedAvg on the examples of all tasks together, for as many rounds and
-local steps as the others have in all: about what could be reached at best, if nothing were forgotten.
+A method is trained for `rounds` rounds on every task, at whose end its events at a "task"'s end run, and is then tested
+on all of them, learned or not. What it does before its first round it does with the clients of the first task, and what
+it does after its last round with those of the last one, before the last test. "joint" is FedAvg on the examples of all
+tasks together, for as many rounds and local steps as the others have in all: about what could be reached at best, if
+nothing were forgotten.
 
 Every seed has tasks, a partition, first weights and rounds of its own; what is shown is the mean over them.
 
@@ -49,6 +51,7 @@ from fedjax_core import (
     samplers,
     shardings,
 )
+from fedjax_core.algorithm import Phase
 from fedjax_core.types import Key, PyTree
 from pipelines.common import figures, files, growth
 from pipelines.common.progress import Reporter, duration, silent
@@ -56,6 +59,7 @@ from pipelines.configuration import methods
 from pipelines.configuration.options import check_grown, named
 from pipelines.data import datasets
 from pipelines.data.datasets import Dataset
+from pipelines.experiment import setup
 from pipelines.federation import partition
 from pipelines.federation.assignment import Assignment
 from pipelines.results import latex
@@ -463,20 +467,28 @@ class _Trainer:
 
         return self._timed(length, made, (state, population, key))
 
+    def beside_rounds(self, when: Phase, state: PyTree, population: Population, run_key: Any) -> Any:
+        """The state after what the method does before its first or after its last round, as in other runs."""
+        if not self.method.events_at(when):
+            return state
+        return self._event(when, setup.beside_rounds, when, (state, population, run_key))
+
     def end_task(self, state: PyTree, population: Population, run_key: Any, key: Key) -> Any:
         """The state after the end of a task, at which the cohort of the last round looks back."""
         ids = self._sampler(jax.random.split(run_key)[0], state.round - 1)
-        event = (state, population.cohort(ids), key)
+        return self._event("end", run_events, "task", (state, population.cohort(ids), key))
+
+    def _event(self, name: str, run: Callable[..., Any], when: Phase, args: tuple[Any, ...]) -> Any:
         if self._kept is not None:
-            event = jax.device_put(event, jax.devices()[0])
+            args = jax.device_put(args, jax.devices()[0])
 
         def made() -> Any:
             # On one device: decompositions of matrices do not split, and once a task their time hardly counts.
             alone = replace(self._plan, mesh=None)
             method = build(self.config, self.name, self._tasks, num_steps=self.steps, plan=alone)
-            return jax.jit(partial(run_events, method, "task"))
+            return jax.jit(partial(run, method, when))
 
-        return self.place_state(self._timed("end", made, event))
+        return self.place_state(self._timed(name, made, args))
 
     def _timed(self, name: Any, make: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """The result of a program, compiled once for arguments of these shapes; adds to `seconds`."""
@@ -518,6 +530,8 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
     if len(accuracy) < config.tasks:
         work.check_writable()
         stop_if_asked(0 if saved is None else saved.round)
+    if saved is None and trainer.method.events_at("before"):
+        state = trainer.beside_rounds("before", state, trainer.replicate(everything or tasks.population(0)), run_key)
     for t in range(len(accuracy), config.tasks):
         population = trainer.replicate(everything or tasks.population(t))
         end = (t + 1) * config.rounds
@@ -534,6 +548,8 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
                 stop_if_asked(done + length)
         if trainer.method.events_at("task"):
             state = trainer.end_task(state, population, run_key, jax.random.fold_in(end_key, t))
+        if t + 1 == config.tasks:
+            state = trainer.beside_rounds("after", state, population, run_key)
         accuracy = np.vstack([accuracy, trainer.scores(state, tasks)])
         save(state)
         shown = " ".join(f"{100 * value:.1f}" for value in accuracy[-1])

@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 import warnings
 
@@ -38,7 +39,7 @@ def histories(finished, experiment):
 def test_every_file_is_there(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.json", "checkpoints", "metrics.csv", "clients.csv", "summary.md", "results.tex"),
+        *("config.json", "checkpoints", "metrics.csv", "clients.csv", "summary.md", "summary.json", "results.tex"),
         *("curves.png", "curves.pdf", "clients.png", "clients.pdf"),
     }
     for name in ("curves.png", "clients.png"):
@@ -87,6 +88,26 @@ def test_summary_repeats_the_numbers(finished, small, histories):
     assert small.command(str(finished)) in text
     assert "| FedAvg | fedavg | client_lr=0.2, server_lr=1 |" in text
     assert "15 parameters" in text
+
+
+def test_summary_json_is_what_the_history_ends_with(finished, small, histories):
+    found = json.loads((finished / "summary.json").read_text())
+    assert list(found) == ["fedavg", "scaffold"]
+    for name, of_method in found.items():
+        history, seeds = histories[name], of_method["seeds"]
+        assert list(seeds) == ["0", "1"]
+        for s, seed in enumerate(seeds.values()):
+            assert seed["test_accuracy"] == pytest.approx(float(history["test/accuracy"][s, -1]))
+            assert seed["test_loss"] == pytest.approx(float(history["test/loss"][s, -1]))
+            tail = report.worst_decile(history["client/accuracy"][s].astype(float))
+            assert seed["client_accuracy_worst_decile"] == pytest.approx(tail)
+            above = np.flatnonzero(history["test/accuracy"][s] >= small.report.target)
+            assert seed["rounds_to_target"] == (2 * (above[0] + 1) if len(above) else None)
+        sent = [seed["bytes_up_total"] for seed in seeds.values()]
+        assert sum(sent) == 2 * 12 * 3 * (2 if name == "scaffold" else 1) * 15 * 4
+        assert of_method["bytes_up_total"] == sum(sent) / 2
+        accuracies = [seed["test_accuracy"] for seed in seeds.values()]
+        assert of_method["test_accuracy"] == pytest.approx(sum(accuracies) / 2)
 
 
 def test_the_latex_table_has_the_same_cells(finished):

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 import models
 from benchmarks.permuted_mnist import configuration, configurations
-from fedjax_core import Plan
+from fedjax_core import Event, Plan
 from pipelines.cli import commands
 from pipelines.studies import continual, continual_config
 from pipelines.studies.continual import measures, scenario
@@ -148,6 +148,29 @@ def test_a_run_and_what_it_leaves(whole):
     assert lines[-1] == f"fot,0,1,1,{scores.accuracy[1, 1]}"
     assert len(lines) == 1 + 3 * 2
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_events_beside_the_rounds_run_once_each_as_in_other_runs(tmp_path, monkeypatch):
+    plain, seen = continual.build, []
+
+    def build(*args, **options):
+        def beside(when):
+            def run(state, cohort, key):
+                jax.debug.callback(lambda round: seen.append((when, int(round), cohort.ids.shape[0])), state.round)
+                return state
+
+            return Event(run, when)
+
+        return plain(*args, **options)._replace(events={when: beside(when) for when in ("before", "task", "after")})
+
+    monkeypatch.setattr(continual, "build", build)
+    config = TINY.replace(methods=("fedavg",), rounds=1)
+    continual.run(config, tmp_path / "run")
+    jax.effects_barrier()
+    assert seen == [("before", 0, 6), ("task", 1, 3), ("task", 2, 3), ("after", 2, 6)]
+    continual.run(config, tmp_path / "run")
+    jax.effects_barrier()
+    assert len(seen) == 4, "a finished run is not gone on with"
 
 
 def test_a_mistake_in_a_method_leaves_no_directory(tmp_path):
