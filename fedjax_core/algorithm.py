@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -101,6 +102,21 @@ class _Functions(NamedTuple):
     main: str | None
 
 
+class _ByName(dict[str, Any]):
+    """A dict that says what it has, where somebody asks for something else."""
+
+    def __init__(self, what: str, entries: Mapping[str, Any]) -> None:
+        super().__init__(entries)
+        self._what = what
+
+    def __missing__(self, name: object) -> Any:
+        there = ", ".join(map(repr, self)) or "none"
+        raise KeyError(f"the method has no {self._what} {name!r}: its {self._what}s are {there}")
+
+    def __reduce__(self) -> Any:
+        return _ByName, (self._what, dict(self))
+
+
 class ModelState(NamedTuple):
     """The state of a method that keeps nothing but the global model x, and the number of rounds done."""
 
@@ -138,6 +154,15 @@ class Algorithm(_Functions):
         main: str | None = None,
     ) -> "Algorithm":
         """The functions with their checks; those that have them already stay as they are."""
+        for what, function, arguments in (
+            ("init", init, "a function params -> state"),
+            ("round", round, "a function (state, cohort, key) -> (state, metrics)"),
+            ("params", params, "a function state -> params"),
+        ):
+            checks.function(what, function, arguments)
+        for what, given in (("views", views), ("events", events)):
+            if given is not None and not isinstance(given, Mapping):
+                raise TypeError(f"{what} must be a dict by name, got {type(given).__name__}: pass {{name: ...}}")
         for name, view in (views or {}).items():
             if not isinstance(view, View):
                 raise TypeError(
@@ -152,11 +177,13 @@ class Algorithm(_Functions):
                     "Event(run, 'before')"
                 )
             checks.one_of(f"events[{name!r}].when", event.when, get_args(Phase))
-            checked[name] = event._replace(run=checked_round(event.run))
-        views = {"global": View(params), **(views or {})}
+            checked[name] = event._replace(run=checked_event(name, event.run))
+        params = checked_params(params)
+        views = _ByName("view", {"global": View(params), **(views or {})})
+        events = _ByName("event", checked)
         if main is not None:
             checks.one_of("main", main, tuple(views))
-        return super().__new__(cls, checked_init(init), checked_round(round), params, views, checked, main)
+        return super().__new__(cls, checked_init(init), checked_round(round), params, views, events, main)
 
     @classmethod
     def _make(cls, functions: Iterable[Any]) -> "Algorithm":  # type: ignore[override]
@@ -196,7 +223,7 @@ class Algorithm(_Functions):
         ids, view = _checked_ids(ids, state), self.personal
         if view.groups is not None:
             view = view.of_group(_one_group(view.groups, ids))
-        shared, table = view.shared(state), view.rows(state)
+        shared, table = parts_of(view, state)
         if table is None:
             return global_client_params(view.model(shared, ()), ids)
         at = table.index[ids] if has_own_index(table) else ids
@@ -214,10 +241,27 @@ def run_events(algorithm: Algorithm, when: Phase, state: Any, cohort: Cohort, ke
       cohort: the clients that are asked; most methods want all of them.
       key: randomness; the k-th event gets `fold_in(key, k)`, and one alone gets the key itself.
     """
+    check_algorithm(algorithm)
     due = algorithm.events_at(when)
     for number, event in enumerate(due):
         state = event.run(state, cohort, key if len(due) == 1 else jax.random.fold_in(key, number))
     return state
+
+
+def parts_of(view: View, state: PyTree) -> tuple[PyTree, PyTree]:
+    """What a view takes out of a state: what is shared, and the table of the clients' rows or None.
+
+    Raises:
+      TypeError: if the state is that of another method, or rows are no `ClientTable`.
+    """
+    with state_of_method(state):
+        shared, rows = view.shared(state), view.rows(state)
+    if rows is not None and view.groups is None and not isinstance(rows, ClientTable):
+        raise TypeError(
+            f"the view's rows(state) must be a ClientTable or None, got {type(rows).__name__}: keep what is each "
+            "client's own in a table, client_table(num_clients, row)"
+        )
+    return shared, rows
 
 
 def global_client_params(params: Params, ids: Array | np.ndarray) -> Params:
@@ -379,19 +423,103 @@ def checked_round(round: Callable[..., Any]) -> Callable[..., Any]:
         check_rounds(state.round, 1)
         check_tables(state, cohort)
         state, cohort, key = unmeshed((state, cohort, keys.one(key)))  # so that client programs may close over them
-        with masks.with_public(cohort.public):
+        with masks.with_public(cohort.public), state_of_method(state):
             return round(state, cohort, key, *args, **kwargs)
 
     checked._has_checks = True  # type: ignore[attr-defined]
     return checked
 
 
+def checked_event(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an event, checked as a round is, and that it returns a state like the one that it was given.
+
+    Raises (the function that is returned; that of its parameters at once):
+      TypeError: as `checked_round`, or if it is no function of (state, cohort, key), or returns something else.
+      ValueError: as `checked_round`.
+    """
+    if hasattr(run, "_has_checks"):
+        return run
+    checks.takes(
+        f"events[{name!r}].run", run, ("state", "cohort", "key"), example="a function (state, cohort, key) -> state"
+    )
+    inner = checked_round(run)
+
+    @functools.wraps(run)
+    def checked(state: PyTree, *args: Any, **kwargs: Any):
+        new = inner(state, *args, **kwargs)
+        check_same_state(f"event {name!r}", new, state)
+        return new
+
+    checked._has_checks = True  # type: ignore[attr-defined]
+    return checked
+
+
+def checked_params(params: Callable[[Any], Params]) -> Callable[[Any], Params]:
+    """`params(state)` with an error that says so if the state is that of another method."""
+    if hasattr(params, "_has_checks"):
+        return params
+
+    @functools.wraps(params)
+    def checked(state: PyTree) -> Params:
+        with state_of_method(state):
+            return params(state)
+
+    checked._has_checks = True  # type: ignore[attr-defined]
+    return checked
+
+
+@contextmanager
+def state_of_method(state: PyTree) -> Iterator[None]:
+    """Inside, a field that the state has not is an error that says what a state is.
+
+    Raises:
+      TypeError: if the state is that of another method.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        if error.obj is not state or not error.name:
+            raise
+        got = checks.misplaced(state) or type(state).__name__
+        raise TypeError(
+            f"state must be a state of this method, got {got}, which has no field {error.name!r}: {_no_state(state)}"
+        ) from error
+
+
+def check_same_state(name: str, new: PyTree, old: PyTree) -> None:
+    """Raises TypeError unless a state has the structure and shapes of the one before it."""
+    before: object = jax.tree.structure(old)
+    after: object = jax.tree.structure(new)
+    if before != after:
+        got = checks.misplaced(new) or type(new).__name__
+        if type(new) is not type(old):
+            difference = f"{got} and not {type(old).__name__}"
+        else:
+            difference = f"one of structure {after!s:.300} and not {before!s:.300}"
+        raise TypeError(f"{name} must return the state, changed or not, but returned {difference}: return state")
+    for (path, leaf), was in zip(jax.tree_util.tree_flatten_with_path(new)[0], jax.tree.leaves(old), strict=True):
+        if jnp.shape(leaf) != jnp.shape(was):
+            raise TypeError(
+                f"{name} changed state{jax.tree_util.keystr(path)} from shape {list(jnp.shape(was))} to "
+                f"{list(jnp.shape(leaf))}: keep the shapes of the state that init returns"
+            )
+
+
 def check_state(state: PyTree, begin: str) -> None:
     """Raises TypeError unless `state` has the counter of rounds; `begin` says how to come by a state."""
     if not hasattr(state, "round"):
         raise TypeError(
-            f"state must be what the method's init returns, with a field `round`, got {type(state).__name__}: {begin}"
+            f"state must be what the method's init returns, with a field `round`, got {type(state).__name__}: "
+            f"{_no_state(state, begin)}"
         )
+
+
+def _no_state(value: Any, fix: str = "pass algorithm.init(params), or what a round of this method returned") -> str:
+    """What to do where a value is no state."""
+    is_pair = isinstance(value, tuple) and len(value) == 2 and not hasattr(value, "_fields")
+    if is_pair and hasattr(value[0], "round"):
+        return "a round returns (state, metrics), pass the first of the two"
+    return fix
 
 
 def check_rounds(done: ArrayLike, more: int) -> None:

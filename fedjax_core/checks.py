@@ -389,8 +389,9 @@ def takes(
     try:
         signature.bind(*arguments, **dict.fromkeys(named))
     except TypeError:
+        called = ", ".join([*arguments, *(f"{each}=..." for each in named)])
         raise TypeError(
-            f"{name} is called with ({', '.join(arguments)}), but its parameters are {signature}: pass {example}"
+            f"{name} is called with ({called}), but its parameters are {signature}: pass {example}"
         ) from None
 
 

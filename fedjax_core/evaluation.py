@@ -9,7 +9,7 @@ import numpy as np
 from jax.tree_util import KeyPath
 
 from fedjax_core import checks, convolutions, keys, masks, sums, tasks
-from fedjax_core.algorithm import View
+from fedjax_core.algorithm import View, parts_of
 from fedjax_core.batching import Batch, local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client, gather
 from fedjax_core.groups import Groups
@@ -236,6 +236,8 @@ def evaluate_view(
         )
     check_population(population, "pass population.to_device()")
     checks.positive_int("at_once", at_once, "adapt at least one client at a time")
+    if adapt_on is not None:
+        check_population(adapt_on, "pass adapt_on.to_device()", "adapt_on")
     if view.adapt is None and adapt_on is not None:
         raise ValueError("adapt_on is given, and the view does not adapt: leave it out")
     if view.adapt is not None and (adapt_on is None or key is None):
@@ -252,7 +254,7 @@ def evaluate_view(
     if isinstance(metric_fn, tuple):
         raise TypeError("metric_fn is a tuple, and the view has no groups of clients: pass one function, or a Task")
     one_metric: MetricFn = metric_fn
-    shared, table = view.shared(state), view.rows(state)
+    shared, table = parts_of(view, state)
     _check_arguments(metric_fn, shared, "view.shared(state)")
 
     def rows_of(cohort: Cohort) -> PyTree:

@@ -302,8 +302,14 @@ def offsets_of(sizes: ArrayLike) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def check_population(population: object, on_host: str) -> None:
-    """Raises TypeError unless `population` is a `Population`; `on_host` says what to do with a `HostPopulation`."""
+def check_population(population: object, on_host: str, name: str = "population") -> None:
+    """Raises TypeError unless `population` is a `Population`.
+
+    Args:
+      population: what was given.
+      on_host: what to do with a `HostPopulation`.
+      name: of the argument, in the error.
+    """
     if isinstance(population, Population):
         return
     if isinstance(population, Cohort):
@@ -313,7 +319,7 @@ def check_population(population: object, on_host: str) -> None:
     else:
         fix = "make one of examples and sizes, Population.from_sizes(examples, sizes)"
     got = checks.misplaced(population) or type(population).__name__
-    raise TypeError(f"population must be a Population, got {got}: {fix}")
+    raise TypeError(f"{name} must be a Population, got {got}: {fix}")
 
 
 def check_client(index: SupportsIndex, num_clients: int) -> None:

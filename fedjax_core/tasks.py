@@ -61,6 +61,22 @@ class Task:
     paths: Callable[[str], tuple[str, ...]] = _no_groups
     has_statistics: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for what is no function, or cannot be called with the arguments above."""
+        checks.takes("init", self.init, ("key",), example="a function key -> model")
+        named = ("key", "mask", "frozen") if self.has_statistics else ("key", "mask")
+        example = f"a function (model, examples, *, {', '.join(named)}) -> (outputs, statistics)"
+        checks.takes("forward", self.forward, ("model", "examples"), named=named, example=example)
+        arguments = ("outputs", "examples", "mask")
+        checks.takes("loss", self.loss, arguments, example="a function (outputs, examples, mask) -> float[B]")
+        example = "a function (outputs, examples, mask) -> {name: [B, ...]}"
+        checks.takes("metrics", self.metrics, arguments, example=example)
+        if self.features is not None:
+            example = "a function (model, examples, key=None, mask=None) -> [B, ...]"
+            checks.takes("features", self.features, ("model", "examples", "key", "mask"), example=example)
+        if self.head is not None:
+            checks.takes("head", self.head, ("params", "features"), example="a function (params, features) -> outputs")
+
     def __call__(self, params: Params, examples: Examples, key: Key | None = None, mask: Array | None = None) -> Array:
         """The task as a loss function: float[B], one loss per example.
 
@@ -80,12 +96,33 @@ class Task:
         """What the model makes of examples; arguments as for the loss."""
         mask = _whole(examples) if mask is None else mask
         if not self.has_statistics:
-            return self.forward(params, examples, key=key, mask=mask)[0]
+            return _pair(self.forward(params, examples, key=key, mask=mask), statistics=False)[0]
         frozen = {"frozen": True} if key is not None and is_frozen() else {}
-        outputs, statistics = self.forward(model_of(params), examples, key=key, mask=mask, **frozen)
+        result = self.forward(model_of(params), examples, key=key, mask=mask, **frozen)
+        outputs, statistics = _pair(result, statistics=True)
         if key is not None and not frozen and not isinstance(params, Variables):
             record(statistics)
         return outputs
+
+
+def _pair(result: Any, *, statistics: bool) -> tuple[PyTree, PyTree]:
+    """What a forward pass returned, or TypeError unless it is (outputs, statistics)."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        if isinstance(result, tuple):
+            got = f"a tuple of {len(result)}"
+        elif isinstance(result, jax.Array):
+            got = f"an array {result.dtype}{list(result.shape)}"
+        else:
+            got = checks.described(result)
+        raise TypeError(
+            f"forward must return (outputs, statistics), got {got}: return (outputs, ()) where there are no statistics"
+        )
+    if not statistics and jax.tree.leaves(result[1]):
+        raise TypeError(
+            "forward returned statistics, and the task has none: give the task has_statistics=True and models "
+            "Variables(params, statistics), or return (outputs, ()), with outputs that are several in one pytree"
+        )
+    return result
 
 
 def _whole(examples: Examples) -> Array:

@@ -70,7 +70,6 @@ SETTINGS = {
         **{"capacity": 40, "neighbors": 24, "num_features": 50, "feature_neighbors": 30, "feature_lengthscale": 1.0},
         **{"radius": 0.5, "noise": 1e-2, "ridge": 1e-2},
     },
-    "fedgh": {"num_classes": 3},
     "sfprompt": {"self_epochs": 1},  # the plain loop is slow
 }
 
@@ -155,6 +154,7 @@ BROUGHT = {
     "adapter loss": lambda params, batch, key: softmax_loss(merged(params), batch, key),
     "split": cut(),
     "num_clients": len(SIZES),
+    "num_classes": 3,
     "features": softmax_features,
     "logits": lambda params, batch, key: batch["x"] @ params["w"] + params["b"],
     "inputs": lambda params, batch: {"w": batch["x"]},
