@@ -1,5 +1,6 @@
 """FedDF: ensemble distillation on the server."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -104,7 +105,11 @@ def feddf(
     gradient = fc.value_and_grad(loss_fn)
 
     def softened(params: fc.Params, batch: fc.Examples, key: Any, mask: fc.Array) -> fc.Array:
-        z = fc.masks.call(logits, params, batch, key, mask=mask, name="logits")
+        try:
+            z = fc.masks.call(logits, params, batch, key, mask=mask, name="logits")
+        except KeyError as error:
+            _check_read("logits", batch, error)
+            raise
         if jnp.ndim(z) != 2 or z.shape[0] != mask.shape[0]:
             raise ValueError(
                 f"logits must return one row of class scores per example, float[{mask.shape[0]}, C], but returned "
@@ -116,6 +121,8 @@ def feddf(
         found = unlabelled(public) if jax.tree.leaves(public) else public
         inputs, validation = found if isinstance(found, FedDFData) else (found, None)
         size = _size(inputs)
+        if validation is not None:
+            _size(validation, "validation")
         work = fc.local_work(min(server_batch_size, size), num_steps=max(server_steps, 1))
 
         def target(batch: fc.Examples, mask: fc.Array) -> fc.Array:
@@ -155,7 +162,11 @@ def feddf(
         else:
 
             def value(params: fc.Params, batch: fc.Examples) -> fc.Array:
-                return fc.masks.call(loss_fn, params, batch, None, name="loss_fn")
+                try:
+                    return fc.masks.call(loss_fn, params, batch, None, name="loss_fn")
+                except KeyError as error:
+                    _check_read("loss_fn", batch, error)
+                    raise
 
             def score(params: fc.Params) -> fc.Array:
                 return fc.evaluate(value, params, validation, public=public)
@@ -197,10 +208,25 @@ class _Teachers(NamedTuple):
         return (total / jnp.maximum(jnp.sum(self.taking), 1)).astype(values.dtype)
 
 
-def _size(unlabelled: fc.Examples) -> int:
-    if not jax.tree.leaves(unlabelled):
+def _size(examples: fc.Examples, name: str = "public") -> int:
+    if not jax.tree.leaves(examples):
         raise ValueError(
             "feddf trains on public data, and the population has none: give it unlabelled examples, for example "
             'population.with_public({"x": inputs})'
+            if name == "public"
+            else f"{name} holds no arrays: pass labelled examples, or no FedDFData"
         )
-    return fc.checks.leading_axis(unlabelled, "public")
+    size = fc.checks.leading_axis(examples, name)
+    if not size:
+        raise ValueError(f"{name} holds 0 examples, and the server of feddf needs at least 1: give it some")
+    return size
+
+
+def _check_read(name: str, batch: fc.Examples, error: KeyError) -> None:
+    """Raises ValueError if a function has asked public examples for what they do not have."""
+    key = error.args[0] if error.args else None
+    if isinstance(batch, Mapping) and key not in batch:
+        raise ValueError(
+            f"{name} reads {key!r}, and the public examples that feddf gives it have {', '.join(map(repr, batch))}: "
+            "name them as those of the clients, population.with_public({...}), or choose them by unlabelled="
+        ) from error

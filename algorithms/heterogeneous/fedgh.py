@@ -88,7 +88,7 @@ def fedgh(
     gradients = [fc.value_and_grad(task) for task in tasks]
 
     def init(models: tuple[fc.Params, ...], key: fc.Key | None = None) -> FedGHState:
-        check_models(models, len(groups))
+        check_models(models, tasks)
         headers = [headers_of(g, model) for g, model in enumerate(models)]
         check_headers(headers)
         tables = tuple(groups.table(g, model) for g, model in enumerate(models))
@@ -135,6 +135,11 @@ def fedgh(
         def loss(h: Any, r: fc.Array, c: fc.Array) -> fc.Array:
             assert tasks[0].head is not None
             outputs = tasks[0].head(with_header(0, state.first[0], h), r)
+            if outputs.shape[-1] != num_classes:
+                raise ValueError(
+                    f"num_classes must be {outputs.shape[-1]}, the outputs of the tasks' head, got {num_classes}: the "
+                    "server would be sent no means of the other classes, or of classes that the head does not know"
+                )
             return optax.softmax_cross_entropy_with_integer_labels(outputs, c)
 
         def on_pair(h: Any, pair: Pairs) -> tuple[Any, None]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 import fedjax_core as fc
 
@@ -41,12 +42,30 @@ def checked_tasks(tasks: Any, num_groups: int) -> tuple[fc.Task, ...]:
     return tuple(tasks)
 
 
-def check_models(models: Any, num_groups: int) -> None:
-    """Raises ValueError unless there is a model for each group."""
-    if not isinstance(models, list | tuple) or len(models) != num_groups:
+def check_models(models: Any, tasks: tuple[fc.Task, ...]) -> None:
+    """Raises ValueError unless there is a model for each group, of the architecture of its task."""
+    if not isinstance(models, list | tuple) or len(models) != len(tasks):
         raise ValueError(
-            f"init needs a tuple of {num_groups} models, one for each group: pass tuple(t.init(key) for t in tasks)"
+            f"init needs a tuple of {len(tasks)} models, one for each group: pass tuple(t.init(key) for t in tasks)"
         )
+    wanted = [_shapes(jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))) for task in tasks]
+    for g, model in enumerate(models):
+        found = _shapes(model)
+        if found == wanted[g]:
+            continue
+        fits = [other for other, shapes in enumerate(wanted) if shapes == found]
+        hint = f"it is one of tasks[{fits[0]}]" if fits else f"make it by tasks[{g}].init(key)"
+        for path in [*wanted[g], *found]:
+            want, got = (f"float{list(s[path])}" if path in s else "nothing" for s in (wanted[g], found))
+            if want != got:
+                raise ValueError(
+                    f"models[{g}] has {got} at {path!r}, where tasks[{g}] has {want}: {hint}, and models are in the "
+                    "order of the tasks"
+                )
+
+
+def _shapes(model: fc.Params) -> dict[str, tuple[int, ...]]:
+    return {path: np.shape(leaf) for path, leaf in zip(fc.leaf_paths(model), jax.tree.leaves(model), strict=True)}
 
 
 def check_headers(headers: list[list[fc.Array]]) -> None:

@@ -304,3 +304,37 @@ def test_data_and_logits_that_do_not_fit_are_named():
     method = algorithms.feddf(softmax_loss, optax.sgd(0.1), logits=lambda params, batch, key: jnp.mean(batch["x"]))
     with pytest.raises(ValueError, match=r"logits must return one row of class scores per example, float\[7, C\]"):
         jax.eval_shape(method.round, state, POPULATION.cohort([0, 1]), KEY)
+
+
+NONE = {"x": np.zeros((0, 5))}
+
+
+@pytest.mark.parametrize(
+    ("public", "words"),
+    [
+        (NONE, "public holds 0 examples, and the server of feddf needs at least 1"),
+        (algorithms.FedDFData(NONE, HELD_OUT), "public holds 0 examples"),
+        (algorithms.FedDFData(PUBLIC, {**NONE, "y": np.zeros(0, np.int32)}), "validation holds 0 examples"),
+        (algorithms.FedDFData(PUBLIC, ()), "validation holds no arrays"),
+        ({"image": PUBLIC["x"]}, r"logits reads 'x', and the public examples .* have 'image': .*with_public"),
+        (algorithms.FedDFData({"image": PUBLIC["x"]}, HELD_OUT), "logits reads 'x', .* have 'image'"),
+        (algorithms.FedDFData(PUBLIC, PUBLIC), "loss_fn reads 'y', and the public examples .* have 'x'"),
+        ({"x": PUBLIC["x"], "more": np.zeros(3)}, "the leading axes of public differ"),
+        ({"x": np.zeros(())}, r"public\['x'\] is a scalar"),
+    ],
+)
+def test_public_data_that_does_not_fit_is_named(public, words):
+    method = make()
+    cohort = POPULATION.with_public(public).cohort([0, 1])
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(method.round, method.init(softmax_params()), cohort, KEY)
+
+
+def test_a_key_that_is_missing_elsewhere_is_no_matter_of_public_data():
+    method = algorithms.feddf(softmax_loss, optax.sgd(0.1), logits=lambda params, batch, key: params["x"] @ batch["x"])
+    with pytest.raises(KeyError, match="'x'"):
+        jax.eval_shape(method.round, method.init(softmax_params()), POPULATION.cohort([0, 1]), KEY)
+
+
+def test_integers_of_numpy_will_do():
+    assert_trees_equal(run_round(PUBLIC, server_steps=np.int64(6), server_batch_size=np.int32(3)), one_round())

@@ -318,6 +318,7 @@ def one_round(**settings):
     return jax.eval_shape(method.round, method.init(MODELS), POPULATION.cohort([0, 1]), KEY)
 
 
+NARROW = {**MODELS[1], "H": {"W": jnp.zeros((2, 3)), "b": jnp.zeros(3)}}
 BAD = [
     (lambda: make_with(tasks=TASKS[:1]), ValueError, "tasks must be one for each of 2 groups, got 1 tasks"),
     (lambda: make_with(tasks=TASKS[0]), ValueError, "got Task"),
@@ -339,10 +340,32 @@ BAD = [
     (lambda: make().init(MODELS[0]), ValueError, "init needs a tuple of 2 models"),
     (lambda: make().init((*MODELS, MODELS[0])), ValueError, "init needs a tuple of 2 models"),
     (
-        lambda: make().init((MODELS[0], {**MODELS[1], "H": {"W": jnp.zeros((2, 3)), "b": jnp.zeros(3)}})),
+        lambda: make_with(tasks=(TASKS[0], replace(TASKS[1], init=lambda key: NARROW))).init((MODELS[0], NARROW)),
         ValueError,
         r"header of group 1 has leaves float\d+\[2, 3\], .*group 0 float\d+\[4, 3\].*one width",
     ),
+    (
+        lambda: make().init(MODELS[::-1]),
+        ValueError,
+        r"models\[0\] has float\[5, 6\] at 'l0', where tasks\[0\] has float\[5, 4\]: it is one of tasks\[1\]",
+    ),
+    (
+        lambda: make().init((MODELS[0], MODELS[0])),
+        ValueError,
+        r"models\[1\] has float\[5, 4\] at 'l0', .*: it is one of tasks\[0\], and .* order of the tasks",
+    ),
+    (
+        lambda: make().init((MODELS[0], {"H": MODELS[1]["H"], "l0": MODELS[1]["l0"]})),
+        ValueError,
+        r"models\[1\] has nothing at 'l1', where tasks\[1\] has float\[6, 4\]: make it by tasks\[1\]\.init",
+    ),
+    (
+        lambda: make().init((MODELS[0], {**MODELS[1], "more": jnp.zeros(3)})),
+        ValueError,
+        r"models\[1\] has float\[3\] at 'more', where tasks\[1\] has nothing",
+    ),
+    (lambda: one_round(num_classes=2), ValueError, "num_classes must be 3, the outputs of the tasks' head, got 2"),
+    (lambda: one_round(num_classes=4), ValueError, "num_classes must be 3, .* got 4"),
     (
         lambda: one_round(tasks=(TASKS[0], replace(TASKS[1], features=lambda p, e, k=None, m=None: e["x"][:, None]))),
         ValueError,
