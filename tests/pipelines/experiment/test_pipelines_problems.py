@@ -194,6 +194,30 @@ def test_clients_are_dealt_to_models_in_turn():
     assert said == "--model means nothing beside --models mlp,logistic_regression"
 
 
+OWN = '''
+"""A method of a user's own, by arguments of any name and place."""
+
+import algorithms
+import fedjax_core as fc
+
+
+def mixed(dealt: fc.GroupsOfClients, labels: fc.NumClasses, how: fc.ClientOptimizer, each: fc.TaskOfEachGroup, **local):
+    """Mixed: FedGH by other names."""
+    return algorithms.fedgh(each, how, groups=dealt, num_classes=labels, **local)
+'''
+
+
+def test_a_method_of_ones_own_is_given_tasks_and_groups_by_what_it_declares(tmp_path, monkeypatch):
+    (tmp_path / "own_of_groups.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = MIXED.replace(methods=("own_of_groups:mixed",))
+    (algorithm,) = setup.prepare(config).algorithms.values()
+    np.testing.assert_array_equal(algorithm.personal.groups.of, [0, 1, 0, 1, 0])
+    with pytest.raises(ValueError, match="own_of_groups:mixed is for clients that differ in architecture, and models="):
+        config.replace(models=())
+
+
 def test_public_data_that_no_method_takes_is_said():
     given = ["public_share"]
     (said,) = setup.unused(DISTILLED.replace(methods=("fedavg",), settings={}), given)
