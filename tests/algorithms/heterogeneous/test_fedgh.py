@@ -318,6 +318,10 @@ def one_round(**settings):
     return jax.eval_shape(method.round, method.init(MODELS), POPULATION.cohort([0, 1]), KEY)
 
 
+def with_frozen(model, examples, *, key, mask, frozen=False):
+    return TASKS[0].forward(model, examples, key=key, mask=mask)
+
+
 NARROW = {**MODELS[1], "H": {"W": jnp.zeros((2, 3)), "b": jnp.zeros(3)}}
 BAD = [
     (lambda: make_with(tasks=TASKS[:1]), ValueError, "tasks must be one for each of 2 groups, got 1 tasks"),
@@ -329,7 +333,7 @@ BAD = [
     ),
     (lambda: make_with(tasks=(TASKS[0], replace(TASKS[1], features=None))), TypeError, r"tasks\[1\] must be a Task"),
     (
-        lambda: make_with(tasks=(replace(TASKS[0], has_statistics=True), TASKS[1])),
+        lambda: make_with(tasks=(replace(TASKS[0], has_statistics=True, forward=with_frozen), TASKS[1])),
         TypeError,
         r"tasks\[0\] has statistics",
     ),
