@@ -21,7 +21,11 @@ def loss_fn(params, batch, key):
 
 # What is at the head is a normalization too, for methods that ask a task what its normalizations are.
 TASK = dataclasses.replace(
-    as_task(loss_fn), paths=lambda kind: ("head",), features=lambda *args: args[1]["x"], head=lambda params, z: z
+    as_task(loss_fn),
+    init=lambda key: {"head": jnp.zeros((3, 2))},
+    paths=lambda kind: ("head",),
+    features=lambda *args: args[1]["x"],
+    head=lambda params, z: z,
 )
 
 
