@@ -14,6 +14,7 @@ from fedjax_core import checks, keys, masks
 from fedjax_core.batching import LocalWork
 from fedjax_core.clients import (
     ClientProgram,
+    ClientResults,
     ClientTable,
     check_tables,
     has_own_index,
@@ -254,6 +255,12 @@ def parts_of(view: View, state: PyTree) -> tuple[PyTree, PyTree]:
     Raises:
       TypeError: if the state is that of another method, or rows are no `ClientTable`.
     """
+    checks.takes("view.shared", view.shared, ("state",), example="a function state -> what all clients share")
+    checks.takes("view.model", view.model, ("shared", "row"), example="a function (shared, row) -> params")
+    checks.takes("view.rows", view.rows, ("state",), example="a function state -> ClientTable, or leave it out")
+    if view.adapt is not None and not isinstance(view.adapt, Adaptation):
+        got = checks.misplaced(view.adapt) or type(view.adapt).__name__
+        raise TypeError(f"view.adapt must be an Adaptation or None, got {got}: pass Adaptation(program, work)")
     with state_of_method(state):
         shared, rows = view.shared(state), view.rows(state)
     if rows is not None and view.groups is None and not isinstance(rows, ClientTable):
@@ -307,12 +314,24 @@ def federated(
         (`fedjax_core.messages.Part`) it is a round like any other, whose noise says nothing of who was there.
     """
 
+    checks.function("init", init, "a function params -> state")
+    checks.takes(
+        "update", update, ("state", "cohort", "key"), example="a function (state, cohort, key) -> (state, results)"
+    )
+
     @functools.wraps(init)  # its signature says whether it takes a key
     def begin(params: Params, *key: Key | None):
-        return init(params, *key)._replace(round=jnp.int32(0))
+        state = init(params, *key)
+        if not {"params", "round"} <= set(getattr(state, "_fields", ())):
+            fields = f"{type(state).__name__}{getattr(state, '_fields', '')}"
+            raise TypeError(
+                f"init must return a NamedTuple with the fields params and round, got {fields}: write a class like "
+                "fedjax_core.ModelState, with `round: Counter = 0`"
+            )
+        return state._replace(round=jnp.int32(0))
 
     def round(state: PyTree, cohort: Cohort, key: Key) -> tuple[PyTree, Metrics]:
-        new, results, *extra = update(state, cohort, key)
+        new, results, *extra = _checked_update(update(state, cohort, key), state)
         if skip_empty:
             new = _unless_empty(cohort, new, state)
         metrics = round_metrics(results, cohort, state.params, new.params, *extra)
@@ -324,6 +343,19 @@ def federated(
 def is_private(algorithm: Algorithm) -> bool:
     """Whether a private part is around a method (`fedjax_core.messages.Part`): its empty rounds have noise as well."""
     return bool(getattr(algorithm.init, "_is_private", False))
+
+
+def _checked_update(returned: Any, state: PyTree) -> tuple[Any, ...]:
+    """What `update` returned, or TypeError unless it is (state, results) or (state, results, extra)."""
+    whole = isinstance(returned, tuple) and not hasattr(returned, "_fields")
+    if not whole or len(returned) not in (2, 3) or not isinstance(returned[1], ClientResults):
+        kinds = ", ".join(type(each).__name__ for each in returned) if whole else type(returned).__name__
+        raise TypeError(
+            f"update must return (state, results) or (state, results, extra), with the ClientResults of a pass, got "
+            f"{f'({kinds})' if whole else kinds}: return the state and what for_each_client returned"
+        )
+    check_same_state("update", returned[0], state)
+    return returned
 
 
 def _unless_empty(cohort: Cohort, new: PyTree, old: PyTree) -> PyTree:

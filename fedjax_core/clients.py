@@ -122,6 +122,9 @@ def for_each_client(
         with masks.with_public(cohort.public):
             return replacement(program, shared, cohort, key, client_inputs, **options)
     key = keys.one(key)
+    if not isinstance(work, LocalWork):
+        raise TypeError(f"work must be LocalWork, got {checks.described(work)}: pass local_work(batch_size=20)")
+    _check_program(program)
     work.check(cohort)
     aggregator = aggregator or weighted_mean()
     if plan is not None and not isinstance(plan, Plan):
@@ -244,6 +247,19 @@ def bytes_for_each(cohort: Cohort, tree: PyTree) -> Array:
     """
     sizes.check_messages("tree", tree, cohort.ids.shape[0])
     return _to_participants(cohort, sizes.sent_bytes(tree))
+
+
+def _check_program(program: object) -> None:
+    """Raises TypeError unless the functions of a program can be called as clients call them."""
+    if not isinstance(program, ClientProgram):
+        raise TypeError(
+            f"program must be a ClientProgram, got {checks.described(program)}: pass ClientProgram(init, step, final)"
+        )
+    arguments = (("shared", "client_input", "key"), ("shared", "carry", "batch"), ("shared", "carry"))
+    returns = ("carry", "(carry, loss)", "(upload, output)")
+    for name, taken, result in zip(ClientProgram._fields, arguments, returns, strict=True):
+        example = f"a function ({', '.join(taken)}) -> {result}"
+        checks.takes(f"program.{name}", getattr(program, name), taken, example=example)
 
 
 def upload_of(program: ClientProgram, shared: PyTree, client_inputs: PyTree, key: Key) -> PyTree:
@@ -539,6 +555,7 @@ def gather(table: ClientTable, cohort: Cohort) -> PyTree:
     Raises:
       ValueError: if the table is of another population, see `check_tables`.
     """
+    _check_table(table)
     check_tables(table, cohort)
     rows = _rows_of(table, cohort)
     if has_own_index(table):
@@ -552,7 +569,9 @@ def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
     Raises:
       ValueError: if the table is of another population, see `check_tables`.
     """
+    _check_table(table)
     check_tables(table, cohort)
+    _check_rows(table, cohort, rows)
     own = _rows_of(table, cohort)
     writes = cohort.mask & (own >= 0) if has_own_index(table) else cohort.mask
 
@@ -561,6 +580,34 @@ def scatter(table: ClientTable, cohort: Cohort, rows: PyTree) -> ClientTable:
         return leaf.at[index].set(row.astype(leaf.dtype), mode="drop")
 
     return table._replace(rows=jax.tree.map(write, table.rows, rows))
+
+
+def _check_table(table: object) -> None:
+    if not isinstance(table, ClientTable):
+        got = checks.misplaced(table) or type(table).__name__
+        raise TypeError(
+            f"table must be a ClientTable, got {got}: make one by client_table(num_clients, row); the order of "
+            "arguments is (table, cohort)"
+        )
+
+
+def _check_rows(table: ClientTable, cohort: Cohort, rows: PyTree) -> None:
+    """Raises ValueError unless there is a row of the table's shapes for each slot, which would be broadcast else."""
+    expected: object = jax.tree.structure(table.rows)
+    given: object = jax.tree.structure(rows)
+    if given != expected:
+        raise ValueError(
+            f"rows have the structure {given!s:.200} and the table's rows {expected!s:.200}: write what gather "
+            "returned, changed"
+        )
+    there, slots = jax.tree_util.tree_flatten_with_path(table.rows)[0], cohort.ids.shape[0]
+    for (path, leaf), row in zip(there, jax.tree.leaves(rows), strict=True):
+        shape = (slots, *jnp.shape(leaf)[1:])
+        if jnp.shape(row) != shape:
+            raise ValueError(
+                f"rows{jax.tree_util.keystr(path)} has shape {list(jnp.shape(row))}, but {slots} slots have rows of "
+                f"shape {list(shape)}: write one row for each slot of the cohort"
+            )
 
 
 def round_metrics(results: ClientResults, cohort: Cohort, old: Params, new: Params, extra: PyTree = ()) -> Metrics:

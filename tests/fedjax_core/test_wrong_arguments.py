@@ -186,6 +186,87 @@ OTHERS = {
 }
 
 
+TABLE = fc.client_table(4, PARAMS)
+PROGRAM = fc.full_gradient_program(softmax_loss)
+
+
+def passed(program=PROGRAM, **options):
+    return fc.for_each_client(program, PARAMS, COHORT, KEY, **{"work": fc.local_work(4)} | options)
+
+
+def updated(update, init=fc.ModelState):
+    method = fc.federated(init, update)
+    return method.round(method.init(PARAMS), COHORT, KEY)
+
+
+OTHERS |= {
+    "an update that returns the state": (
+        lambda: updated(lambda state, cohort, key: state),
+        r"update must return \(state, results\) or .* got ModelState: return the state and what for_each",
+    ),
+    "an update that returns nothing": (lambda: updated(lambda state, cohort, key: None), "got NoneType: return"),
+    "an update that returns the mean": (
+        lambda: updated(lambda state, cohort, key: (state, state.params)),
+        r"with the ClientResults of a pass, got \(ModelState, dict\)",
+    ),
+    "an update that returns four": (
+        lambda: updated(lambda state, cohort, key: (state, passed(), (), ())),
+        r"got \(ModelState, ClientResults, tuple, tuple\)",
+    ),
+    "an update that returns params": (
+        lambda: updated(lambda state, cohort, key: (state.params, passed())),
+        "update must return the state, changed or not, but returned dict and not ModelState",
+    ),
+    "an update that drops a leaf": (
+        lambda: updated(lambda state, cohort, key: (state._replace(params={"w": state.params["w"]}), passed())),
+        "update must return the state, .* one of structure",
+    ),
+    "an update of the state alone": (lambda: updated(lambda state: state), r"update is called with \(state, cohort, k"),
+    "an init that returns params": (
+        lambda: updated(lambda state, cohort, key: None, init=lambda params: params),
+        "init must return a NamedTuple with the fields params and round, got dict: write a class",
+    ),
+    "a view's model of one argument": (
+        lambda: view(STATE, fc.View(lambda state: state.params, lambda shared: shared)),
+        r"view.model is called with \(shared, row\), but its parameters are \(shared\)",
+    ),
+    "a view of params": (lambda: view(STATE, fc.View(PARAMS)), "view.shared must be a function, got"),
+    "a program to adapt": (
+        lambda: view(STATE, fc.View(lambda s: s.params, adapt=PROGRAM), adapt_on=POPULATION, key=KEY),
+        r"view.adapt must be an Adaptation or None, got ClientProgram: pass Adaptation\(program, work\)",
+    ),
+    "functions in a tuple": (
+        lambda: passed(tuple(PROGRAM)),
+        r"program must be a ClientProgram, got an object of type tuple: pass ClientProgram\(init, step, final\)",
+    ),
+    "a program's init without a key": (
+        lambda: passed(PROGRAM._replace(init=lambda shared: shared)),
+        r"program.init is called with \(shared, client_input, key\), but its parameters are \(shared\)",
+    ),
+    "a program's step without what is shared": (
+        lambda: passed(PROGRAM._replace(step=lambda carry, batch: carry)),
+        r"program.step is called with \(shared, carry, batch\)",
+    ),
+    "work in numbers": (lambda: passed(work=4), "work must be LocalWork, got .*: pass local_work"),
+    "a table of another kind": (lambda: fc.gather(PARAMS, COHORT), "table must be a ClientTable, got dict: make one"),
+    "a cohort for a table": (lambda: fc.gather(COHORT, TABLE), "table must be a ClientTable, got Cohort: .*order"),
+    "rows into params": (lambda: fc.scatter(PARAMS, COHORT, PARAMS), "table must be a ClientTable"),
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (PARAMS, r"rows\['b'\] has shape \[3\], but 2 slots have rows of shape \[2, 3\]: write one row for each"),
+        (TABLE.rows, r"rows\['b'\] has shape \[4, 3\], but 2 slots"),
+        ({"w": PARAMS["w"]}, "rows have the structure .* write what gather returned"),
+    ],
+)
+def test_rows_that_do_not_fit_are_not_broadcast(rows, match):
+    with pytest.raises(ValueError, match=match):
+        fc.scatter(TABLE, COHORT, rows)
+
+
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_arguments(case):
     call, match = OTHERS[case]
