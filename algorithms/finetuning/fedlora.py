@@ -1,6 +1,5 @@
 """Federated LoRA."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_core as fc
+from algorithms.parts import low_rank
 
 
 class FedLoRAState(NamedTuple):
@@ -69,7 +69,7 @@ def fedlora(
     fc.checks.one_of("rule", rule, ("factors", "norms", "products"))
     fc.checks.one_of("scaling", scaling, ("rank", "root", "constant"))
     fc.checks.scalar("alpha", alpha)
-    own_ranks = None if ranks is None else _checked_ranks(ranks, num_clients)
+    own_ranks = None if ranks is None else low_rank.ranks_of_clients(ranks, num_clients)
     clients = fc.local_training(**local)
     gradient = fc.value_and_grad(loss_fn)
 
@@ -77,7 +77,7 @@ def fedlora(
         return {"rank": alpha / rank, "root": alpha / rank**0.5, "constant": alpha}[scaling]
 
     def init(params: fc.Params) -> FedLoRAState:
-        most = _largest_rank(params)
+        most = low_rank.rank_of(params)
         own = np.full(num_clients, most) if own_ranks is None else own_ranks
         if own.max() > most:
             raise ValueError(
@@ -88,17 +88,17 @@ def fedlora(
 
     def received(x: fc.Params, rank: fc.Array) -> fc.Params:
         """A client's part of the server's adapter, with which it does D cut to its rank, or its factors' product."""
-        times = strength(_largest_rank(x)) / strength(rank) if rule == "products" else 1.0
-        return _cut(x, rank, times)
+        times = strength(low_rank.rank_of(x)) / strength(rank) if rule == "products" else 1.0
+        return low_rank.cut(x, rank, times)
 
     def in_loss(y: fc.Params, rank: fc.Array) -> fc.Params:
         """What the loss takes, whose scale is that of the largest rank, for a client's own adapter."""
-        return _cut(y, rank, strength(rank) / strength(_largest_rank(y)))
+        return low_rank.cut(y, rank, strength(rank) / strength(low_rank.rank_of(y)))
 
     def sent(x: fc.Params, rank: fc.Array) -> fc.Message:
         """An adapter as it travels, without the columns and rows beyond a client's rank (or those of all clients)."""
-        of_rank = fc.num_bytes([leaf for leaf in jax.tree.leaves(x, is_leaf=_is_part) if _is_part(leaf)])
-        return fc.Message(x, fc.num_bytes(x) - of_rank + of_rank / _largest_rank(x) * rank)
+        of_rank = fc.num_bytes(low_rank.pairs_of(x))
+        return fc.Message(x, fc.num_bytes(x) - of_rank + of_rank / low_rank.rank_of(x) * rank)
 
     def direction(y: fc.Params, batch: fc.Batch, x: fc.Params, rank: fc.Array):
         cut, backward = jax.vjp(lambda y: in_loss(y, rank), y)
@@ -106,7 +106,7 @@ def fedlora(
         return loss, backward(g)[0]
 
     def upload(done: fc.Descent, x: fc.Params):
-        return (sent(_cut(done.params, done.own), done.own), done.own), ()
+        return (sent(low_rank.cut(done.params, done.own), done.own), done.own), ()
 
     def update(state: FedLoRAState, cohort: fc.Cohort, key: fc.Key):
         program = fc.local_descent(
@@ -131,7 +131,7 @@ def fedlora(
             norm = fc.sums.norm(product) if rule == "norms" else jnp.ones((), product.dtype)
             return {"A": norm * part["A"], "B": norm * part["B"], "norm": norm}
 
-        return _map_parts(of_part, y)
+        return low_rank.map_pairs(of_part, y)
 
     def finished(mean: fc.Params, old: fc.Params) -> fc.Params:
         def of_part(was, part):
@@ -141,76 +141,13 @@ def fedlora(
                 return {name: jnp.where(some, part[name] / norm, was[name]).astype(was[name].dtype) for name in "AB"}
             r = was["A"].shape[1]
             P, S, Q = fc.linalg.svd(part)
-            A, B = _to_rank(P, r, 1), _to_rank(S[:, None] * Q, r, 0) / strength(r)
+            A, B = low_rank.to_rank(P, r, 1), low_rank.to_rank(S[:, None] * Q, r, 0) / strength(r)
             return {"A": A.astype(was["A"].dtype), "B": B.astype(was["B"].dtype)}
 
-        return _map_parts(of_part, old, mean)
+        return low_rank.map_pairs(of_part, old, mean)
 
     def in_prediction(x: fc.Params, rank: fc.Array) -> fc.Params:
         return in_loss(received(x, rank), rank)
 
     personal = fc.View(lambda state: state.params, in_prediction, lambda state: state.ranks)
     return fc.federated(init, update, views={"personal": personal}, main="global")
-
-
-def _checked_ranks(ranks: Any, num_clients: int) -> np.ndarray:
-    """The clients' ranks, int[num_clients], or ValueError."""
-    fix = f"pass one for each client, such as [1 + i % 4 for i in range({num_clients})]"
-    if not all(map(fc.checks.is_concrete, jax.tree.leaves(ranks))):
-        raise ValueError(f"ranks must be known when the method is made, got traced ones: {fix}")
-    try:
-        found = np.asarray(ranks)
-    except ValueError:  # of rows that differ in length
-        found = np.asarray(None)
-    if found.shape != (num_clients,) or not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(
-            f"ranks must be {num_clients} integers, got {ranks!r:.60} of shape {list(found.shape)} and type "
-            f"{found.dtype}: {fix}"
-        )
-    if found.min() < 1:
-        raise ValueError(f"ranks[{found.argmin()}] is {found.min()}, and the lowest is 1: leave such a client out")
-    return found
-
-
-def _is_part(node: Any) -> bool:
-    return isinstance(node, dict) and node.keys() == {"A", "B"} and jnp.ndim(node["A"]) == jnp.ndim(node["B"]) == 2
-
-
-def _map_parts(function: Callable[..., Any], tree: fc.Params, *rest: fc.Params) -> fc.Params:
-    """The tree with `function(part, *those of the others)` for each part; of other leaves those of the last tree."""
-    return jax.tree.map(
-        lambda own, *others: function(own, *others) if _is_part(own) else (others[-1] if others else own),
-        tree,
-        *rest,
-        is_leaf=_is_part,
-    )
-
-
-def _cut(tree: fc.Params, rank: fc.Array, times: Any = 1.0) -> fc.Params:
-    """The first columns of every A and rows of every B, these times a number; zeros for the others."""
-
-    def of_part(part):
-        there = jnp.arange(part["A"].shape[1]) < rank
-        B = jnp.where(there[:, None], part["B"], 0)
-        return {"A": jnp.where(there, part["A"], 0), "B": (times * B).astype(B.dtype)}
-
-    return _map_parts(of_part, tree)
-
-
-def _largest_rank(params: fc.Params) -> int:
-    parts = [node for node in jax.tree.leaves(params, is_leaf=_is_part) if _is_part(node)]
-    found = {rank for part in parts for rank in (part["A"].shape[1], part["B"].shape[0])}
-    if len(found) != 1:
-        raise ValueError(
-            "params must hold parts {'A': [in, r], 'B': [r, out]} of one rank, got "
-            f"{'none' if not found else f'ranks {sorted(found)}'}: make them by models.adapters.lora(rank)"
-        )
-    return int(found.pop())
-
-
-def _to_rank(matrix: fc.Array, r: int, axis: int) -> fc.Array:
-    """The first r entries along an axis, with zeros where there are fewer."""
-    there = jax.lax.slice_in_dim(matrix, 0, min(r, matrix.shape[axis]), axis=axis)
-    more = [(0, 0), (0, 0)]
-    more[axis] = (0, r - there.shape[axis])
-    return jnp.pad(there, more)
