@@ -14,7 +14,11 @@ from fedjax_core.batching import Batch, local_work
 from fedjax_core.clients import ClientProgram, Plan, for_each_client, gather
 from fedjax_core.groups import Groups
 from fedjax_core.population import Cohort, Population, check_population
+from fedjax_core.sizes import num_bytes
 from fedjax_core.types import Array, ArrayLike, Examples, Key, Params, PyTree
+
+MOST_ROWS = 2**24
+"""Bytes of clients' rows that are taken out of their tables together; so few cost less than lanes that wait."""
 
 MetricFn = Callable[..., PyTree]
 """`metric_fn(params, batch) -> pytree of float[B]`, one value per example, or a `Weighted` of them.
@@ -206,9 +210,10 @@ def evaluate_view(
 ) -> PyTree:
     """Means per client, each predicting as a method's view says: a pytree of float[C], NaN for an empty slot.
 
-    A client's model is put together where the client is evaluated. Of what clients share there is one, and of whole
-    models one for each lane. Clients of different architectures (`View.groups`) are evaluated group by group, and come
-    back in the order of `ids`.
+    A client's model is put together where the client is evaluated. Of what clients share there is one. Of their rows
+    those of all clients are taken out together where they are small, and those of `at_once` where they are not.
+    Clients of different architectures (`View.groups`) are evaluated group by group, and come back in the order of
+    `ids`.
 
     Args:
       metric_fn: one value per example, or a `Weighted`. Each batch is of one client, and the last may be padded. With
@@ -220,7 +225,7 @@ def evaluate_view(
       adapt_on: the clients' own examples for a view that adapts before it predicts, by the same numbers. A client
         without any predicts as it is.
       key: randomness of adapting; a client's is `fold_in(key, client_id)`.
-      at_once: clients that are adapted together, so many of what adapting gives are held.
+      at_once: clients that are adapted, or whose large rows are taken out, together: so many of them are held.
       batch_size: examples per forward pass.
       plan: execution plan.
 
@@ -264,7 +269,14 @@ def evaluate_view(
         return _evaluate_each(one_metric, model, shared, inputs, cohort, batch_size=batch_size, plan=plan)
 
     if view.adapt is None or adapt_on is None or key is None:
-        return plainly(cohort, rows_of(cohort), view.model)
+        if num_bytes(jax.eval_shape(lambda: rows_of(cohort))) <= MOST_ROWS:
+            return plainly(cohort, rows_of(cohort), view.model)
+
+        def some_rows(ids: Array) -> PyTree:
+            some = population.cohort(ids)
+            return plainly(some, rows_of(some), view.model)
+
+        return _in_turns(some_rows, cohort.ids, at_once)
     if adapt_on.num_clients != population.num_clients:
         raise ValueError(
             f"adapt_on has {adapt_on.num_clients} clients and population {population.num_clients}: pass the same "
@@ -291,10 +303,15 @@ def evaluate_view(
 
         return plainly(testing, (rows, adapted, training.mask, client_keys), model)
 
-    count = cohort.ids.shape[0]
+    return _in_turns(some, cohort.ids, at_once)
+
+
+def _in_turns(function: Callable[[Array], PyTree], ids: Array, at_once: int) -> PyTree:
+    """`function(ids)`, leaves [C, ...], of so many clients at a time."""
+    count = ids.shape[0]
     at_once = min(at_once, count)
-    filled = jnp.pad(cohort.ids, (0, -count % at_once), constant_values=-1).reshape(-1, at_once)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], jax.lax.map(some, filled))
+    filled = jnp.pad(ids, (0, -count % at_once), constant_values=-1).reshape(-1, at_once)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], jax.lax.map(function, filled))
 
 
 def _evaluate_groups(

@@ -21,11 +21,11 @@ Stage = int | str | None
 """A stage by its number or its name; None for the end."""
 
 
-def _no_stages(*args: Any, **kwargs: Any) -> Any:
+def no_stages(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("this model has no stages, so it runs only as a whole: use apply, or a model of this package")
 
 
-def _no_groups(kind: str) -> tuple[str, ...]:
+def no_groups(kind: str) -> tuple[str, ...]:
     raise ValueError(
         f"this model does not know which of its parameters are {kind!r}: choose them by path with "
         "fedjax_core.partition, or ask models.groups.module_paths about a flax module"
@@ -63,8 +63,8 @@ class Model(NamedTuple):
     apply: Callable[..., Array]
     features: Callable[..., Array]
     stages: tuple[str, ...] = ()
-    run: Callable[..., Any] = _no_stages
-    paths: Callable[[str], tuple[str, ...]] = _no_groups
+    run: Callable[..., Any] = no_stages
+    paths: Callable[[str], tuple[str, ...]] = no_groups
 
 
 class Tokens(NamedTuple):
@@ -176,14 +176,14 @@ def map_inputs(model: AnyModel, function: Callable[[Any], Any]) -> AnyModel:
     """
     of: Any = model
 
-    def run(params: Params, x: Any, start: Stage = None, stop: Stage = None, key: Key | None = None) -> Any:
+    def run(params: Params, x: Any, start: Stage = None, stop: Stage = None, *rest: Any, **named: Any) -> Any:
         first, last = span(of.stages, start, stop) if of.stages else (0, 1)
-        return of.run(params, function(x) if first == 0 < last else x, start, stop, key)
+        return of.run(params, function(x) if first == 0 < last else x, start, stop, *rest, **named)
 
     changed: AnyModel = of._replace(
         apply=lambda params, x, key=None, *rest, **named: of.apply(params, function(x), key, *rest, **named),
         features=lambda params, x, key=None, *rest, **named: of.features(params, function(x), key, *rest, **named),
-        **({"run": run} if isinstance(model, Model) else {}),
+        run=run,
     )
     return changed
 

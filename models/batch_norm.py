@@ -10,7 +10,17 @@ import jax.numpy as jnp
 
 from fedjax_core import Array, Key, Params, Variables, checks
 from models import groups
-from models._common import PARAM_DTYPE, check_image_shape, check_inputs, check_positive, check_sizes
+from models._common import (
+    PARAM_DTYPE,
+    Stage,
+    check_image_shape,
+    check_inputs,
+    check_positive,
+    check_sizes,
+    no_groups,
+    no_stages,
+    span,
+)
 from models.convolution import Backend, max_pool_2x2
 from models.convolution import convolution as select_convolution
 
@@ -27,13 +37,19 @@ class StatisticsModel(NamedTuple):
       features: the same with the representation [B, d] that the head is applied to in place of outputs.
       head: `head(params, features) -> outputs`.
       paths: `paths(kind)`, as of a `Model`; "norm" are the scales and biases of the normalizations.
+      stages: names of the model's stages in order, the last of them "head"; none for a model that runs only as a whole.
+      run: `run(variables, x, start=None, stop=None, key=None, mask=None, frozen=False) -> (outputs, statistics)`, from
+        stage `start` to before stage `stop` as of a `Model`. The statistics are all of the model's, of which those of
+        the stages that run have moved.
     """
 
     init: Callable[[Key], Variables]
     apply: Callable[..., tuple[Array, Any]]
     features: Callable[..., tuple[Array, Any]]
     head: Callable[[Params, Array], Array]
-    paths: Callable[[str], tuple[str, ...]]
+    paths: Callable[[str], tuple[str, ...]] = no_groups
+    stages: tuple[str, ...] = ()
+    run: Callable[..., tuple[Any, Any]] = no_stages
 
 
 def batch_norm(x: Array, norm: nn.BatchNorm, running: bool, mask: Array | None) -> Array:
@@ -71,14 +87,25 @@ class _CNN(nn.Module):
         self.dense_norm = norm()
         self.head = nn.Dense(self.num_classes, param_dtype=PARAM_DTYPE)
 
-    def features(self, x: Array, running: bool = True, mask: Array | None = None) -> Array:
-        for layer, norm in zip(self.conv, self.norm, strict=True):
-            x = max_pool_2x2(nn.relu(batch_norm(layer(x), norm, running, mask)))
-        x = self.dense(x.reshape(x.shape[0], -1))
-        return nn.relu(batch_norm(x, self.dense_norm, running, mask))
+    def stages(self) -> dict[str, Callable[[Array, bool, Array | None], Array]]:
+        """Name -> `stage(x, running, mask)`, in order; the last is "head"."""
+
+        def pooled(layer: nn.Conv, norm: nn.BatchNorm) -> Callable[[Array, bool, Array | None], Array]:
+            return lambda x, running, mask: max_pool_2x2(nn.relu(batch_norm(layer(x), norm, running, mask)))
+
+        def dense(x: Array, running: bool, mask: Array | None) -> Array:
+            return nn.relu(batch_norm(self.dense(x.reshape(x.shape[0], -1)), self.dense_norm, running, mask))
+
+        return {
+            **{f"conv_{i}": pooled(*layers) for i, layers in enumerate(zip(self.conv, self.norm, strict=True))},
+            "dense": dense,
+            "head": lambda x, running, mask: self.head(x),
+        }
 
     def __call__(self, x: Array, running: bool = True, mask: Array | None = None) -> Array:
-        return self.head(self.features(x, running, mask))
+        for stage in self.stages().values():
+            x = stage(x, running, mask)
+        return x
 
 
 def cnn_bn(
@@ -133,29 +160,46 @@ def _build(module: _CNN, shape: tuple[int, ...], check: Callable[[Any], None]) -
         statistics = jax.tree.map(lambda leaf: leaf.astype(PARAM_DTYPE), variables["batch_stats"])
         return Variables(variables["params"], statistics)
 
+    names: Any = module.apply({}, method=lambda bound: tuple(bound.stages()))
+
     def run(
-        method: str | None, variables: Variables, x: Array, key: Key | None, mask: Array | None, frozen: bool
+        variables: Variables,
+        x: Array,
+        start: Stage = None,
+        stop: Stage = None,
+        key: Key | None = None,
+        mask: Array | None = None,
+        frozen: bool = False,
     ) -> tuple[Array, Any]:
-        check(x)
+        first, last = span(names, start, stop)
+        if first == 0:
+            check(x)
+        running = key is None or frozen
+
+        def chain(bound: _CNN, x: Array) -> Array:
+            for stage in list(bound.stages().values())[first:last]:
+                x = stage(x, running, mask)
+            return x
+
         given = {"params": variables.params, "batch_stats": variables.statistics}
-        if key is None or frozen:
-            evaluated: Any = module.apply(given, x, True, mask, method=method)
+        if running:
+            evaluated: Any = module.apply(given, x, method=chain)
             return evaluated, variables.statistics
-        outputs, updated = module.apply(given, x, False, mask, method=method, mutable=["batch_stats"])
+        outputs, updated = module.apply(given, x, method=chain, mutable=["batch_stats"])
         return outputs, updated["batch_stats"]
 
     def apply(
         variables: Variables, x: Array, key: Key | None = None, mask: Array | None = None, frozen: bool = False
     ) -> tuple[Array, Any]:
-        return run(None, variables, x, key, mask, frozen)
+        return run(variables, x, key=key, mask=mask, frozen=frozen)
 
     def features(
         variables: Variables, x: Array, key: Key | None = None, mask: Array | None = None, frozen: bool = False
     ) -> tuple[Array, Any]:
-        return run("features", variables, x, key, mask, frozen)
+        return run(variables, x, stop="head", key=key, mask=mask, frozen=frozen)
 
     def head(params: Params, z: Array) -> Array:
         return z @ params["head"]["kernel"] + params["head"]["bias"]
 
     example = jax.ShapeDtypeStruct(shape, jnp.result_type(PARAM_DTYPE))
-    return StatisticsModel(init, apply, features, head, groups.paths_of(module, example))
+    return StatisticsModel(init, apply, features, head, groups.paths_of(module, example), names, run)

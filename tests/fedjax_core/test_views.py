@@ -157,6 +157,37 @@ def test_evaluation_holds_one_body_and_a_row_for_each_client():
     assert held < 4 * state.params.nbytes + 4 * state.heads.rows.nbytes
 
 
+def test_whole_models_of_clients_are_never_all_held():
+    """A table of whole models is evaluated so many clients at a time, to the same bits."""
+    clients, dim = 40, 400
+    population = fc.Population.from_sizes({"x": np.ones((clients, dim), np.float32)}, [1] * clients)
+    model = np.random.default_rng(0).normal(size=(clients, dim, dim)).astype(np.float32)
+    view = fc.View(lambda s: (), lambda shared, row: row, lambda s: s)
+
+    def metric(model, batch):
+        return jnp.sum(batch["x"] @ model, axis=1)
+
+    def held(state):
+        run = jax.jit(lambda state: fc.evaluate_view(metric, view, state, population, at_once=3))
+        program = run.lower(state).compile()
+        return program(state), program.memory_analysis().temp_size_in_bytes / state.rows[0].nbytes
+
+    found, models = held(fc.ClientTable(jnp.asarray(model)))
+    assert models < 12  # of 40
+    np.testing.assert_allclose(found, model.sum((1, 2)), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("ids", [None, [5, -1, 0]])
+def test_clients_taken_in_turns_give_the_same_bits(ids, monkeypatch):
+    method = personal()
+    state = trained(method)
+    together = fc.evaluate_view(accuracy, method.personal, state, POPULATION, ids)
+    monkeypatch.setattr("fedjax_core.evaluation.MOST_ROWS", 0)
+    for at_once in (1, 2, 16):
+        in_turns = fc.evaluate_view(accuracy, method.personal, state, POPULATION, ids, at_once=at_once)
+        chex.assert_trees_all_equal(in_turns, together)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,5 +1,6 @@
 """Tasks of models, and the model with batch normalization."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,28 @@ def test_a_task_is_its_loss_and_its_metrics(name):
     z = task.features(params, batch)
     np.testing.assert_allclose(task.head(params, z), model.apply(params, batch["x"]), rtol=1e-12)
     assert set(task.paths("head")) == {"head/bias", "head/kernel"}
+
+
+@pytest.mark.parametrize("options", [{}, {"key": KEY}, {"key": KEY, "frozen": True}, {"key": KEY, "mask": True}])
+def test_batch_normalization_is_cut_at_any_stage_to_the_same_bits(options):
+    """The second piece begins with the statistics that the first has moved."""
+    variables, x = NET.init(KEY), images()["x"]
+    options = {**options, **({"mask": jnp.arange(5) < 3} if "mask" in options else {})}
+    whole = NET.apply(variables, x, **options)
+    assert NET.stages == ("conv_0", "dense", "head")
+    for k in range(len(NET.stages) + 1):
+        z, moved = NET.run(variables, x, 0, k, **options)
+        chex.assert_trees_all_equal(NET.run(variables._replace(statistics=moved), z, k, **options), whole)
+        assert jax.tree.structure(moved) == jax.tree.structure(variables.statistics)
+    chex.assert_trees_all_equal(NET.run(variables, x, stop="head", **options), NET.features(variables, x, **options))
+    shifted = models.map_inputs(NET, lambda x: x + 1)
+    chex.assert_trees_all_equal(shifted.run(variables, x, "conv_0", **options), NET.apply(variables, x + 1, **options))
+    z, _ = NET.run(variables, x, stop="dense", **options)
+    chex.assert_trees_all_equal(
+        shifted.run(variables, z, "dense", **options), NET.run(variables, z, "dense", **options)
+    )
+    with pytest.raises(ValueError, match="start must be a stage, conv_0, dense, head"):
+        NET.run(variables, x, "conv_1")
 
 
 def test_statistics_are_those_of_the_real_rows():
