@@ -1,6 +1,5 @@
 """FedDF: ensemble distillation on the server."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.parts.server_training import Student, in_batches, until_no_better
+from algorithms.parts.server_training import Student, Teachers, in_batches, reading, size_of, until_no_better
 from fedjax_core.batching import draw_batch
 
 
@@ -105,11 +104,8 @@ def feddf(
     gradient = fc.value_and_grad(loss_fn)
 
     def softened(params: fc.Params, batch: fc.Examples, key: Any, mask: fc.Array) -> fc.Array:
-        try:
+        with reading("logits", batch):
             z = fc.masks.call(logits, params, batch, key, mask=mask, name="logits")
-        except KeyError as error:
-            _check_read("logits", batch, error)
-            raise
         if jnp.ndim(z) != 2 or z.shape[0] != mask.shape[0]:
             raise ValueError(
                 f"logits must return one row of class scores per example, float[{mask.shape[0]}, C], but returned "
@@ -117,12 +113,12 @@ def feddf(
             )
         return z / jnp.asarray(temperature, z.dtype)
 
-    def taught(student: fc.Params, teachers: "_Teachers", public: Any, key: fc.Key) -> tuple[fc.Params, FedDFMetrics]:
+    def taught(student: fc.Params, teachers: Teachers, public: Any, key: fc.Key) -> tuple[fc.Params, FedDFMetrics]:
         found = unlabelled(public) if jax.tree.leaves(public) else public
         inputs, validation = found if isinstance(found, FedDFData) else (found, None)
-        size = _size(inputs)
+        size = size_of(inputs)
         if validation is not None:
-            _size(validation, "validation")
+            size_of(validation, "validation")
         work = fc.local_work(min(server_batch_size, size), num_steps=max(server_steps, 1))
 
         def target(batch: fc.Examples, mask: fc.Array) -> fc.Array:
@@ -162,11 +158,8 @@ def feddf(
         else:
 
             def value(params: fc.Params, batch: fc.Examples) -> fc.Array:
-                try:
+                with reading("loss_fn", batch):
                     return fc.masks.call(loss_fn, params, batch, None, name="loss_fn")
-                except KeyError as error:
-                    _check_read("loss_fn", batch, error)
-                    raise
 
             def score(params: fc.Params) -> fc.Array:
                 return fc.evaluate(value, params, validation, public=public)
@@ -180,7 +173,7 @@ def feddf(
         results = clients.run(program, state.params, cohort, key, aggregator=fc.stacked())
         mean = fc.sums.weighted(fc.sums.shares(results.weights), results.aggregate)
         average = fc.add_scaled(state.params, 1.0, mean)
-        teachers = _Teachers(state.params, results.aggregate, cohort.mask)
+        teachers = Teachers(state.params, results.aggregate, cohort.mask)
         x, metrics = taught(average, teachers, cohort.public, jax.random.fold_in(key, _SERVER))
         return state._replace(params=x), results, metrics
 
@@ -189,44 +182,3 @@ def feddf(
 
 _SERVER = 2**31 - 2
 """Folded into the key of a round for the server's batches, apart from what clients fold in."""
-
-
-class _Teachers(NamedTuple):
-    """Models x + d_i of the participants; d has leaves [C, ...]."""
-
-    x: fc.Params
-    displacements: fc.Params
-    taking: fc.Array
-
-    def model(self, number: fc.Array) -> fc.Params:
-        """One teacher, so that no more than the displacements are held."""
-        return fc.add_scaled(self.x, 1.0, jax.tree.map(lambda leaf: leaf[number], self.displacements))
-
-    def mean(self, values: fc.Array) -> fc.Array:
-        """[...], the mean of [C, ...] over those that take part."""
-        total = fc.sums.total(jnp.where(fc.sums.across(self.taking, values), values, 0))
-        return (total / jnp.maximum(jnp.sum(self.taking), 1)).astype(values.dtype)
-
-
-def _size(examples: fc.Examples, name: str = "public") -> int:
-    if not jax.tree.leaves(examples):
-        raise ValueError(
-            "feddf trains on public data, and the population has none: give it unlabelled examples, for example "
-            'population.with_public({"x": inputs})'
-            if name == "public"
-            else f"{name} holds no arrays: pass labelled examples, or no FedDFData"
-        )
-    size = fc.checks.leading_axis(examples, name)
-    if not size:
-        raise ValueError(f"{name} holds 0 examples, and the server of feddf needs at least 1: give it some")
-    return size
-
-
-def _check_read(name: str, batch: fc.Examples, error: KeyError) -> None:
-    """Raises ValueError if a function has asked public examples for what they do not have."""
-    key = error.args[0] if error.args else None
-    if isinstance(batch, Mapping) and key not in batch:
-        raise ValueError(
-            f"{name} reads {key!r}, and the public examples that feddf gives it have {', '.join(map(repr, batch))}: "
-            "name them as those of the clients, population.with_public({...}), or choose them by unlabelled="
-        ) from error

@@ -1,6 +1,7 @@
 """Training on the server, on data that it holds itself."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,54 @@ class Student(NamedTuple):
     params: fc.Params
     opt_state: fc.PyTree
     total: fc.sums.Running
+
+
+class Teachers(NamedTuple):
+    """Models x + d_i of the participants; d has leaves [C, ...]."""
+
+    x: fc.Params
+    displacements: fc.Params
+    taking: fc.Array
+
+    def model(self, number: fc.Array) -> fc.Params:
+        """One teacher, so that no more than the displacements are held."""
+        return fc.add_scaled(self.x, 1.0, jax.tree.map(lambda leaf: leaf[number], self.displacements))
+
+    def mean(self, values: fc.Array) -> fc.Array:
+        """[...], the mean of [C, ...] over those that take part."""
+        total = fc.sums.total(jnp.where(fc.sums.across(self.taking, values), values, 0))
+        return (total / jnp.maximum(jnp.sum(self.taking), 1)).astype(values.dtype)
+
+
+def size_of(examples: fc.Examples, name: str = "public") -> int:
+    """The number of the server's examples, or ValueError where there are none."""
+    if not jax.tree.leaves(examples):
+        raise ValueError(
+            "the server trains on public data, and the population has none: give it unlabelled examples, for example "
+            'population.with_public({"x": inputs})'
+            if name == "public"
+            else f"{name} holds no arrays: pass labelled examples, or none"
+        )
+    size = fc.checks.leading_axis(examples, name)
+    if not size:
+        raise ValueError(f"{name} holds 0 examples, and the server needs at least 1: give it some")
+    return size
+
+
+@contextlib.contextmanager
+def reading(name: str, batch: fc.Examples) -> Iterator[None]:
+    """Raises ValueError if a function asks a batch of public examples for what they do not have."""
+    try:
+        yield
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if not isinstance(batch, Mapping) or key in batch:
+            raise
+        raise ValueError(
+            f"{name} reads {key!r}, and the public examples that the server gives it have "
+            f"{', '.join(map(repr, batch))}: name them as those of the clients, population.with_public({{...}}), or "
+            "choose them by unlabelled="
+        ) from error
 
 
 def in_batches(target: Callable[..., fc.Array], examples: fc.Examples, size: int, batch_size: int) -> fc.Array:

@@ -298,7 +298,7 @@ def test_data_and_logits_that_do_not_fit_are_named():
     method = make()
     state = method.init(softmax_params())
     with pytest.raises(
-        ValueError, match="feddf trains on public data, and the population has none: give it unlabelled"
+        ValueError, match="the server trains on public data, and the population has none: give it unlabelled"
     ):
         jax.eval_shape(method.round, state, softmax_population(SIZES).cohort([0, 1]), KEY)
     method = algorithms.feddf(softmax_loss, optax.sgd(0.1), logits=lambda params, batch, key: jnp.mean(batch["x"]))
@@ -312,7 +312,7 @@ NONE = {"x": np.zeros((0, 5))}
 @pytest.mark.parametrize(
     ("public", "words"),
     [
-        (NONE, "public holds 0 examples, and the server of feddf needs at least 1"),
+        (NONE, "public holds 0 examples, and the server needs at least 1"),
         (algorithms.FedDFData(NONE, HELD_OUT), "public holds 0 examples"),
         (algorithms.FedDFData(PUBLIC, {**NONE, "y": np.zeros(0, np.int32)}), "validation holds 0 examples"),
         (algorithms.FedDFData(PUBLIC, ()), "validation holds no arrays"),
