@@ -288,10 +288,24 @@ def test_every_check_is_named_once_has_a_wrong_method_and_says_what_it_checks():
 
 
 def test_a_state_that_changes_its_shape():
+    """`federated` says it of an update; of a round made otherwise the check does."""
     growing = {"table": lambda: jnp.zeros(2), "rows": lambda *given: jnp.zeros(3), "skip_empty": False}
-    checks = testing.properties(lambda **settings: method(**growing, **settings), PROBLEM)
+    by_update = testing.properties(lambda **settings: method(**growing, **settings), PROBLEM)
+    with pytest.raises(TypeError, match=r"update changed state.rows from shape \[2\] to \[3\]"):
+        by_update["dtypes_stay"]()
+
+    def by_hand(**settings):
+        staying = {**growing, "rows": lambda *given: jnp.zeros(2)}
+        algorithm = method(**staying, **settings)
+
+        def round(state, cohort, key):
+            new, metrics = algorithm.round(state, cohort, key)
+            return new._replace(rows=jnp.zeros(3)), metrics
+
+        return algorithm._replace(round=round)
+
     with pytest.raises(AssertionError, match=r"another type of state than init: rows is float64\[3\], expected"):
-        checks["dtypes_stay"]()
+        testing.properties(by_hand, PROBLEM)["dtypes_stay"]()
 
 
 def test_a_state_with_one_array_twice_cannot_be_donated():
