@@ -157,13 +157,15 @@ def elementwise_mean() -> Aggregator:
 
     Uploads are pairs (values, weights): values any pytree, and weights of the same structure or of the upper part of
     it, each leaf numbers of at least 0, or bool, of the shape of the leading axes of the values below it: for
-    prototypes [classes, d] the counts [classes]. A value whose weight is 0 may be NaN. An entry's weight is times that
-    of the client. The result is `PartialMeans(mean, weight)`, with the structures of values and weights.
+    prototypes [classes, d] the counts [classes]. A value whose weight is 0 may be NaN; a negative weight makes the
+    entry's mean NaN. An entry's weight is times that of the client. The result is `PartialMeans(mean, weight)`, with
+    the structures of values and weights.
     """
 
     def lift(upload: tuple[PyTree, PyTree], weight: Array) -> _Widened:
         values, weights = _pair(upload, "elementwise_mean()", "(values, weights)")
-
+        # What is negative may cancel with others: then it must not go by unseen.
+        weights = jax.tree.map(lambda own: jnp.where(own < 0, jnp.nan, sums.widen(own)), weights)
         lifted = _Widened.lift(values, weight, jax.tree.map(lambda own: weight * sums.widen(own), weights))
         own = jax.tree.leaves(jax.tree.map(lambda own, below: jax.tree.map(lambda _: own, below), weights, values))
         return replace(lifted, values=[_times(*each) for each in zip(lifted.values, own, strict=True)])
@@ -201,7 +203,7 @@ def _times(value: Array, weight: Array) -> Array:
 def _over(total: Array, weight: Array) -> Array:
     """Total over weight along the leading axes; 0 where the weight is 0."""
     across = sums.across(weight, total).astype(total.dtype)
-    return jnp.where(across > 0, total / jnp.where(across > 0, across, 1), 0)
+    return jnp.where(across != 0, total / jnp.where(across != 0, across, 1), 0)
 
 
 def integer_sum() -> Aggregator:
@@ -238,7 +240,11 @@ class Stacked(NamedTuple):
 
 
 def stacked(rule: Callable[[PyTree, Array], PyTree] = lambda uploads, weights: uploads) -> Stacked:
-    """`rule(uploads, weights)` of all uploads, leaves [C, ...]; the uploads themselves unless given."""
+    """`rule(uploads, weights)` of all uploads, leaves [C, ...]; the uploads themselves unless given.
+
+    A weight is 0 in slots that took no part, so that a rule needs no mask: a client whose weight is 0 counts in no
+    aggregate. A rule draws nothing; one that is to draw is made in the round, around the round's key.
+    """
     checks.function("rule", rule, "rule(uploads, weights) -> result")
     return Stacked(rule)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_core import checks, keys, shuffle
 from fedjax_core.plans import Plan
-from fedjax_core.population import Cohort, Population
+from fedjax_core.population import Cohort, Population, check_population
 from fedjax_core.types import Array, Examples, Key, PyTree, Weights
 
 Order = Literal["shuffled", "replacement", "sequential"]
@@ -253,8 +253,10 @@ def stream(population: Population, cohort: Cohort, key: Key, work: LocalWork) ->
       work: batch size and order; the number of steps is that of the pass in which batches are drawn.
 
     Raises:
+      TypeError: if it is no population.
       ValueError: if the population has another number of clients.
     """
+    check_population(population, "pass Population.from_clients(...) of these examples")
     if cohort.population_size not in (None, population.num_clients):
         raise ValueError(
             f"the stream's population has {population.num_clients} clients, and that of the cohort "

@@ -190,9 +190,16 @@ class Groups:
           groups' aggregates and outputs as they are.
 
         Raises:
+          TypeError: if one is no `ClientResults`.
           ValueError: if there is not one for each group, or they are of other cohorts.
         """
         self._check_number("results", results)
+        for number, result in enumerate(results):
+            if not isinstance(result, ClientResults):
+                raise TypeError(
+                    f"results[{number}] must be ClientResults, got {checks.described(result)}: pass what "
+                    "for_each_client returned for each group"
+                )
         by_slot = ("weights", "loss", "steps", "bytes_up", "bytes_down")
         joined = self.join(cohort, [tuple(getattr(result, name) for name in by_slot) for result in results])
         return ClientResults(

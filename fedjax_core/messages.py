@@ -10,8 +10,12 @@ the method's round that uploads something has its own.
 Parts nest. The one that was put around the method first is nearest to the clients: with_part(with_part(method, clip),
 codec) clips what is then encoded. On the server messages are decoded in the other order; then what parts make of all
 decoded uploads at once (attacks) is made, in the order of the parts, and then they are aggregated.
+
+Parts draw apart from the method and from each other, two of the same name too, and what a part draws does not depend on
+parts that are put around it later or that have other names.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -327,6 +331,8 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         what is compiled already: wrap first, jax.jit(with_part(...).round). If the part is private and clients upload
         something in an event.
     """
+    if isinstance(algorithm, Part):
+        raise TypeError("algorithm must be an Algorithm, got Part: the order of arguments is (algorithm, part)")
     check_algorithm(algorithm)
     _check_part(part)
     if not isinstance(like, Population | HostPopulation):
@@ -345,16 +351,20 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
 
     init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
     init._is_private = part.private or is_private(algorithm)  # type: ignore[attr-defined]
+    # Parts draw apart from each other: by their names, and of the same name by their number from the inside.
+    inner = getattr(algorithm.init, "_parts", ())
+    init._parts = (*inner, part.name)  # type: ignore[attr-defined]
+    salt = zlib.crc32(f"{part.name} {inner.count(part.name)}".encode())
 
     def round(state: PartState, cohort: Cohort, key: Key) -> tuple[PartState, Metrics]:
         admitted, told = state.admission, ()
         if part.admission is not None:
             traffic = _traffic(algorithm.round, state.method, cohort, key)
-            choice_key = jax.random.fold_in(keys.one(key), _TAG - 1)
+            choice_key = jax.random.fold_in(jax.random.fold_in(keys.one(key), _TAG - 1), salt)
             returned = part.admission.choose(admitted, cohort, traffic, choice_key)
             what = f"{part.name}.admission.choose"
             cohort, admitted, told = _returned(what, "cohort", Cohort, returned, admitted)
-        route = _Route(part, state.passes, key)
+        route = _Route(part, state.passes, key, salt)
         routed = through(cohort, route)
         new, metrics = algorithm.round(state.method, replace(routed, private=part.private or cohort.private), key)
         states, infos = route.end()
@@ -442,8 +452,8 @@ def through(cohort: Cohort, route: Callable[[Pass], ClientResults]) -> Cohort:
 class _Route:
     """One part's way of the passes of one round, while the round is traced."""
 
-    def __init__(self, part: Part, states: tuple[Any, ...], key: Key) -> None:
-        self._part, self._states, self._key = part, states, key
+    def __init__(self, part: Part, states: tuple[Any, ...], key: Key, salt: int) -> None:
+        self._part, self._states, self._key, self._salt = part, states, key, salt
         self._new: list[Any] = []
         self._infos: list[Any] = []
         self._trace = tasks.current_trace()
@@ -459,7 +469,7 @@ class _Route:
                 f"the round makes more passes than the {len(self._states)} that {self._part.name} has a state for: "
                 "begin with init of the wrapped method"
             )
-        key = jax.random.fold_in(keys.one(self._key), _TAG + number)
+        key = jax.random.fold_in(jax.random.fold_in(keys.one(self._key), _TAG + number), self._salt)
         what, state = f"{self._part.name}.around", self._states[number]
         returned = self._part.around(state, asked, key)
         results, state, info = _returned(what, "results", ClientResults, returned, state)

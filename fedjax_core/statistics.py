@@ -124,6 +124,7 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
     # The parameters are checked by the method, the statistics by `_checked`; statistics are no params to other methods.
     init._has_checks = init._has_statistics = True  # type: ignore[attr-defined]
     init._is_private = is_private(algorithm)  # type: ignore[attr-defined]
+    init._parts = getattr(algorithm.init, "_parts", ())  # type: ignore[attr-defined]
 
     def round(state: StatisticsState, cohort: Cohort, key: Key) -> tuple[StatisticsState, Metrics]:
         route = _ROUTES[rule](state.statistics)

@@ -65,6 +65,13 @@ def test_elementwise_mean_weighs_each_entry(ids, plan):
             np.testing.assert_allclose(mean[entry], summed / total if total else 0 * summed, rtol=1e-13, atol=1e-15)
 
 
+def test_a_negative_weight_does_not_cancel_others_unseen():
+    counts = COUNTS.astype(float)
+    counts[0, 1] = -1
+    found = aggregated(fc.elementwise_mean(), (VALUES["a"], counts), [0, 1, 2], None)
+    np.testing.assert_array_equal(np.isnan(found.mean).any(axis=1), np.arange(5) == 1)
+
+
 def test_one_weight_stands_for_all_leaves_below_it():
     """With the same weight everywhere it is the weighted mean, and with one segment too."""
     uploads = {"a": VALUES["a"], "b": {"c": VALUES["a"][:, 0]}}

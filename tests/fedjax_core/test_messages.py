@@ -182,6 +182,30 @@ def test_parts_nest_in_the_order_in_which_they_were_put_around():
     np.testing.assert_allclose([second, third], [0.25 * first, 2 * first], rtol=1e-12)
 
 
+def drawing(name):
+    """A part that tells its key."""
+    return Part(lambda state, asked, key: (asked.run(), state, jax.random.key_data(key)), name=name)
+
+
+def test_parts_draw_apart_and_none_draws_otherwise_for_another_around_it():
+    def told(*names):
+        algorithm, drawn = made("mime"), []
+        for name in names:
+            algorithm = with_part(algorithm, drawing(name), like=POPULATION)
+        metrics = trained(algorithm, rounds=1)[1].extra
+        for _ in names:
+            drawn.append(np.stack(metrics.passes))  # of Mime's two passes
+            metrics = metrics.method
+        return drawn[::-1]
+
+    alone = told("a")[0]
+    nested = told("a", "a", "b", "a")
+    assert len(np.unique(np.concatenate(nested), axis=0)) == 2 * 4
+    np.testing.assert_array_equal(nested[0], alone)
+    np.testing.assert_array_equal(told("b", "a")[1], alone)  # nor for one of another name inside
+    np.testing.assert_array_equal(told("b")[0], nested[2])
+
+
 def test_a_clip_is_the_last_thing_before_the_sum_wherever_it_stands():
     """It holds for what the server makes of a message, and not for what goes over the wire."""
 

@@ -104,6 +104,14 @@ def test_mistakes_inside_of_a_method_stay_what_they_are():
 
 
 OTHERS = {
+    "a stream of plain examples": (
+        lambda: fc.stream({"x": jnp.ones(3)}, POPULATION.cohort([0]), KEY, fc.local_work()),
+        "population must be a Population, got dict: make one of examples and sizes",
+    ),
+    "groups merged without results": (
+        lambda: fc.Groups.by_modulo(POPULATION.num_clients, 2).merge(POPULATION.cohort([0]), [(), ()]),
+        r"results\[0\] must be ClientResults",
+    ),
     "events of a factory": (
         lambda: fc.run_events(algorithms.fedavg, "after", STATE, COHORT, KEY),
         "algorithm must be an Algorithm, got the function fedavg: call it first",

@@ -36,7 +36,10 @@ MADE = {
         r"part must be a Part, got the function krum: call it first, krum\(\.\.\.\)",
     ),
     "a method": (lambda: put(FEDAVG), r"got Algorithm: .*the order of arguments is \(algorithm, part\)"),
-    "a part wrapped": (lambda: put(parts.krum(1), method=parts.krum(1)), "algorithm must be an Algorithm, got Part"),
+    "a part wrapped": (
+        lambda: put(parts.krum(1), method=parts.krum(1)),
+        r"algorithm must be an Algorithm, got Part: the order of arguments is \(algorithm, part\)",
+    ),
     "a factory of methods": (
         lambda: put(parts.krum(1), method=algorithms.fedavg),
         "algorithm must be an Algorithm, got the function fedavg: call it first",
