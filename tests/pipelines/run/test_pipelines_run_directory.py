@@ -19,7 +19,7 @@ from pipelines import Config
 from pipelines.cli import commands
 from pipelines.common import figures, files, processes
 from pipelines.experiment import setup
-from pipelines.run import checkpoint, identity, run_directory
+from pipelines.run import checkpoint, identity, run_directory, trials
 from pipelines.studies import zeroth_order
 
 
@@ -288,7 +288,7 @@ def test_a_finished_run_in_a_read_only_place_can_be_looked_at_and_nothing_is_wri
 def test_a_signal_lets_what_is_under_way_be_saved_and_the_same_command_goes_on(runs, name, tmp_path, monkeypatch):
     out, sent = tmp_path / "run", []
     number = signal.SIGTERM if name == "continual" else signal.SIGINT
-    module, saving = (zeroth_order, "_store") if name == "zeroth-order" else (checkpoint, "save")
+    module, saving = (trials, "save") if name == "zeroth-order" else (checkpoint, "save")
     save = getattr(module, saving)
 
     def stopping(*args, **kwargs):
@@ -334,7 +334,7 @@ def test_a_full_disk_is_told_with_what_is_saved(runs, name, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     out = unfinished(runs, name, tmp_path)
-    saving = (zeroth_order, "_save") if name == "zeroth-order" else (checkpoint, "_to_disk")
+    saving = (trials, "_write") if name == "zeroth-order" else (checkpoint, "_to_disk")
     said = "2 of 3 trials of FZooS are saved" if name == "zeroth-order" else "fedavg is saved after round 3"
     with monkeypatch.context() as patch:
         patch.setattr(*saving, full)
@@ -368,16 +368,16 @@ def test_curves_that_are_damaged_or_of_another_trial_are_noticed(runs, tmp_path)
     first, second = (out / "curves" / f"FZooS-{trial}.npz" for trial in (0, 1))
     content = first.read_bytes()
     step = 8 * len(content) // 23
-    work = zeroth_order.Work(out, record(out, "zeroth-order")["run"], True, lambda: 0)
-    whole = zeroth_order._stored(work, "FZooS", 0)
+    load = functools.partial(trials.load, first, record(out, "zeroth-order")["run"], zeroth_order._of("FZooS", 0))
+    whole = load()
     for bit in range(0, 8 * len(content), step):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         first.write_bytes(flipped)
         with pytest.MonkeyPatch.context() as patch:
             said = []
-            patch.setattr(zeroth_order.warnings, "warn", lambda text, *args, said=said, **kwargs: said.append(text))
-            found = zeroth_order._stored(work, "FZooS", 0)
+            patch.setattr(trials.warnings, "warn", lambda text, *args, said=said, **kwargs: said.append(text))
+            found = load()
         if found is None:
             assert "is damaged" in said[0]
         else:  # of what numpy does not look at, such as times
