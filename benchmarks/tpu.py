@@ -8,7 +8,6 @@ extra tpu. A row that is in the results already is not compiled again; --print s
 """
 
 import argparse
-import json
 import shlex
 import sys
 from functools import cache
@@ -127,8 +126,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=[*WORKLOADS, "lanes"], default=[*WORKLOADS, "lanes"])
     parser.add_argument("--print", action="store_true", dest="show")
     args = parser.parse_args()
-    path = _measure.RESULTS / "tpu.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = _measure.saved("tpu")
     if args.show:
         return show(results)
     jax.config.update("jax_platforms", "cpu")

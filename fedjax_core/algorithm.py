@@ -342,7 +342,13 @@ def federated(
 
 def is_private(algorithm: Algorithm) -> bool:
     """Whether a private part is around a method (`fedjax_core.messages.Part`): its empty rounds have noise as well."""
-    return bool(getattr(algorithm.init, "_is_private", False))
+    return any(part.private for part in parts_around(algorithm))
+
+
+def parts_around(algorithm: Algorithm) -> tuple[Any, ...]:
+    """The parts around a method (`fedjax_core.messages.Part`), the innermost first."""
+    found: tuple[Any, ...] = getattr(algorithm.init, "_parts", ())
+    return found
 
 
 def _checked_update(returned: Any, state: PyTree) -> tuple[Any, ...]:

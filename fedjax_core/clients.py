@@ -249,6 +249,14 @@ def bytes_for_each(cohort: Cohort, tree: PyTree) -> Array:
     return _to_participants(cohort, sizes.sent_bytes(tree))
 
 
+def check_results(name: str, results: object, fix: str) -> None:
+    """Raises TypeError unless these are the results of a pass."""
+    if not isinstance(results, ClientResults):
+        raise TypeError(
+            f"{name} must be ClientResults, got {type(results).__name__}: pass what for_each_client returned, {fix}"
+        )
+
+
 def _check_program(program: object) -> None:
     """Raises TypeError unless the functions of a program can be called as clients call them."""
     if not isinstance(program, ClientProgram):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core import checks, sums
-from fedjax_core.clients import ClientResults, ClientTable, client_table
+from fedjax_core.clients import ClientResults, ClientTable, check_results, client_table
 from fedjax_core.population import Cohort
 from fedjax_core.types import Array, ArrayLike, PyTree
 
@@ -195,11 +195,7 @@ class Groups:
         """
         self._check_number("results", results)
         for number, result in enumerate(results):
-            if not isinstance(result, ClientResults):
-                raise TypeError(
-                    f"results[{number}] must be ClientResults, got {checks.described(result)}: pass what "
-                    "for_each_client returned for each group"
-                )
+            check_results(f"results[{number}]", result, "for each group")
         by_slot = ("weights", "loss", "steps", "bytes_up", "bytes_down")
         joined = self.join(cohort, [tuple(getattr(result, name) for name in by_slot) for result in results])
         return ClientResults(

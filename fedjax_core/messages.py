@@ -26,7 +26,7 @@ import numpy as np
 
 from fedjax_core import checks, execution, keys, sizes, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, bounded_sum, itself, mapped
-from fedjax_core.algorithm import Algorithm, Event, check_algorithm, is_private, separate
+from fedjax_core.algorithm import Algorithm, Event, check_algorithm, parts_around, separate
 from fedjax_core.batching import LocalWork
 from fedjax_core.clients import (
     ClientProgram,
@@ -350,11 +350,10 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         return separate(PartState(state, passes, begun), params)
 
     init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
-    init._is_private = part.private or is_private(algorithm)  # type: ignore[attr-defined]
+    inner = parts_around(algorithm)
+    init._parts = (*inner, part)  # type: ignore[attr-defined]
     # Parts draw apart from each other: by their names, and of the same name by their number from the inside.
-    inner = getattr(algorithm.init, "_parts", ())
-    init._parts = (*inner, part.name)  # type: ignore[attr-defined]
-    salt = zlib.crc32(f"{part.name} {inner.count(part.name)}".encode())
+    salt = zlib.crc32(f"{part.name} {sum(other.name == part.name for other in inner)}".encode())
 
     def round(state: PartState, cohort: Cohort, key: Key) -> tuple[PartState, Metrics]:
         admitted, told = state.admission, ()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fedjax_core.clients import ClientResults
+from fedjax_core.clients import ClientResults, check_results
 
 
 def merge_phases(*phases: ClientResults, bytes_of: Sequence[ClientResults] = ()) -> ClientResults:
@@ -43,11 +43,7 @@ def merge_phases(*phases: ClientResults, bytes_of: Sequence[ClientResults] = ())
     passes = (*phases, *bytes_of)
     for number, results in enumerate(passes):
         name = f"phases[{number}]" if number < len(phases) else f"bytes_of[{number - len(phases)}]"
-        if not isinstance(results, ClientResults):
-            raise TypeError(
-                f"{name} must be ClientResults, got {type(results).__name__}: pass what for_each_client returned, one "
-                "argument for each pass"
-            )
+        check_results(name, results, "one argument for each pass")
         slots, expected = results.steps.shape[0], phases[0].steps.shape[0]
         if slots != expected:
             raise ValueError(

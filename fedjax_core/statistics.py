@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fedjax_core import checks, sums, tasks
 from fedjax_core.aggregation import Aggregator, Stacked, itself, weighted_mean
-from fedjax_core.algorithm import Algorithm, Event, View, check_algorithm, is_private, separate
+from fedjax_core.algorithm import Algorithm, Event, View, check_algorithm, is_private, parts_around, separate
 from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, ClientResults, ClientTable, client_table, gather, scatter, takes_steps
 from fedjax_core.messages import Pass, through
@@ -123,8 +123,7 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
 
     # The parameters are checked by the method, the statistics by `_checked`; statistics are no params to other methods.
     init._has_checks = init._has_statistics = True  # type: ignore[attr-defined]
-    init._is_private = is_private(algorithm)  # type: ignore[attr-defined]
-    init._parts = getattr(algorithm.init, "_parts", ())  # type: ignore[attr-defined]
+    init._parts = parts_around(algorithm)  # type: ignore[attr-defined]
 
     def round(state: StatisticsState, cohort: Cohort, key: Key) -> tuple[StatisticsState, Metrics]:
         route = _ROUTES[rule](state.statistics)

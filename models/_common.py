@@ -103,9 +103,18 @@ class Staged(nn.Module):
         raise NotImplementedError
 
     def __call__(self, x: Any, train: bool = False) -> Any:
-        for stage in self.stages().values():
-            x = stage(x, train)
+        return chain(0, None, train)(self, x)
+
+
+def chain(first: int, last: int | None, *options: Any) -> Callable[[Any, Any], Any]:
+    """`run(module, x)`: the stages of a module with these numbers one after another, each `stage(x, *options)`."""
+
+    def run(module: Any, x: Any) -> Any:
+        for stage in list(module.stages().values())[first:last]:
+            x = stage(x, *options)
         return x
+
+    return run
 
 
 def plain(layer: Callable[[Any], Any]) -> Callable[[Any, bool], Any]:
@@ -128,13 +137,8 @@ def build(module: Staged, shape: tuple[int, ...], dtype: type, check: Callable[[
         if first == 0:
             check(x)
 
-        def chain(bound: Staged, x: Any) -> Any:
-            for stage in list(bound.stages().values())[first:last]:
-                x = stage(x, key is not None)
-            return x
-
         rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, x, rngs=rngs, method=chain)
+        return module.apply({"params": params}, x, rngs=rngs, method=chain(first, last, key is not None))
 
     def apply(params: Params, x: Any, key: Key | None = None) -> Array:
         return run(params, x, key=key)

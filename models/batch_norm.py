@@ -13,6 +13,7 @@ from models import groups
 from models._common import (
     PARAM_DTYPE,
     Stage,
+    chain,
     check_image_shape,
     check_inputs,
     check_positive,
@@ -103,9 +104,8 @@ class _CNN(nn.Module):
         }
 
     def __call__(self, x: Array, running: bool = True, mask: Array | None = None) -> Array:
-        for stage in self.stages().values():
-            x = stage(x, running, mask)
-        return x
+        outputs: Array = chain(0, None, running, mask)(self, x)
+        return outputs
 
 
 def cnn_bn(
@@ -175,17 +175,12 @@ def _build(module: _CNN, shape: tuple[int, ...], check: Callable[[Any], None]) -
         if first == 0:
             check(x)
         running = key is None or frozen
-
-        def chain(bound: _CNN, x: Array) -> Array:
-            for stage in list(bound.stages().values())[first:last]:
-                x = stage(x, running, mask)
-            return x
-
+        stages = chain(first, last, running, mask)
         given = {"params": variables.params, "batch_stats": variables.statistics}
         if running:
-            evaluated: Any = module.apply(given, x, method=chain)
+            evaluated: Any = module.apply(given, x, method=stages)
             return evaluated, variables.statistics
-        outputs, updated = module.apply(given, x, method=chain, mutable=["batch_stats"])
+        outputs, updated = module.apply(given, x, method=stages, mutable=["batch_stats"])
         return outputs, updated["batch_stats"]
 
     def apply(

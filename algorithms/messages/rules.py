@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import fedjax_core as fc
 from fedjax_core.messages import Part, Pass
@@ -47,7 +46,7 @@ def trimmed_mean(malicious: int) -> Part:
     Paper: Yin, Chen, Kannan, Bartlett, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
     2018.
     """
-    _check_count(malicious)
+    malicious = fc.checks.count("malicious", malicious, "count the malicious clients")
 
     def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
         n = jnp.sum(weights > 0)
@@ -79,7 +78,7 @@ def krum(malicious: int, *, selected: int = 1) -> Part:
     Paper: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries: Byzantine Tolerant Gradient
     Descent", 2017.
     """
-    _check_count(malicious)
+    malicious = fc.checks.count("malicious", malicious, "count the malicious clients")
     fc.checks.positive_int("selected", selected, "1 is Krum")
 
     def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
@@ -140,8 +139,3 @@ def _ordered(leaf: fc.Array, taking: fc.Array) -> fc.Array:
     """Sorted over the slots, those that take no part at the end."""
     wide = fc.sums.widen(leaf)
     return jnp.sort(jnp.where(fc.sums.across(taking, leaf), wide, jnp.inf), axis=0)
-
-
-def _check_count(malicious: int) -> None:
-    if isinstance(malicious, bool) or not isinstance(malicious, int | np.integer) or malicious < 0:
-        raise ValueError(f"malicious must be an integer of at least 0, got {malicious!r}: count the malicious clients")

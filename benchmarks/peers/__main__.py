@@ -64,8 +64,7 @@ def main() -> None:
         set_up(options)
         return
 
-    path = _measure.RESULTS / f"{options.save}.json"
-    result = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "peaks": [], "workloads": {}}
+    result = _measure.saved(options.save) or {"machine": machine(), "peaks": [], "workloads": {}}
     for name in options.only:
         workload = settings(name, options, result["machine"]["backend"])
         pending = [peer for peer in options.peers if options.fresh or not is_done(result, workload, peer)]
