@@ -388,10 +388,7 @@ other methods and seeds may join it. Exit codes: 0 done, 1 the loss is no longer
 5 the run directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 """,
 )
-@options.several(*options.CONFIG)
-@options.choices(Continual)
-@options.OUT
-@options.QUIET
+@options.study(Continual)
 @click.pass_context
 def continual(
     ctx: click.Context,
@@ -414,7 +411,7 @@ def continual(
         out = out or Path("runs") / slug(config)
         files.check_directory(out)
         terminal.check_jax()
-        reporter = progress.silent() if quiet else terminal.going_on(progress.plain(), out)
+        reporter = terminal.study_reporter(quiet, out)
         try:
             run(config, out, reporter=reporter)
         except FloatingPointError as error:

@@ -110,6 +110,11 @@ def several(*decorators: Decorator) -> Decorator:
     return decorate
 
 
+def study(kind: type[Section]) -> Decorator:
+    """The options of a study: its choices, where from, where to, and how much is told."""
+    return several(*CONFIG, choices(kind), OUT, QUIET)
+
+
 def asked(ctx: click.Context, kind: type[_Kind], config_path: Path | None) -> _Kind:
     """The configuration of the options that are given and of a file, which they go before."""
     filed = {} if config_path is None else config_file.read(config_path, kind)

@@ -1,6 +1,5 @@
 """The command `fedjax-core sweep`: methods x hyper-parameters x seeds (`pipelines.studies.sweep`)."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import click
 import jax
 
 from pipelines.cli import choosing, options, terminal
-from pipelines.common import files, processes, progress
+from pipelines.common import files, processes
 from pipelines.studies.sweep_config import Sweep
 
 _HELP = """Train methods with every setting of a grid and several seeds, one compiled program a method.
@@ -28,10 +27,7 @@ methods and seeds may join it. Exit codes: 0 done, 2 a mistake in the arguments,
 
 
 @click.command(cls=options.Command, short_help="Train with every setting of a grid, and find the best.", help=_HELP)
-@options.several(*options.CONFIG)
-@options.choices(Sweep)
-@options.OUT
-@options.QUIET
+@options.study(Sweep)
 @click.pass_context
 def sweep(
     ctx: click.Context,
@@ -52,10 +48,9 @@ def sweep(
         files.check_directory(out)
         processes.cores_as_devices(asked.machine.mesh)
         terminal.check_jax()
-        reporter = progress.silent() if quiet else terminal.going_on(progress.plain(), out)
+        reporter = terminal.study_reporter(quiet, out)
         with jax.enable_x64(asked.machine.x64):
             from pipelines.studies import sweep as study
 
             study.run(asked, out, reporter.say)
     reporter.say(f"written: {out / 'summary.md'}, results.tex, sweep.parquet, sensitivity.png and .pdf")
-    sys.exit(0)

@@ -17,7 +17,7 @@ import jax
 from rich.console import Console
 
 from fedjax_core import out_of_memory
-from pipelines.common import files
+from pipelines.common import files, progress
 from pipelines.common.progress import Progression, Reporter
 from pipelines.data import cache
 
@@ -137,6 +137,11 @@ def going_on(reporter: Reporter, out: Path) -> Reporter:
     return reporter._replace(
         say=guarded(reporter.say), update=update, finish=guarded(reporter.finish), event=guarded(reporter.event)
     )
+
+
+def study_reporter(quiet: bool, out: Path) -> Reporter:
+    """What tells of a study that writes into `out`: lines, or with --quiet nothing."""
+    return progress.silent() if quiet else going_on(progress.plain(), out)
 
 
 @contextlib.contextmanager

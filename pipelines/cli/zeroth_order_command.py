@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from pipelines.cli import options, terminal
-from pipelines.common import files, processes, progress
+from pipelines.common import files, processes
 from pipelines.experiment import memory
 from pipelines.studies.zeroth_order_config import STUDIES, Study
 
@@ -34,10 +34,7 @@ def _add(task: str, short_help: str) -> None:
     kind = STUDIES[task]
 
     @zeroth_order.command(cls=options.Command, name=task, short_help=short_help, help=short_help)
-    @options.several(*options.CONFIG)
-    @options.choices(kind)
-    @options.OUT
-    @options.QUIET
+    @options.study(kind)
     @click.pass_context
     def command(ctx: click.Context, **values: Any) -> None:
         _compare(ctx, kind, **values)
@@ -61,7 +58,7 @@ def _compare(
         if options.shown(study, write_config, print_config):
             return
         out = out or Path("runs") / zeroth_order.slug(study)
-        reporter = progress.silent() if quiet else terminal.going_on(progress.plain(), out)
+        reporter = terminal.study_reporter(quiet, out)
         files.check_directory(out)
         # What a synthetic task draws at least: two numbers for each dimension of each client, in double precision.
         drawn = 16 * study.flat().get("dim", 1) * study.flat()["clients"]
