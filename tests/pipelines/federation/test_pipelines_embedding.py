@@ -8,6 +8,8 @@ from pipelines.data import datasets
 from pipelines.data.dataset import Dataset, Normalization
 from pipelines.federation import embedding, partition
 
+pytestmark = pytest.mark.xdist_group("embeddings")  # in one process, which makes what they share once
+
 CLIENTS = 25
 
 

@@ -16,6 +16,8 @@ from pipelines.run.run_directory import Interrupted
 from pipelines.studies import sweep, sweep_report
 from pipelines.studies.sweep_config import Setting, Sweep
 
+pytestmark = pytest.mark.xdist_group("sweeps")  # in one process, which makes what they share once
+
 SMALL = {
     "dataset": "iris",
     "clients": 6,
