@@ -12,6 +12,7 @@ from fedjax_core import Array, Key, Params, Variables, checks
 from models import groups
 from models._common import (
     PARAM_DTYPE,
+    Model,
     Stage,
     chain,
     check_image_shape,
@@ -51,6 +52,31 @@ class StatisticsModel(NamedTuple):
     paths: Callable[[str], tuple[str, ...]] = no_groups
     stages: tuple[str, ...] = ()
     run: Callable[..., tuple[Any, Any]] = no_stages
+
+
+def with_frozen_statistics(model: Model | StatisticsModel) -> Model:
+    """The model as a plain one, of `Variables` whose statistics are used and stay as they are.
+
+    Args:
+      model: one without statistics is returned as it is.
+    """
+    if not isinstance(model, StatisticsModel):
+        return model
+    of: StatisticsModel = model
+
+    def apply(variables: Variables, x: Any, key: Key | None = None) -> Array:
+        return of.apply(variables, x, key, None, True)[0]
+
+    def features(variables: Variables, x: Any, key: Key | None = None) -> Array:
+        return of.features(variables, x, key, None, True)[0]
+
+    def run(variables: Variables, x: Any, start: Stage = None, stop: Stage = None, key: Key | None = None) -> Any:
+        return of.run(variables, x, start, stop, key, None, True)[0]
+
+    def paths(kind: str) -> tuple[str, ...]:
+        return tuple(f"params/{path}" for path in of.paths(kind))
+
+    return Model(of.init, apply, features, of.stages, run, paths)
 
 
 def batch_norm(x: Array, norm: nn.BatchNorm, running: bool, mask: Array | None) -> Array:

@@ -22,16 +22,17 @@ from flax.core import tracers
 
 from fedjax_core import Array, Key, Params
 from models._common import Model, span
+from models.batch_norm import StatisticsModel, with_frozen_statistics
 
 
 def stage_outputs(
-    model: Model, params: Params, x: Any, stages: Sequence[str] | None = None, key: Key | None = None
+    model: Model | StatisticsModel, params: Params, x: Any, stages: Sequence[str] | None = None, key: Key | None = None
 ) -> dict[str, Any]:
     """What comes out of the stages of a model, in one pass.
 
     Args:
       model: one with stages.
-      params: its parameters.
+      params: its parameters; `Variables` of one with running statistics, by which it runs.
       x: a batch [B, ...].
       stages: the names of those to capture; all unless given.
       key: means training, as in `Model.apply`.
@@ -42,6 +43,7 @@ def stage_outputs(
     Raises:
       ValueError: for a stage that the model does not have.
     """
+    model = with_frozen_statistics(model)
     wanted = model.stages if stages is None else tuple(stages)
     ends = sorted(span(model.stages, stage, None)[0] for stage in wanted)
     outputs: dict[str, Any] = {}

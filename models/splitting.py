@@ -5,9 +5,12 @@ from typing import Any
 
 from fedjax_core import Array, Examples, Key, Params, Split, combine
 from models._common import Model, Stage, span
+from models.batch_norm import StatisticsModel, with_frozen_statistics
 
 
-def split(model: Model, loss: Callable[[Array, Examples], Array], *, head: Stage, tail: Stage) -> Split:
+def split(
+    model: Model | StatisticsModel, loss: Callable[[Array, Examples], Array], *, head: Stage, tail: Stage
+) -> Split:
     """Head, body and tail of a model, a part of whose parameters is trained.
 
     Its parameters are those of `model`, cut by `fedjax_core.partition` into what is trained, y, and the rest, the
@@ -15,7 +18,8 @@ def split(model: Model, loss: Callable[[Array, Examples], Array], *, head: Stage
     stage: the head has those before the stage `head`, the body those before `tail`.
 
     Args:
-      model: of this package, with stages; `tuned.joint` where an adapter is trained.
+      model: of this package, with stages; `tuned.joint` where an adapter is trained. One with running statistics is
+        one of `Variables`, whose statistics stay as they are.
       loss: `loss(outputs, examples) -> float[B]`; inputs are examples["x"].
       head: first stage that is not the head's, a name or a number, as in `model.run`.
       tail: first stage of the tail.
@@ -23,6 +27,7 @@ def split(model: Model, loss: Callable[[Array, Examples], Array], *, head: Stage
     Raises:
       ValueError: if there is no such stage, or head, body or tail would have none.
     """
+    model = with_frozen_statistics(model)
     first, last = span(model.stages, head, tail)
     if not 0 < first < last < len(model.stages):
         raise ValueError(

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core import Array, Hole, Key, Params, checks, leaf_paths, partition
+from fedjax_core import Array, Hole, Key, Params, Variables, checks, leaf_paths, partition
 from models._common import Model, Stage, span
+from models.batch_norm import StatisticsModel, with_frozen_statistics
 
 Rank = int | Array | None
 """The rank that one client uses, of those an adapter has, possibly traced; None for all."""
@@ -71,14 +72,15 @@ class Adapted(NamedTuple):
     joint: Model
 
 
-def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
+def adapted(model: Model | StatisticsModel, adapter: Adapter, where: Any = None) -> Adapted:
     """Grafts an adapter on a model.
 
     Layers are found by their path while flax runs them, so that nothing is copied, and under `jax.vmap` over clients'
     adapters the base is not batched.
 
     Args:
-      model: of this package, or any `Model` whose `apply` calls flax modules.
+      model: of this package, or any `Model` whose `apply` calls flax modules. The base of one with running statistics
+        is `Variables`, and frozen with them: batches are normalized by the running ones, in training too.
       adapter: `lora(...)` and the others of `models.adapters`.
       where: which parameters' layers get a part, as in `fedjax_core.partition`: paths (`model.paths("attention")`,
         "block_0"), an expression (`re.compile(".*/(query|value)/kernel")`) or a function. Of the layers chosen those
@@ -94,15 +96,18 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
         can be merged; from all of them, if base or adapter are not those of this model; for a `rank` that the adapter
         does not know.
     """
-    if not isinstance(model, Model):
+    if not isinstance(model, Model | StatisticsModel):
         raise TypeError(
             f"model must be a Model, got {type(model).__name__}: the order is adapted(model, adapter, where)"
         )
     if not isinstance(adapter, Adapter):
         hint = ", and call what makes it" if callable(adapter) else ""
         raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}: pass adapters.lora(rank=8){hint}")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    whole_shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = _layers_of(whole_shapes)
     layers = _layers(model, adapter, where, shapes)
+    kinds, inside = model.paths, "params/" if shapes is not whole_shapes else ""
+    model = with_frozen_statistics(model)
     if adapter.layer is None and not model.stages:
         raise ValueError(
             "this adapter stands between the stages of a model, and this model has none: use one of models"
@@ -121,7 +126,7 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
     of_layers = {f"{path}/{name}": leaf for path in layers for name, leaf in _at(shapes, path).items()}
 
     def check(base: Params, parts: Params) -> None:
-        _check_leaves("base", base, of_layers)
+        _check_leaves("base", _layers_of(base), of_layers)
         _check_leaves("adapter", parts, expected(), only=True)
 
     def run(
@@ -181,9 +186,10 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
                 "this adapter is no change of the layers' own parameters and cannot be merged: keep it apart"
             )
         check(base, parts)
+        params = _layers_of(base)
         for path, part in parts.items():
-            base = _replaced(base, path.split("/"), adapter.merge(_at(base, path), part, rank, sign))
-        return base
+            params = _replaced(params, path.split("/"), adapter.merge(_at(params, path), part, rank, sign))
+        return base._replace(params=params) if isinstance(base, Variables) else params
 
     def limit(tree: Params, rank: Rank) -> Params:
         _check_rank(adapter, rank)
@@ -198,7 +204,7 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
         features=lambda params, x, key=None: features(*_both(params), x, key),
         stages=model.stages,
         run=lambda params, x, start=None, stop=None, key=None: run(*_both(params), x, start, stop, key),
-        paths=lambda kind: tuple(f"base/{path}" for path in model.paths(kind)),
+        paths=lambda kind: tuple(f"base/{inside}{path}" for path in kinds(kind)),
     )
     return Adapted(
         init,
@@ -214,7 +220,12 @@ def adapted(model: Model, adapter: Adapter, where: Any = None) -> Adapted:
     )
 
 
-def _layers(model: Model, adapter: Adapter, where: Any, shapes: Params) -> tuple[str, ...]:
+def _layers_of(base: Params) -> Any:
+    """The tree that has the layers by their paths."""
+    return base.params if isinstance(base, Variables) else base
+
+
+def _layers(model: Model | StatisticsModel, adapter: Adapter, where: Any, shapes: Params) -> tuple[str, ...]:
     """Paths of the layers that get a part."""
     if not adapter.kinds:
         if where is not None:
@@ -233,7 +244,7 @@ def _layers(model: Model, adapter: Adapter, where: Any, shapes: Params) -> tuple
     return layers
 
 
-def _of_kind(model: Model, kind: str, shapes: Params) -> set[str]:
+def _of_kind(model: Model | StatisticsModel, kind: str, shapes: Params) -> set[str]:
     """Paths of the model's layers of a kind, by their shapes where it does not know their types."""
     try:
         return set(_parents(model.paths(kind)))

@@ -12,6 +12,7 @@ import pytest
 import fedjax_core as fc
 import models
 from models import adapters, losses
+from models.batch_norm import with_frozen_statistics
 
 IMAGES = jnp.linspace(-1, 1, 2 * 8 * 8).reshape(2, 8, 8, 1)
 TOKENS = jnp.array([[1, 4, 2, 0, 0], [2, 2, 1, 4, 3]])
@@ -21,6 +22,7 @@ DECODER = models.transformer(**SIZES, num_layers=2)
 SMALL = models.transformer(**SIZES, num_layers=1, num_classes=3, pad_token=0)  # compiles in half the time
 MLP = models.mlp((8, 8, 1), 3, hidden=(6, 5))
 CNN = models.cnn((8, 8, 1), 3, channels=(2, 3), hidden=4)
+CNN_BN = models.cnn_bn((8, 8, 1), 3, channels=(2, 3), hidden=4, momentum=0.5)
 RESNET = models.resnet18_gn((8, 8, 1), 3, width=2)
 
 GRAFTED = {
@@ -29,6 +31,8 @@ GRAFTED = {
     "lora encoder": (SMALL, adapters.lora(3, scaling="root"), re.compile(".*/(query|value)/kernel"), TOKENS),
     "scale_shift cnn": (CNN, adapters.scale_shift(), lambda path, leaf: True, IMAGES),
     "scale_shift encoder": (SMALL, adapters.scale_shift(), ["block_0", "norm", "head"], TOKENS),
+    "scale_shift cnn_bn": (CNN_BN, adapters.scale_shift(), ["norm_0", "dense_norm", "head"], IMAGES),
+    "lora cnn_bn": (CNN_BN, adapters.lora(3), CNN_BN.paths("dense"), IMAGES),
     "bottleneck encoder": (SMALL, adapters.bottleneck(2), re.compile("block_[0-9]+/down/kernel"), TOKENS),
     "no prompt": (SMALL, adapters.prompt(0), None, TOKENS),
 }
@@ -46,7 +50,7 @@ def noisy(tree, key=7):
 
 def grafted(name):
     model, adapter, where, x = GRAFTED[name]
-    return model, models.adapted(model, adapter, where), x
+    return with_frozen_statistics(model), models.adapted(model, adapter, where), x
 
 
 @every
@@ -72,7 +76,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_merges(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), merged[1], base)
 
 
-@pytest.mark.parametrize("name", ["lora mlp", "scale_shift encoder", "no prompt"])
+@pytest.mark.parametrize("name", ["lora mlp", "scale_shift encoder", "lora cnn_bn", "no prompt"])
 def test_an_adapted_model_cut_anywhere_is_the_same_program(name):
     model, tuned, x = grafted(name)
     base, adapter = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(tuned.init, jax.random.key(1))
@@ -127,6 +131,35 @@ def test_only_b_moves_at_first_and_the_gradient_is_that_of_the_merged_model():
     )
     assert all(not part["A"].any() and part["B"].any() for part in first.values())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient, expected)
+
+
+def test_statistics_of_the_base_are_frozen_with_it():
+    """In training too: what an adapted model does depends on no other example of the batch, and moves no statistics."""
+    start = CNN_BN.init(jax.random.key(0))
+    statistics = jax.jit(CNN_BN.apply)(start, IMAGES, jax.random.key(1))[1]
+    base = start._replace(statistics=statistics)
+    tuned = models.adapted(CNN_BN, adapters.scale_shift(), CNN_BN.paths("norm"))
+    adapter = noisy(tuned.init(jax.random.key(1)))
+
+    def outputs(base, adapter):
+        joint = {"base": base, "adapter": adapter}
+        of_first = tuned.apply(base, adapter, IMAGES[:1], jax.random.key(2))
+        in_training = tuned.joint.apply(joint, IMAGES, jax.random.key(2))
+        return (
+            of_first,
+            in_training,
+            CNN_BN.apply(tuned.merge(base, adapter), IMAGES)[0],
+            CNN_BN.apply(start, IMAGES)[0],
+        )
+
+    of_first, in_training, merged, elsewhere = jax.jit(outputs)(base, adapter)
+    np.testing.assert_allclose(of_first[0], in_training[0], rtol=1e-12)
+    np.testing.assert_allclose(in_training, merged, rtol=1e-9, atol=1e-12)
+    assert jnp.max(jnp.abs(merged - elsewhere)) > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, tuned.merge(base, adapter).statistics, statistics)
+    trained, frozen = fc.partition({"base": base, "adapter": adapter}, ("adapter", *tuned.joint.paths("head")))
+    assert "base/params/head/bias" in fc.leaf_paths(trained)
+    assert {path.split("/")[1] for path in fc.leaf_paths(frozen)} == {"params", "statistics"}
 
 
 def test_clients_of_different_ranks_in_one_step():

@@ -11,6 +11,7 @@ import pytest
 import fedjax_core as fc
 import models
 from models import capture, groups
+from models.batch_norm import with_frozen_statistics
 
 IMAGES = jnp.linspace(-1, 1, 2 * 8 * 8).reshape(2, 8, 8, 1)
 TOKENS = jnp.array([[1, 4, 2, 0, 0], [2, 2, 1, 4, 3]])
@@ -19,6 +20,7 @@ MODELS = {
     "logistic_regression": (models.logistic_regression((8, 8, 1), 3), IMAGES),
     "mlp": (models.mlp((8, 8, 1), 3, hidden=(6, 5), dropout=(0.5, 0.5)), IMAGES),
     "cnn": (models.cnn((8, 8, 1), 3, channels=(2, 3), hidden=4), IMAGES),
+    "cnn_bn": (with_frozen_statistics(models.cnn_bn((8, 8, 1), 3, channels=(2, 3), hidden=4)), IMAGES),
     "resnet18_gn": (models.resnet18_gn((8, 8, 1), 3, width=2), IMAGES),
     "char_lstm": (models.char_lstm(5, embed_dim=3, hidden=4), TOKENS),
     "decoder": (models.transformer(**TRANSFORMER), TOKENS),
@@ -142,6 +144,15 @@ def test_features_and_captured_layers_are_runs(name):
     first = model.stages[0]
     some = jax.eval_shape(lambda p, x: capture.stage_outputs(model, p, x, ["head", first]), params, x)
     assert some == {first: outputs[first], "head": outputs["head"]}
+
+
+def test_captured_layers_of_a_model_with_running_statistics():
+    model, (plain, x) = models.cnn_bn((8, 8, 1), 3, channels=(2, 3), hidden=4), MODELS["cnn_bn"]
+    variables = model.init(jax.random.key(0))
+    outputs = capture.stage_outputs(model, variables, x)
+    assert list(outputs) == list(model.stages)
+    np.testing.assert_array_equal(outputs["head"], model.apply(variables, x)[0])
+    assert with_frozen_statistics(plain) is plain
 
 
 def test_a_stage_reads_its_own_parameters_only():
