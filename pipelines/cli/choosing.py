@@ -28,7 +28,7 @@ def choices(typed: Mapping[str, Any], config_path: Path | None, kind: type[Confi
         found |= _saved_federation(found)
     found.setdefault("methods", kind().methods)
     for name in found["methods"]:
-        methods.check_runs(name)
+        methods.check_runs(name, found.get("model", ""))
     for name, flag in (("settings", "--set"), ("grid", "--grid")):
         if name not in found:
             continue

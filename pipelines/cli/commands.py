@@ -453,12 +453,17 @@ def list_(ctx: click.Context, names: tuple[str, ...], data_dir: str | None) -> N
     )
 
 
+_ANY_OWN = "module:function"
+
+
 def _kind_table(kind: str, entries: Mapping[str, Callable[[], str]]) -> Table:
     """Everything of a kind, a line each."""
     if kind == "method":
         table = _table("methods", "what it is", "what it asks for", "paper")
         for each in map(methods.describe, entries):
-            asks = methods.asks_in_words(each) + (" (in Python only)" if methods.why_not(each.name) else "")
+            asks = methods.asks_in_words(each)
+            if methods.why_not(each.name):
+                asks += " (in Python only)" if methods.why_not(each.name, _ANY_OWN) else " (of your own, --model)"
             table.add_row(each.name, Text(each.title), Text(asks), Text(each.paper))
         return table
     table = _table(f"{kind}s", "what it is")

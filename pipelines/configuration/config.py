@@ -374,7 +374,7 @@ class Config(Configuration):
         """Raises ValueError for what is wrong with choices beside each other."""
         super().__post_init__()
         for name in self.methods:
-            methods.check_runs(name)
+            methods.check_runs(name, self.model)
         if self.first_seed > LIMIT - self.seeds + 1:
             raise ValueError(
                 f"first_seed must be an integer from {-LIMIT} to {LIMIT}, and so the last one, got seeds={self.seeds} "

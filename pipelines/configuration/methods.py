@@ -36,14 +36,15 @@ def advice(name: str, parameters: int) -> str:
 _LEARNS = ("loss", "tasks", "adapter loss", "split")
 """What a method is about; every method asks for one of these."""
 
-_NOT_IN_RUNS = {
-    "adapter loss": "adapters of a frozen model",
-    "split": "a model in three pieces",
-}
+_NOT_IN_RUNS = {"split": "a model in three pieces"}
 """What runs of the command line do not have."""
+
+_OF_OWN_MODELS = {"adapter loss": "low-rank parts of a frozen model"}
+"""What only a model of a user's own can have."""
 
 _WORDS = {
     **_NOT_IN_RUNS,
+    **_OF_OWN_MODELS,
     "public": "public data (--public-share)",
     "num_clients": "state of every client",
     "features": "features of the model",
@@ -87,22 +88,32 @@ def all_names() -> list[str]:
 
 
 def names() -> list[str]:
-    """Names of the methods that the command line can run, sorted."""
+    """Names of the methods that the command line can run with models of this package, sorted."""
     return [name for name in all_names() if not why_not(name)]
 
 
-def why_not(name: str) -> str:
+def why_not(name: str, model: str = "") -> str:
     """Why the command line cannot run a method, and what can, in a sentence; an empty string if it can.
+
+    Args:
+      name: of the method.
+      model: name of the run's model; that of a user's own may have what those of this package do not.
 
     Raises:
       ValueError: as `describe`.
     """
     asked = describe(name).needs.values()
     lacks = [words for what, words in _NOT_IN_RUNS.items() if what in asked]
-    if not lacks:
-        return ""
-    where = "" if own.is_own(name) else ", as its page in docs/methods shows"
-    return f"{name} needs {lacks[0]}, which runs of the command line do not have: run it in Python{where}"
+    if lacks:
+        where = "" if own.is_own(name) else ", as its page in docs/methods shows"
+        return f"{name} needs {lacks[0]}, which runs of the command line do not have: run it in Python{where}"
+    lacks = [words for what, words in _OF_OWN_MODELS.items() if what in asked and not own.is_own(model)]
+    if lacks:
+        return (
+            f"{name} needs {lacks[0]}, which only a model of your own can have: give --model module:function, as "
+            "docs/methods/fedlora.md shows"
+        )
+    return ""
 
 
 def asks_in_words(method: Method) -> str:
@@ -139,9 +150,9 @@ def describe(name: str) -> Method:
     return Method(name, paragraphs[0], paper, card, hyperparameters, needs(factory), local_options(factory), factory)
 
 
-def check_runs(name: str) -> None:
-    """Raises ValueError if there is no such method (`describe`), or the command line cannot run it (`why_not`)."""
-    if said := why_not(name):
+def check_runs(name: str, model: str = "") -> None:
+    """Raises ValueError if there is no such method (`describe`), or it cannot be run with that model (`why_not`)."""
+    if said := why_not(name, model):
         raise ValueError(said)
 
 
@@ -220,7 +231,7 @@ def build(
     """Builds a method.
 
     Args:
-      name: its name.
+      name: its name; of one that runs (`check_runs`).
       loss_fn: `loss_fn(params, batch, key) -> float[B]`.
       client_optimizer: optax optimizer, or a function of the round that gives one.
       num_clients: size of the population, for the methods that keep state for every client.
@@ -233,7 +244,6 @@ def build(
     Raises:
       ValueError: for an unknown method or hyper-parameter, or a value that the method refuses.
     """
-    check_runs(name)
     method = describe(name)
     options = {key: value for key, value in local.items() if value is not None}
     if own.is_own(name):
@@ -242,6 +252,7 @@ def build(
     options = {key: value for key, value in options.items() if key not in without}
     brought = {
         "loss": loss_fn,
+        "adapter loss": loss_fn,
         "client optimizer": client_optimizer,
         "num_clients": num_clients,
         "public": unlabelled,

@@ -185,7 +185,7 @@ def here(tmp_path, monkeypatch):
     yield tmp_path
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if name in ("my_methods", "raises", "syntax", "needs") or name.startswith("_own_"):
+        if name in ("my_methods", "raises", "syntax", "needs", "lowrank") or name.startswith("_own_"):
             del sys.modules[name]
 
 
@@ -253,6 +253,42 @@ def test_a_model_of_ones_own(here, name):
     if name == "models:Net":  # a key means training, and so dropout
         trained = experiment.model.apply(params, experiment.test["x"], jax.random.key(1))
         assert not np.allclose(outputs, trained)
+
+
+TUNED = """
+import jax
+
+import models
+
+
+def tuned(input_shape, num_classes):
+    whole = models.mlp(input_shape, num_classes, hidden=(6,))
+    base = whole.init(jax.random.key(0))
+    low = models.adapted(whole, models.adapters.lora(2, alpha=1.0), whole.paths("dense"))
+
+    def of_base(function):
+        return lambda adapter, x, key=None: function(base, adapter, x, key)
+
+    return models.Model(low.init, of_base(low.apply), of_base(low.features))
+"""
+
+
+def test_low_rank_parts_of_a_model_of_ones_own(here):
+    (here / "lowrank.py").write_text(TUNED)
+    words = ["train", "--no-cache", "--method", "fedlora,fedavg", "--set", "fedlora.rule=products", "--set", "alpha=1"]
+    words += ["--dataset", "data:load", "--partition", "iid", "--clients", "6", "--cohort-size", "3", "--rounds", "2"]
+    words += ["--eval-every", "2", "--checkpoint-every", "2", "--seeds", "1", "--out", "out", "--mesh", "1"]
+    refused = CliRunner().invoke(commands.main, [*words, "--model", "mlp"])
+    assert refused.exit_code == 2
+    assert "fedlora needs low-rank parts of a frozen model" in refused.output
+    with pytest.raises(ValueError, match=r"params must hold parts .* of one rank, got none"):
+        setup.prepare(small(methods=("fedlora",), model="models:Net"))
+    done = CliRunner().invoke(commands.main, [*words, "--model", "lowrank:tuned"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    for method in ("fedlora", "fedavg"):
+        params = train.final_params(here / "out", method)
+        assert set(params) == {"dense_0", "head"}
+        assert all(part["B"].any() for part in params.values())
 
 
 def test_data_of_ones_own(here):

@@ -133,7 +133,7 @@ def test_feddf_runs_resumes_and_is_evaluated(tmp_path):
         (["--method", "fedgh", "--models", "mlp,cnn_bn", "--hidden", "512"], "tasks[1] has statistics"),
         (
             ["--method", "fedlora"],
-            "fedlora needs adapters of a frozen model, which runs of the command line",
+            "fedlora needs low-rank parts of a frozen model, which only a model of your own can have: give --model",
         ),
         (
             ["--method", "sfprompt"],
