@@ -203,8 +203,13 @@ class Pass(NamedTuple):
         def aggregated(uploads: PyTree, weights: Array) -> PyTree:
             if isinstance(inner, Stacked):
                 return inner.finish(uploads, weights)
-            summands = jax.vmap(inner.lift)(uploads, weights)  # the same to the bit where nothing was changed
-            return inner.finish(jax.tree.map(lambda leaf: sums.in_order(participants(leaf)), summands))
+
+            def summand(row: tuple[PyTree, Array, Array]) -> PyTree:
+                upload, weight, takes_part = row
+                return jax.tree.map(lambda leaf: jnp.where(takes_part, leaf, 0), inner.lift(upload, weight))
+
+            # The same to the bit where nothing was changed.
+            return inner.finish(sums.in_order((uploads, weights, mask), summand))
 
         def finish(sent: PyTree, weights: Array) -> PyTree:
             decoded = sent if decode is None else jax.vmap(decode)(sent)
@@ -244,10 +249,14 @@ class Admission(NamedTuple):
       choose: `choose(state, cohort, traffic, key) -> (cohort, state, info)`, once a round: the cohort with fewer
         participants (`Cohort.only`), and a pytree of arrays that the metrics show.
       begin: `begin() -> state`, the state before the first round, a pytree of arrays; nothing unless given.
+      apart: whether it depends on a client and what the server knows alone that it takes part, and on no other client.
+        Around and inside of a private part only such are allowed: where one client's absence lets another one in, a
+        client changes the sum by more than what is its own.
     """
 
     choose: Callable[[Any, Cohort, Traffic, Key], tuple[Cohort, Any, Any]]
     begin: Callable[[], Any] = lambda: ()
+    apart: bool = False
 
 
 def _as_it_is(state: Any, asked: Pass, key: Key) -> tuple[ClientResults, Any, tuple[()]]:
@@ -323,7 +332,8 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
     part, which a private part refuses.
 
     Raises:
-      TypeError: if an argument is of another type, such as a part's factory that was not called.
+      TypeError: if an argument is of another type, such as a part's factory that was not called; or if one part is
+        private, and by another one it depends on other clients whether a client takes part.
 
     Raises (the functions that are returned):
       TypeError: if what the part returns is no (results, state, info), or its state changes its structure, shapes or
@@ -338,6 +348,8 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
     if not isinstance(like, Population | HostPopulation):
         got = checks.misplaced(like) or type(like).__name__
         raise TypeError(f"like must be a population, got {got}: pass like=population, whose clients the part is for")
+    inner = parts_around(algorithm)
+    _check_apart((*inner, part))
 
     def init(params: Params, key: Key | None = None) -> PartState:
         state = algorithm.init(params, key)
@@ -350,7 +362,6 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
         return separate(PartState(state, passes, begun), params)
 
     init._has_checks = True  # type: ignore[attr-defined]  # the method's own, which know what it takes
-    inner = parts_around(algorithm)
     init._parts = (*inner, part)  # type: ignore[attr-defined]
     # Parts draw apart from each other: by their names, and of the same name by their number from the inside.
     salt = zlib.crc32(f"{part.name} {sum(other.name == part.name for other in inner)}".encode())
@@ -391,6 +402,18 @@ def with_part(algorithm: Algorithm, part: Part, *, like: Population | HostPopula
     )
 
 
+def _check_apart(parts: tuple[Part, ...]) -> None:
+    """Raises TypeError if one of the parts is private, and another one lets clients in because others are not there."""
+    private = next((part.name for part in parts if part.private), None)
+    for part in parts if private is not None else ():
+        if part.admission is not None and not part.admission.apart:
+            raise TypeError(
+                f"with {part.name} it depends on other clients whether a client takes part, so that one client changes "
+                f"a sum by more than {private} hides: decide for each client apart (a deadline without `first`; "
+                "Admission(..., apart=True) says that of a part of your own), or leave one of the two out"
+            )
+
+
 def _check_part(part: object) -> None:
     """Raises TypeError unless `part` is a part whose functions can be called as they will be."""
     if not isinstance(part, Part):
@@ -406,7 +429,7 @@ def _check_part(part: object) -> None:
         if not isinstance(part.admission, Admission):
             got = checks.described(part.admission)
             raise TypeError(f"part.admission must be an Admission, got {got}: pass Admission(choose, begin)")
-        choose, begin = part.admission
+        choose, begin = part.admission.choose, part.admission.begin
         example = "choose(state, cohort, traffic, key) -> (cohort, state, info)"
         functions.append(("admission.choose", choose, ("state", "cohort", "traffic", "key"), example))
         functions.append(("admission.begin", begin, (), "begin() -> state"))

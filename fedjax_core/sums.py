@@ -7,6 +7,7 @@ sums here are taken in float32 at least, in blocks, and running sums carry what 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -59,11 +60,24 @@ def total(values: Array) -> Array:
     return jnp.sum(values, axis=0)
 
 
-def in_order(rows: Array) -> Array:
-    """Sum over the first axis, [...] of [n, ...], added one after the other as a device adds up its clients."""
-    dtype = accumulator(rows.dtype) if jnp.issubdtype(rows.dtype, jnp.inexact) else rows.dtype
-    first = start(rows.shape[1:], dtype, few=rows.shape[0] <= FEW)
-    return value(jax.lax.scan(lambda so_far, row: (add(so_far, row), None), first, rows)[0])
+def in_order(rows: PyTree, summand: Callable[[PyTree], PyTree]) -> PyTree:
+    """Sum of `summand(row)` over the rows of leaves [n, ...], one after the other as a device adds up its clients.
+
+    Summands are arrays of any shapes, of which one row's are held at a time.
+    """
+    few = jax.tree.leaves(rows)[0].shape[0] <= FEW
+
+    def first(leaf: jax.ShapeDtypeStruct) -> Running:
+        dtype = accumulator(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.dtype
+        return start(leaf.shape, dtype, few=few)
+
+    def step(so_far: list[Running], row: PyTree) -> tuple[list[Running], None]:
+        return [add(*each) for each in zip(so_far, jax.tree.leaves(summand(row)), strict=True)], None
+
+    shapes = jax.eval_shape(summand, jax.eval_shape(lambda rows: jax.tree.map(lambda leaf: leaf[0], rows), rows))
+    leaves, treedef = jax.tree.flatten(shapes)
+    totals, _ = jax.lax.scan(step, [first(leaf) for leaf in leaves], rows)
+    return jax.tree.unflatten(treedef, [value(total) for total in totals])
 
 
 def across(values: Array, leaf: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_core as fc
-from algorithms.parts import rankings
+from algorithms.parts import columns, rankings
 from fedjax_core.messages import Part, Pass
 
 
@@ -95,10 +95,10 @@ def rank_reversal(malicious: Any) -> Part:
 
 
 def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
-    """`sent(own, mean, sd, n, f)` in the place of the uploads of malicious clients, for each leaf.
+    """`sent(own, mean, sd, n, f)` in the place of the uploads of malicious clients, for columns of each leaf.
 
-    own [C, ...] are all uploads, mean and sd [...] those of the honest ones (with n - f - 1), n counts participants and
-    f the malicious ones among them; what is returned is [...] or [C, ...].
+    own [C, d] are all uploads, mean and sd [d] those of the honest ones (with n - f - 1), n counts participants and f
+    the malicious ones among them; what is returned is [d] or [C, d].
     """
 
     _check_malicious(malicious)
@@ -111,12 +111,18 @@ def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
         return Part(by_nobody, name=name)
 
     def attacked(leaf: fc.Array, bad: fc.Array, honest: fc.Array) -> fc.Array:
-        count, mask, wide = jnp.sum(honest), fc.sums.across(honest, leaf), fc.sums.widen(leaf)
-        mean = fc.sums.total(jnp.where(mask, wide, 0)) / jnp.maximum(count, 1)
-        squares = fc.sums.total(jnp.where(mask, jnp.square(wide - mean), 0))
-        sd = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
-        other = sent(wide, mean, sd, jnp.sum(honest | bad), jnp.sum(bad))
-        return jnp.where(fc.sums.across(bad, leaf), other.astype(leaf.dtype), leaf)
+        mask, count = honest[:, None], jnp.sum(honest)
+
+        def change(rows: fc.Array) -> fc.Array:
+            wide = fc.sums.widen(rows)
+            mean = fc.sums.total(jnp.where(mask, wide, 0)) / jnp.maximum(count, 1)
+            squares = fc.sums.total(jnp.where(mask, jnp.square(wide - mean), 0))
+            sd = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+            other = sent(wide, mean, sd, jnp.sum(honest | bad), jnp.sum(bad))
+            return jnp.where(bad[:, None], other.astype(rows.dtype), rows)
+
+        # A choice between all uploads and what is sent instead would hold both.
+        return columns.changed(leaf, change)
 
     return _by_malicious(name, malicious, attacked)
 

@@ -57,7 +57,7 @@ def deadline(
       bytes_per_second_up: up_i.
       bytes_per_second_down: down_i.
       latency: seconds.
-      first: m; all that are in time unless given.
+      first: m; all that are in time unless given. Not beside a private part: see `Admission.apart`.
 
     Paper: Bonawitz et al., "Towards Federated Learning at Scale: System Design", 2019, whose rounds select more
     clients than they wait for and end at a deadline.
@@ -90,7 +90,7 @@ def deadline(
     def begin() -> ClockState:
         return ClockState(fc.sums.start((), jnp.result_type(float)))
 
-    return Part(name="deadline", admission=Admission(choose, begin))
+    return Part(name="deadline", admission=Admission(choose, begin, apart=first is None))
 
 
 def _check_per_client(name: str, values: Any, *, is_rate: bool) -> None:

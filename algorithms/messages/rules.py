@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 import fedjax_core as fc
+from algorithms.parts import columns
 from fedjax_core.messages import Part, Pass
-
-BLOCK = 1024
-"""Columns of the uploads that go into a Gram matrix at a time."""
 
 
 def coordinate_median() -> Part:
@@ -114,16 +112,7 @@ def squared_distances(uploads: fc.PyTree, taking: fc.Array) -> fc.Array:
 
     gram = jnp.zeros((taking.shape[0],) * 2)
     for leaf in jax.tree.leaves(uploads):
-        rows = leaf.reshape(leaf.shape[0], -1)
-        blocks, left = divmod(rows.shape[1], BLOCK)
-
-        def add(i: fc.Array, gram: fc.Array, rows: fc.Array = rows) -> fc.Array:
-            return gram + product(centered(jax.lax.dynamic_slice_in_dim(rows, i * BLOCK, BLOCK, axis=1)))
-
-        if blocks:
-            gram = jax.lax.fori_loop(0, blocks, add, gram)
-        if left:
-            gram = gram + product(centered(rows[:, -left:]))
+        gram = columns.added(leaf, gram, lambda rows: product(centered(rows)))
     squares = jnp.diagonal(gram)
     return jnp.maximum(squares[:, None] + squares[None] - 2 * gram, 0)
 

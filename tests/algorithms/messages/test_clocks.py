@@ -176,6 +176,23 @@ def test_seeds_and_deadlines_under_vmap_and_lanes():
     assert (late < 5).any(), "and somebody is not"
 
 
+def test_who_arrives_first_is_no_choice_beside_a_private_part():
+    """The absence of one client lets another one in, which changes the sum by more than one clip."""
+    privacy = parts.client_level_dp(0.5, 1.0, expected=2.0)
+    first = parts.deadline(first=1, seconds_per_example=0.1)
+    unsaid = fc.Part(admission=fc.Admission(lambda state, cohort, traffic, key: (cohort, state, ())), name="mine")
+    for clock in (first, unsaid):
+        with pytest.raises(TypeError, match=f"with {clock.name} it depends on other clients .*client_level_dp hides"):
+            with_part(with_part(made(), privacy, like=POPULATION), clock, like=POPULATION)
+        with pytest.raises(TypeError, match=f"with {clock.name} it depends on other clients"):
+            with_part(with_part(made(), clock, like=POPULATION), privacy, like=POPULATION)
+    for clock in (
+        parts.deadline(1.0, seconds_per_example=0.1),
+        unsaid._replace(admission=unsaid.admission._replace(apart=True)),
+    ):
+        with_part(with_part(made(), privacy, like=POPULATION), clock, like=POPULATION)
+
+
 def test_private_rounds_that_nobody_reaches_have_noise():
     private = with_part(made(), parts.client_level_dp(0.5, 1.0, expected=2.0), like=POPULATION)
     _, (metrics,) = rounds(clocked(private, 1e-6), [[0, 1]])

@@ -11,6 +11,7 @@ import pytest
 import algorithms
 from algorithms import messages as parts
 from algorithms.messages import rules
+from algorithms.parts import columns
 from fedjax_core import ModelState, Population, mapped, messages
 from fedjax_core.messages import Part, with_part
 from tests.problems import reporting, softmax_loss, softmax_params
@@ -179,7 +180,7 @@ def test_the_noise_has_the_deviation_that_was_asked_for():
 
 
 def test_distances_are_the_same_in_blocks_of_columns(monkeypatch):
-    monkeypatch.setattr(rules, "BLOCK", 3)
+    monkeypatch.setattr(columns, "SMALLEST", 3)
     taking = jnp.arange(N) != 2
     uploads = {"a": UPLOADS.reshape(N, 2, 2), "b": UPLOADS[:, :3], "c": UPLOADS[:, 0]}
     flat = np.concatenate([leaf.reshape(N, -1) for leaf in uploads.values()], axis=1)[np.asarray(taking)]
@@ -188,9 +189,8 @@ def test_distances_are_the_same_in_blocks_of_columns(monkeypatch):
     np.testing.assert_allclose(found[taking][:, taking], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_a_rule_holds_the_uploads_and_little_more(name):
-    """The uploads of C clients, and what FedAvg itself holds: one model after another in training."""
+def models_held(parts_around):
+    """Models that FedAvg's compiled round of 20 clients holds with these parts around it, and without."""
     clients, params = 20, [jnp.zeros((64, 64), jnp.float32)] * 6
     population = Population.from_sizes({"x": np.ones((clients, 64), np.float32)}, [1] * clients)
     cohort, size = population.cohort(np.arange(clients)), sum(leaf.nbytes for leaf in params)
@@ -201,15 +201,33 @@ def test_a_rule_holds_the_uploads_and_little_more(name):
             y = jnp.tanh(y @ w)
         return jnp.sum(jnp.square(y), axis=1)
 
-    def models_held(algorithm):
+    def held(algorithm):
         lowered = jax.jit(algorithm.round).lower(algorithm.init(params), cohort, jax.random.key(0))
         return lowered.compile().memory_analysis().temp_size_in_bytes / size
 
     with jax.enable_x64(False):
-        fedavg = algorithms.fedavg(loss_fn, optax.sgd(0.1), batch_size=1)
-        plain, robust = models_held(fedavg), models_held(with_part(fedavg, RULES[name], like=population))
+        algorithm = fedavg = algorithms.fedavg(loss_fn, optax.sgd(0.1), batch_size=1)
+        for part in parts_around:
+            algorithm = with_part(algorithm, part, like=population)
+        return held(algorithm), held(fedavg)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_holds_the_uploads_and_little_more(name):
+    """The uploads of C clients, and what FedAvg itself holds: one model after another in training."""
+    robust, plain = models_held([RULES[name]])
     assert plain < 8
-    assert robust < plain + clients + 1
+    assert robust < plain + 20 + 1
+
+
+@pytest.mark.parametrize(
+    "rule", [RULES["median"], parts.client_level_dp(1.0, 1.0, expected=20.0)], ids=["median", "dp"]
+)
+def test_attacks_change_the_uploads_that_are_held(rule):
+    """What malicious clients send stands in the place of what they trained; an attack holds two moments beside that."""
+    malicious = np.arange(20) < 3
+    attacked, plain = models_held([parts.sign_flip(malicious), parts.alie(malicious), rule])
+    assert attacked < plain + 20 + 1 + 2
 
 
 # Training under two attacks at once: the first multiplies what it has, the second hides in the spread of the others.
