@@ -1,5 +1,6 @@
 """Codecs: what clients upload, made smaller."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def top_k(share: float = 0.01, *, feedback: bool = True) -> Part:
         raise TypeError("share is traced, and says how many entries are sent, a size of arrays: pass a Python number")
 
     def count(d: int) -> int:
-        return max(1, -int(-share * d // 1))
+        return max(1, math.ceil(share * d - 1e-6))  # 0.07 * 100 is 7, whatever the precision
 
     def encode(x: fc.Array, key: Any) -> Any:
         return kept_largest(x, count(x.size))

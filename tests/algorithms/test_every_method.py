@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 from functools import cache
+from pathlib import Path
 
 import chex
 import flax.serialization
@@ -373,6 +374,12 @@ def test_a_part_stands_around_a_method_or_says_why_it_cannot(name):
         assert set(refused) == {part for part in PARTS if not takes(upload, aggregator, part)}
         for part, said in refused.items():
             assert re.match(f"{part} (takes the place|bounds|scales|reverses).*: take a method", said)
+    refused = {part for _, _, refused in passes(name) for part in refused}
+    page = (Path(__file__).parents[2] / "docs/messages.md").read_text()
+    for section, part in (("aggregates in another way", "krum"), ("averages something else", "client_level_dp")):
+        listed = page.partition(f"<!-- {section} -->")[2].partition("<!--")[0]
+        known = part in refused and (part == "krum" or "krum" not in refused)
+        assert (f"`{name}`" in listed) == known, f"docs/messages.md does not say that {part} refuses {name}"
 
 
 @every_method

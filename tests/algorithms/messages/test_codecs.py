@@ -139,6 +139,15 @@ def test_mistakes_are_named(make, said):
         make()
 
 
+@pytest.mark.parametrize(("share", "sent"), [(0.07, 7), (0.29, 29), (0.071, 8), (0.001, 1), (1.0, 100)])
+def test_the_share_of_a_hundred_entries_is_what_it_says(share, sent):
+    method = algorithms.fedavg(lambda p, b, k: jnp.sum(p) * jnp.ones(b["y"].shape), optax.sgd(0.1), batch_size=2)
+    algorithm = with_part(method, parts.top_k(share), like=POPULATION)
+    start = jnp.zeros(100)
+    state, _ = algorithm.round(algorithm.init(start), POPULATION.cohort([0]), KEY)
+    assert np.count_nonzero(algorithm.params(state)) == sent
+
+
 # 18 entries: 15 of w, 3 of b.
 @pytest.mark.parametrize(
     ("part", "up"),
