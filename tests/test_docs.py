@@ -72,7 +72,6 @@ def test_links_between_pages_lead_to_files():
     assert broken == []
 
 
-@pytest.mark.quick
 def test_the_site_is_built_without_a_warning(tmp_path):
     missing = [name for name in ("sphinx", "furo", "myst_parser") if find_spec(name) is None]
     assert not missing, "install what the site is built with: pip install --editable '.[docs]'"

@@ -1,8 +1,8 @@
 """What every method must do. A new factory in `algorithms.__all__` is tested here by being there.
 
 The checks are those of `fedjax_core.testing`, which users have for methods of their own. Those that compile a program
-each run on a third of the methods, another one every day, and on all of them with `-m slow`; FEDJAX_CORE_TURN is the
-number of the third (see tests/conftest.py).
+each run on a fifth of the methods, another one every day, and on all of them with `-m slow`; FEDJAX_CORE_TURN is the
+number of the fifth (see tests/conftest.py).
 """
 
 import inspect
@@ -35,7 +35,7 @@ from tests.problems import (
 )
 
 SIZES = (1, 9, 4, 0, 13, 6, 2)  # from one example up, one client empty, batch size dividing hardly any
-TURNS = 3
+TURNS = 5
 TURN = int(os.environ["FEDJAX_CORE_TURN"]) % TURNS
 
 # One worker gets all tests of a method, so that they share its compiled functions.

@@ -253,7 +253,7 @@ EVERY = [
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_can_be_lowered_for_cuda(name):
-    """Which needs neither a GPU nor its compiler; another third of the methods every day, all with `-m slow`."""
+    """Which needs neither a GPU nor its compiler; another fifth of the methods every day, all with `-m slow`."""
     algorithm = methods.make(name)
     state = jax.eval_shape(algorithm.init, methods.params_of(name), jax.random.key(0))
     population = methods.population()
