@@ -49,6 +49,7 @@ RUN = {"docs/reports.md", "docs/runs.md"}  # are about the run `runs/mine`
 NEEDS = {"docs/tpu.md": "libtpu"}  # what a page is about, too large for every environment
 LONG = {
     *RUN,
+    "docs/converge.md",
     "docs/data.md",
     "docs/own.md",
     "docs/sweep.md",
