@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pipelines.cli import catalog, choosing, options, terminal
 from pipelines.cli.compile_command import compile_
+from pipelines.cli.report_commands import report
 from pipelines.cli.run_commands import evaluate, export
 from pipelines.cli.sweep_command import sweep
 from pipelines.cli.terminal import usage_errors
@@ -43,6 +44,7 @@ fedjax-core continual        learn one task after another, and see what is forgo
 fedjax-core list             what there is to choose from
 fedjax-core list scaffold    a method's card and hyper-parameters
 fedjax-core zeroth-order     compare methods that have function values and no gradients
+fedjax-core report RUN       draw a run or a study again, as one HTML page and as Markdown
 fedjax-core evaluate RUN     test the models of a finished run on a data set
 fedjax-core compile          compile a run for TPUs that are not there, and predict memory and time
 fedjax-core export RUN       write them to files that other programs read
@@ -63,6 +65,7 @@ def main(debug: bool) -> None:
 
 main.add_command(sweep)
 main.add_command(zeroth_order)
+main.add_command(report)
 main.add_command(evaluate)
 main.add_command(export)
 main.add_command(compile_)
@@ -216,7 +219,8 @@ def _supervised(out: Path) -> int:
 def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], reporter: progress.Reporter) -> int:
     """Runs a configuration and returns the exit code."""
     from pipelines.experiment import plans, setup, views
-    from pipelines.results import early, report
+    from pipelines.results import early, subject
+    from pipelines.results import report as reports
     from pipelines.run import train
 
     with jax.enable_x64(config.machine.x64), terminal.warnings_as_lines():
@@ -229,7 +233,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
                 config = plans.tuned(config, reporter)
             experiment = setup.prepare(config)
             train.claim(out, config, experiment.federation)
-        for line in report.described(experiment):
+        for line in subject.described(experiment):
             reporter.say(line)
         for line in (setup.unlikely_classes(experiment.dataset), setup.much_local_work(experiment)):
             if line:
@@ -237,8 +241,8 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
         for name in config.methods:
             parts = setup.predicted_memory(experiment, name)
             made_up = ", ".join(f"{part} {size(number)}" for part, number in parts.items())
-            reporter.say(f"{name}: {report.settings_line(config, name)}")
-            if advised := methods.advice(name, report.num_parameters(experiment)):
+            reporter.say(f"{name}: {reports.settings_line(config, name)}")
+            if advised := methods.advice(name, subject.num_parameters(experiment)):
                 reporter.say(f"note: {advised}")
             reporter.say(f"{name}: about {size(sum(parts.values()))} of memory predicted ({made_up})")
         reporter.say(f"results: {out}")
@@ -259,8 +263,8 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
             view = views.evaluated(config, experiment.algorithms[name]).main
             shown = early.reported(config, result.history, eval_rounds)
             accuracy = shown[train.history.of_view("test", view, "accuracy")]
-            final = report.mean_sd(train.history.final_scores(shown, view, "accuracy").astype(float))
-            reached = report.rounds_to_target(accuracy, eval_rounds, config.report.target)
+            final = reports.mean_sd(train.history.final_scores(shown, view, "accuracy").astype(float))
+            reached = reports.rounds_to_target(accuracy, eval_rounds, config.report.target)
             of = "" if view == views.GLOBAL else f"{view} "
             compiled = "" if config.machine.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
             reporter.say(
@@ -268,7 +272,7 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(
-            f"written: {out / 'summary.md'} and .json, results.tex, metrics.csv, clients.csv, "
+            f"written: {out / 'summary.md'}, .html and .json, results.tex, metrics.csv, clients.csv, "
             f"{'clients.parquet, ' if config.evaluation.clients_over_time else ''}checkpoints; curves and "
             "clients as .png and .pdf"
         )
@@ -383,9 +387,9 @@ Examples:
       --hidden 400,400,400 --dropout 0.2,0.5,0.5 --batch-size 64 --lr 0.01 --energy 0.96
 
 In the run directory are accuracy.png and .pdf, the test accuracy on every task after every task, the same as
-accuracy.csv, results.tex and summary.json. A run that was stopped goes on when the same command is given again, and
-other methods and seeds may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in the arguments,
-5 the run directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
+accuracy.csv, results.tex, and summary.md, .html and .json. A run that was stopped goes on when the same command is
+given again, and other methods and seeds may join it. Exit codes: 0 done, 1 the loss is no longer finite, 2 a mistake in
+the arguments, 5 the run directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 """,
 )
 @options.study(Continual)
@@ -417,7 +421,9 @@ def continual(
         except FloatingPointError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
-    reporter.say(f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.json, checkpoints")
+    reporter.say(
+        f"written: {out / 'accuracy.png'} and .pdf, accuracy.csv, results.tex, summary.md, .html and .json, checkpoints"
+    )
 
 
 @main.command(name="list", short_help="Show methods, models, data sets, partitions, samplers, plans.")

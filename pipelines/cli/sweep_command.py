@@ -19,7 +19,7 @@ Examples:
   fedjax-core sweep --method scaffold --grid client_lr=log:0.003:3:27 --halving 3 --seeds 3
 
 Settings are judged on examples that clients keep back (--validation-share). Out come a table of every round
-(sweep.parquet), the best settings with confidence intervals (summary.md, results.tex) and maps of the grid
+(sweep.parquet), the best settings with confidence intervals (summary.md and .html, results.tex) and maps of the grid
 (sensitivity.png and .pdf). A sweep that was stopped goes on when the same command is given again, and more values,
 methods and seeds may join it. Exit codes: 0 done, 2 a mistake in the arguments, 5 the directory cannot be written to,
 130 Ctrl-C, 143 SIGTERM.
@@ -53,4 +53,4 @@ def sweep(
             from pipelines.studies import sweep as study
 
             study.run(asked, out, reporter.say)
-    reporter.say(f"written: {out / 'summary.md'}, results.tex, sweep.parquet, sensitivity.png and .pdf")
+    reporter.say(f"written: {out / 'summary.md'} and .html, results.tex, sweep.parquet, sensitivity.png and .pdf")

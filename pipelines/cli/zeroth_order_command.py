@@ -13,7 +13,7 @@ from pipelines.studies.zeroth_order_config import STUDIES, Study
 _HELP = """Compare FZooS with FedZO, FedProx-ZO and SCAFFOLD-ZO I and II: function values, no gradients.
 
 F against rounds and against queries, means and standard deviations over seeds, as curves.png and .pdf,
-curves.csv, summary.md and results.tex. Every core, or other device, has a trial of its own. A study that was
+curves.csv, summary.md and .html, results.tex. Every core, or other device, has a trial of its own. A study that was
 stopped goes on when the same command is given again, and more seeds or methods may join it. Exit codes: 0 done,
 2 a mistake in the arguments, 5 the directory cannot be written to, 130 Ctrl-C, 143 SIGTERM.
 
@@ -65,7 +65,7 @@ def _compare(
         memory.refuse("the functions of the clients", {"seeds": drawn}, memory.available())
         terminal.check_jax()
         zeroth_order.compare(study, out, reporter.say)
-    reporter.say(f"written: {out / 'summary.md'}, results.tex, curves.png and .pdf, curves.csv")
+    reporter.say(f"written: {out / 'summary.md'} and .html, results.tex, curves.png and .pdf, curves.csv")
 
 
 _add("synthetic", "Quadratic, Ackley or Levy functions.")

@@ -95,6 +95,17 @@ def check_directory(out: Path) -> None:
         raise ValueError(f"{shown} cannot be looked at ({error.strerror}): choose a directory elsewhere") from None
 
 
+def check_empty(out: Path) -> None:
+    """Finds out, without making anything, whether `out` is an empty directory or can be made one.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    check_directory(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {shortened(str(out))} is not empty: choose a new or an empty directory")
+
+
 def make_directory(out: Path) -> None:
     """Makes a directory, with those above it, unless it is there.
 

@@ -1,8 +1,9 @@
-"""What a run leaves behind: metrics.csv, clients.csv, summary.md and .json, results.tex, and figures as .png and .pdf.
+"""What a run leaves behind: metrics.csv, clients.csv, summary.md, .html and .json, results.tex, and figures.
 
-Everything is written from the histories (`pipelines.results.history`), so a report can be made again from checkpoints
-alone. There is a report for every run that has ended: what was not measured, because no client took part or none has
-examples for it, is said in words.
+Everything is written from the histories (`pipelines.results.history`) and, but for the tables of clients, from what the
+record of the run says of it (`pipelines.results.subject`), so that a report can be drawn again from these alone. There
+is a report for every run that has ended: what was not measured, because no client took part or none has examples for
+it, is said in words.
 """
 
 import csv
@@ -14,22 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedjax_core import Variables, client_statistics
+from fedjax_core import client_statistics
 from pipelines.common import figures, files
 from pipelines.common.progress import duration, size
 from pipelines.configuration import methods
 from pipelines.configuration.config import CLIENT_SETTINGS, Config
 from pipelines.experiment import views
 from pipelines.experiment.setup import ATTACK_STEPS, Experiment
-from pipelines.federation import portrait
-from pipelines.results import early, latex
+from pipelines.results import early, latex, pages
 from pipelines.results.history import (
     History,
     column,
@@ -41,6 +40,7 @@ from pipelines.results.history import (
     total_bytes,
     views_of,
 )
+from pipelines.results.subject import Subject, counted, of_experiment
 
 _CLIENT_METRICS = ("loss", "accuracy", "train_loss", "train_accuracy")
 _NOTHING = "no examples"
@@ -67,17 +67,46 @@ def write(
     sizes = experiment.federation.sizes
     ends = early.ends(config, histories, eval_rounds)
     files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds, ends))
-    histories = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
-    files.write_text(out / "clients.csv", clients_csv(histories, experiment.seeds, sizes))
+    shown = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
+    files.write_text(out / "clients.csv", clients_csv(shown, experiment.seeds, sizes))
     if config.evaluation.clients_over_time:
-        files.write(out / "clients.parquet", partial(clients_parquet, experiment, histories))
-    files.write_text(out / "results.tex", results_tex(experiment, histories))
-    numbers = summary_json(experiment, histories)
+        files.write(out / "clients.parquet", partial(clients_parquet, experiment, shown))
+    draw(out, out, of_experiment(experiment), histories, info, versions)
+
+
+def draw(
+    out: Path,
+    run: Path,
+    subject: Subject,
+    histories: Mapping[str, History],
+    info: Mapping[str, Mapping[str, Any]],
+    versions: Mapping[str, str],
+) -> list[str]:
+    """Writes all of the report but the tables of rounds and clients, also of a run that has not ended.
+
+    Args:
+      out: where to.
+      run: the run directory, for the command that repeats the run.
+      subject: what was run.
+      histories: as for `write`; each has been evaluated at least once.
+      info: as for `write`.
+      versions: as for `write`.
+
+    Returns:
+      The names of the files.
+    """
+    config = subject.config
+    eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
+    histories = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
+    files.write_text(out / "results.tex", results_tex(subject, histories))
+    numbers = summary_json(subject, histories)
     files.write_text(out / "summary.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
-    files.write_text(out / "summary.md", summary(out, experiment, histories, info, versions))
+    ended = {name: history for name, history in histories.items() if views_of(history, "client")}
     with figures.style():
-        figures.write(out / "curves.png", curves(experiment, histories, eval_rounds))
-        figures.write(out / "clients.png", client_histogram(experiment, histories))
+        drawn = {"curves.png": curves(subject, histories, eval_rounds)}
+        drawn |= {"clients.png": client_histogram(subject, ended)} if ended else {}
+        pages.write(out, summary(run, subject, histories, info, versions), drawn)
+    return ["summary.md", ".html and .json", "results.tex", f"{' and '.join(f[:-4] for f in drawn)} as .png and .pdf"]
 
 
 def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.ndarray) -> str:
@@ -106,12 +135,17 @@ def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.nd
 
 def _in_views(histories: Mapping[str, History]) -> bool:
     """Whether other views than the global one are reported."""
-    return any(views_of(history, "client") != [views.GLOBAL] for history in histories.values())
+    return any(_views(history) != [views.GLOBAL] for history in histories.values())
 
 
-def main_view(experiment: Experiment, name: str, history: History) -> str:
+def _views(history: History) -> list[str]:
+    """Those in which clients were tested; of a method that has not ended those that are evaluated."""
+    return views_of(history, "client") or views_of(history)
+
+
+def main_view(subject: Subject, name: str, history: History) -> str:
     """The view that stands for a method."""
-    main, there = views.evaluated(experiment.config, experiment.algorithms[name]).main, views_of(history)
+    main, there = subject.main[name], views_of(history)
     return main if main in there or not there else there[0]
 
 
@@ -168,15 +202,15 @@ def clients_parquet(experiment: Experiment, histories: Mapping[str, History], pa
                 writer.write_table(pa.table(columns, schema=schema))
 
 
-def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds: np.ndarray) -> Figure:
+def curves(subject: Subject, histories: Mapping[str, History], eval_rounds: np.ndarray) -> Figure:
     """Test accuracy and training loss against rounds: lines are means over seeds, bands one standard deviation."""
-    config = experiment.config
+    config = subject.config
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses, accuracies = {}, {}
     for i, (method, history) in enumerate(histories.items()):
-        accuracies[method] = history[of_view("test", main_view(experiment, method, history), "accuracy")]
-        _band(left, eval_rounds, accuracies[method], i, _label(experiment, method, history))
+        accuracies[method] = history[of_view("test", main_view(subject, method, history), "accuracy")]
+        _band(left, eval_rounds, accuracies[method], i, _label(subject, method, history))
         # A round's loss is that of a few clients; the mean since the last evaluation shows the course.
         losses[method] = mean_losses(history, eval_rounds[: accuracies[method].shape[1]])
         if (found := early.course(config, history)) is not None:
@@ -202,13 +236,13 @@ def curves(experiment: Experiment, histories: Mapping[str, History], eval_rounds
     elif seen.min() >= 0 and seen.max() > 0:
         right.set_yscale("log")
     figures.legend_below(figure, left, right)
-    figures.title(figure, f"{_title(experiment)}; mean and standard deviation of {_count(config.seeds, 'seed')}")
+    figures.title(figure, f"{subject.title}; mean and standard deviation of {counted(config.seeds, 'seed')}")
     return figure
 
 
-def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -> Figure:
+def client_histogram(subject: Subject, histories: Mapping[str, History]) -> Figure:
     """How the accuracy of the final models is spread over clients: one histogram per method, all seeds."""
-    config = experiment.config
+    config = subject.config
     columns = min(len(histories), 4)
     rows = -(-len(histories) // columns)
     figure = Figure(figsize=(max(3.4 * columns, 5), 0.4 + 3 * rows), layout="constrained")
@@ -216,7 +250,7 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
     axes = list(grid.reshape(-1)[: len(histories)])
     for unused in grid.reshape(-1)[len(histories) :]:
         unused.remove()
-    of_clients = {m: h[of_view("client", main_view(experiment, m, h), "accuracy")] for m, h in histories.items()}
+    of_clients = {m: h[of_view("client", main_view(subject, m, h), "accuracy")] for m, h in histories.items()}
     values = {m: accuracy[~np.isnan(accuracy)] for m, accuracy in of_clients.items()}
     lowest = min((float(v.min()) for v in values.values() if len(v)), default=0.0)
     bins = np.linspace(min(math.floor(10 * lowest) / 10, 0.9), 1, 21)
@@ -225,7 +259,7 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
         axis.xaxis.set_major_formatter(figures.Percent())
         axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if not len(accuracy):
-            axis.set(title=_label(experiment, method, histories[method]))
+            axis.set(title=_label(subject, method, histories[method]))
             _say(axis, "no client has examples to be tested on")
             continue
         axis.hist(
@@ -238,7 +272,7 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
         axis.axvline(accuracy.mean(), color="#222222", linewidth=1, label="mean")
         axis.axvline(tail, color="#222222", linewidth=1, linestyle=":", label="mean of the worst tenth")
         axis.set_title(
-            f"{_label(experiment, method, histories[method])}\n"
+            f"{_label(subject, method, histories[method])}\n"
             f"mean {100 * accuracy.mean():.1f} %, worst tenth {100 * tail:.1f} %",
             fontsize=9,
         )
@@ -247,30 +281,28 @@ def client_histogram(experiment: Experiment, histories: Mapping[str, History]) -
         lowest_of_column.set_xlabel("accuracy of a client")
     figure.supylabel("clients (mean over seeds)" if config.seeds > 1 else "clients", fontsize=10)
     figures.legend_below(figure, *axes)
-    own = (
-        "each client's test examples" if _tested_on_own(experiment) else "test examples in each client's mix of labels"
-    )
-    figures.title(figure, f"{_title(experiment)}; final model on {own}")
+    own = "each client's test examples" if subject.tested_on_own else "test examples in each client's mix of labels"
+    figures.title(figure, f"{subject.title}; final model on {own}")
     return figure
 
 
-def results_tex(experiment: Experiment, histories: Mapping[str, History]) -> str:
+def results_tex(subject: Subject, histories: Mapping[str, History]) -> str:
     """The table of results in LaTeX, without what depends on the machine."""
-    header, rows = results(experiment, histories)
-    over = f"{_count(experiment.config.seeds, 'seed')}"
-    comment = f"{_title(experiment)}\nmean and standard deviation over {over}; made by fedjax-core"
+    header, rows = results(subject, histories)
+    over = f"{counted(subject.config.seeds, 'seed')}"
+    comment = f"{subject.title}\nmean and standard deviation over {over}; made by fedjax-core"
     return latex.table(header, rows, comment)
 
 
-def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[list[str], list[list[str]]]:
+def results(subject: Subject, histories: Mapping[str, History]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of results, without what depends on the machine.
 
     A row for each method, or for each of its views, the main one first, where other views than the global one are
     evaluated.
     """
-    config, in_views = experiment.config, _in_views(histories)
+    config, in_views = subject.config, _in_views(histories)
     eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
-    extra, radius = _extra_parts(experiment), config.evaluation.attack_radius
+    extra, radius = _extra_parts(subject), config.evaluation.attack_radius
     header = [
         "method",
         *(["view"] if in_views else []),
@@ -285,11 +317,13 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
         "sent down",
     ]
     rows = []
-    for name, view in rows_of(experiment, histories):
+    for name, view in rows_of(subject, histories):
         history = histories[name]
         curve = history[of_view("test", view, "accuracy")]
-        of_clients = history[of_view("client", view, "accuracy")].astype(np.float64)
+        ended = of_view("client", view, "accuracy") in history
+        of_clients = history[of_view("client", view, "accuracy")].astype(np.float64) if ended else np.zeros((0, 0))
         tails = np.asarray([worst_decile(row) for row in of_clients])
+        over_clients = [_mean_of_clients(of_clients), _sd_of_clients(of_clients)] if in_views else []
         attacked = of_view("test", view, "robust_accuracy")
         of_parts = [of_view(part, view, "accuracy") for part in extra]
         rows.append(
@@ -299,8 +333,7 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
                 mean_sd(final_scores(history, view, "accuracy").astype(np.float64)),
                 *_of_the_best(config, history, eval_rounds, curve),
                 *([_if_there(attacked in history and history[attacked][:, -1])] if radius else []),
-                *([mean_sd(_mean_of_clients(of_clients)), mean_sd(_sd_of_clients(of_clients))] if in_views else []),
-                mean_sd(tails),
+                *[_if_there(ended and values) for values in (*over_clients, tails)],
                 *[_if_there(part in history and _mean_of_clients(history[part])) for part in of_parts],
                 rounds_to_target(curve, eval_rounds, config.report.target),
                 size(transferred(history, "bytes_up")),
@@ -310,14 +343,14 @@ def results(experiment: Experiment, histories: Mapping[str, History]) -> tuple[l
     return header, rows
 
 
-def summary_json(experiment: Experiment, histories: Mapping[str, History]) -> dict[str, Any]:
+def summary_json(subject: Subject, histories: Mapping[str, History]) -> dict[str, Any]:
     """What every method has come to, as JSON values: means over seeds, and those of each seed under "seeds".
 
     Names are those of the columns of metrics.csv: the last test scores of every view ("test_accuracy",
     "test_personal_accuracy"), "client_accuracy_worst_decile" of the clients of each view, "rounds_to_target", and the
     bytes of all rounds and participants ("bytes_up_total"). A number that there is not is None, and so is its mean.
     """
-    config = experiment.config
+    config = subject.config
     eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
     found = {}
     for name, history in histories.items():
@@ -331,7 +364,7 @@ def summary_json(experiment: Experiment, histories: Mapping[str, History]) -> di
             if (clients := of_view("client", view, "accuracy")) in history:
                 tails = [worst_decile(row) for row in history[clients].astype(np.float64)]
                 of_seeds[column(f"{clients}_worst_decile")] = [_known(value) for value in tails]
-        curve = history[of_view("test", main_view(experiment, name, history), "accuracy")]
+        curve = history[of_view("test", main_view(subject, name, history), "accuracy")]
         reached = curve >= config.report.target
         of_seeds["rounds_to_target"] = [
             float(eval_rounds[np.argmax(row)]) if row.any() else None for row in np.asarray(reached)
@@ -345,7 +378,8 @@ def summary_json(experiment: Experiment, histories: Mapping[str, History]) -> di
             for key, values in of_seeds.items()
         }
         seeds = {
-            str(seed): {key: values[s] for key, values in of_seeds.items()} for s, seed in enumerate(experiment.seeds)
+            str(seed): {key: values[s] for key, values in of_seeds.items()}
+            for s, seed in enumerate(subject.seeds[: len(curve)])
         }
         found[name] = {**means, "seeds": seeds}
     return found
@@ -356,37 +390,37 @@ def _known(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def rows_of(experiment: Experiment, histories: Mapping[str, History]) -> list[tuple[str, str]]:
+def rows_of(subject: Subject, histories: Mapping[str, History]) -> list[tuple[str, str]]:
     """(method, view) of every row of the table of results."""
     rows = []
     for name, history in histories.items():
-        main, there = main_view(experiment, name, history), views_of(history, "client")
+        main, there = main_view(subject, name, history), _views(history)
         rows += [(name, view) for view in sorted(there, key=lambda view: view != main)]
     return rows
 
 
 def summary(
     out: Path,
-    experiment: Experiment,
+    subject: Subject,
     histories: Mapping[str, History],
     info: Mapping[str, Mapping[str, Any]],
     versions: Mapping[str, str],
 ) -> str:
     """The run in words and one table, as Markdown."""
-    config = experiment.config
-    extra = _extra_parts(experiment)
-    header, rows = results(experiment, histories)
+    config = subject.config
+    extra = _extra_parts(subject)
+    header, rows = results(subject, histories)
     header += ["compile", "run", "memory"]
-    for row, (name, _) in zip(rows, rows_of(experiment, histories), strict=True):
+    for row, (name, _) in zip(rows, rows_of(subject, histories), strict=True):
         spent = info[name]
         row += [
             "in run" if config.machine.staged else duration(spent["compile_seconds"]),
             duration(spent["run_seconds"]),
             size(spent["memory"]) if spent["memory"] else "unknown",
         ]
-    own = "its own test examples" if _tested_on_own(experiment) else "test examples weighted to its mix of labels"
-    of_views = _about_views(experiment) if _in_views(histories) else ""
-    ended = _about_ends(experiment, histories)
+    own = "its own test examples" if subject.tested_on_own else "test examples weighted to its mix of labels"
+    of_views = subject.about_views if _in_views(histories) else ""
+    ended = _about_ends(subject, histories)
     also = "".join(
         f"{part.capitalize()} accuracy is the mean over {whose}. "
         for part, whose in (("validation", "clients, on their own"), ("new", "clients that took no part in training"))
@@ -408,13 +442,17 @@ def summary(
     table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
     settings = ["| method | its name here | settings |", "| --- | --- | --- |"]
     settings += [f"| {methods.paper_name(name)} | {name} | {settings_line(config, name)} |" for name in config.methods]
-    missing = "".join(f" {line}" for line in _missing(experiment, histories))
+    missing = "".join(f" {line}" for line in _missing(subject, histories))
+    ended_ones = any(views_of(history, "client") for history in histories.values())
+    pictures = ["![Histogram of the accuracy of clients](clients.png)", ""] if ended_ones else []
+    unfinished = _unfinished(subject, histories)
     lines = [
-        f"# {_title(experiment)}",
+        f"# {subject.title}",
         "",
+        *([f"**This run has not ended.** {' '.join(unfinished)}", ""] if unfinished else []),
         *table,
         "",
-        f"Mean ± standard deviation over {_count(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
+        f"Mean ± standard deviation over {counted(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
         f"the mean over the tenth of the clients that fare worst. {of_views}{ended}{validated}{under_attack}{also}"
         "Bytes are summed over rounds and participants, as a mean over seeds. Memory is what the compiled program "
@@ -422,11 +460,10 @@ def summary(
         "",
         "![Test accuracy and training loss against rounds](curves.png)",
         "",
-        "![Histogram of the accuracy of clients](clients.png)",
-        "",
+        *pictures,
         "## Settings",
         "",
-        *[f"- {line}" for line in described(experiment)],
+        *[f"- {line}" for line in subject.lines],
         "",
         *settings,
         "",
@@ -439,60 +476,6 @@ def summary(
         "Ran with " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"
-
-
-def described(experiment: Experiment) -> list[str]:
-    """What an experiment is, one line for each part of it."""
-    config = experiment.config
-    params = num_parameters(experiment)
-    hidden = f" (hidden {', '.join(map(str, config.hidden))})" if "mlp" in config.all_models else ""
-    several = f" in all, client i has number i modulo {len(config.models)}" if config.models else ""
-    work = (
-        f"{_count(config.local.steps, 'step')}"
-        if config.local.steps is not None
-        else _count(config.local.epochs, "epoch")
-    )
-    seeds = ", ".join(map(str, experiment.seeds))
-    return [
-        *portrait.described(config, experiment.federation),
-        f"model{'s' if config.models else ''}: {', '.join(config.all_models)}{hidden}, {params:,} parameters{several}",
-        f"cohort: {cohort(config, experiment.federation.num_clients)}"
-        + (", staged from host memory" if config.machine.staged else ""),
-        f"local work: {work}, batches of {config.local.batch_size}, {config.local.client_optimizer}, "
-        f"clients weighted {config.local.weights}",
-        *([f"early stopping: {_stopping(config)}"] if config.evaluation.validates else []),
-        f"rounds: {config.rounds}, evaluated every {config.evaluation.eval_every}, saved every "
-        f"{config.report.checkpoint_every}; {_count(config.seeds, 'seed')} ({seeds}) at once"
-        + (", double precision" if config.machine.x64 else ""),
-    ]
-
-
-def _stopping(config: Config) -> str:
-    """When a seed stops, in words."""
-    after = (
-        [f"after {_count(config.evaluation.patience, 'evaluation')} without improvement"]
-        if config.evaluation.patience
-        else []
-    )
-    after += (
-        [f"at a validation accuracy of {100 * config.evaluation.stop_at:g} %"]
-        if config.evaluation.stop_at is not None
-        else []
-    )
-    return f"{' or '.join(after) or 'never'}; the model with the best validation {config.evaluation.best_by} is kept"
-
-
-def cohort(config: Config, num_clients: int) -> str:
-    """Who takes part, in words."""
-    c = config.participation
-    turns = f"return with probability {c.turn_on:g}, leave with {c.turn_off:g}"
-    words = {
-        "full": f"all {num_clients} clients in every round",
-        "bernoulli": f"each of {num_clients} clients with probability {c.probability:g} (bernoulli)",
-        "periodic": f"each of {num_clients} clients in {c.probability:g} of every {c.period} rounds (periodic)",
-        "markov": f"{num_clients} clients that {turns} (markov)",
-    }
-    return words.get(c.sampler, f"{c.cohort_size} of {num_clients} clients a round ({c.sampler})")
 
 
 def settings_line(config: Config, name: str) -> str:
@@ -544,7 +527,7 @@ def _of_the_best(config: Config, history: History, eval_rounds: np.ndarray, curv
         return []
     accuracy = np.take_along_axis(curve, found.best[:, None], axis=1)[:, 0]
     rounds = [eval_rounds[found.best], early.rounds_of(found, eval_rounds)]
-    stopped = f" ({found.stopped.sum()} of {_count(len(found.stopped), 'seed')} stopped)"
+    stopped = f" ({found.stopped.sum()} of {counted(len(found.stopped), 'seed')} stopped)"
     return [mean_sd(accuracy), f"{rounds[0].mean():.0f}", f"{rounds[1].mean():.0f}{stopped}"]
 
 
@@ -571,37 +554,19 @@ def _if_there(values: Any) -> str:
     return "" if values is False else mean_sd(values)
 
 
-def _label(experiment: Experiment, name: str, history: History) -> str:
+def _label(subject: Subject, name: str, history: History) -> str:
     """A method's name in figures, with the view that is shown unless that is the global one."""
-    view = main_view(experiment, name, history)
+    view = main_view(subject, name, history)
     return methods.paper_name(name) + ("" if view == views.GLOBAL else f" ({view})")
 
 
-def _extra_parts(experiment: Experiment) -> list[str]:
-    return [part for part in ("validation", "new") if part in experiment.federation.parts]
+def _extra_parts(subject: Subject) -> list[str]:
+    return [part for part in ("validation", "new") if part in subject.parts]
 
 
-def _about_views(experiment: Experiment) -> str:
-    """How views in which clients differ are tested, in words."""
-    config, federation = experiment.config, experiment.federation
-    dealt = (
-        "test examples that are dealt out to clients in their mix of labels (--test-share keeps some of a client's own "
-        "back instead)"
-        if views.is_dealt(federation)
-        else "its own test examples"
-    )
-    chosen = len(views.chosen_clients(config, federation.num_clients))
-    whose = "" if chosen == federation.num_clients else f"; {chosen} of {federation.num_clients} clients are tested"
-    return (
-        f"That is so in the view global. In the others each client is tested by the model that it would use itself, on "
-        f"{dealt}, and the test accuracy is the mean over clients{whose}. A method's first row, which the figures "
-        "show, is the view that it is made for. "
-    )
-
-
-def _about_ends(experiment: Experiment, histories: Mapping[str, History]) -> str:
+def _about_ends(subject: Subject, histories: Mapping[str, History]) -> str:
     """What is told of methods that do something after the last round, in words."""
-    names = [methods.paper_name(name) for name in histories if experiment.algorithms[name].events_at("after")]
+    names = [methods.paper_name(name) for name in histories if name in subject.ending]
     if not names:
         return ""
     return (
@@ -610,18 +575,18 @@ def _about_ends(experiment: Experiment, histories: Mapping[str, History]) -> str
     )
 
 
-def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[str]:
+def _missing(subject: Subject, histories: Mapping[str, History]) -> list[str]:
     """Sentences about what could not be measured."""
     lines = []
-    for name, part in experiment.federation.parts.items():
-        if name != "train" and not len(part.assignment.rows):
+    for name, held in subject.parts.items():
+        if name != "train" and not held:
             whose = "None of the new clients" if name == "new" else "No client"
             what = "any examples" if name == "new" else f"{name} examples"
             lines.append(f"{whose} has {what}: the federation's {name} part is empty.")
     for name, history in histories.items():
         who = history["round/participants"]
-        found = early.course(experiment.config, history)
-        evals = evaluated_rounds(experiment.config.rounds, experiment.config.evaluation.eval_every)
+        found = early.course(subject.config, history)
+        evals = evaluated_rounds(subject.config.rounds, subject.config.evaluation.eval_every)
         made = who.shape[1] if found is None else int(early.rounds_of(found, evals).max())
         rounds = int((who[:, :made].sum(axis=0) == 0).sum())
         if rounds == made:
@@ -629,7 +594,24 @@ def _missing(experiment: Experiment, histories: Mapping[str, History]) -> list[s
                 f"No client took part in any round of {methods.paper_name(name)}: its model is the initial one."
             )
         elif rounds:
-            lines.append(f"In {_count(rounds, 'round')} of {methods.paper_name(name)} no client took part.")
+            lines.append(f"In {counted(rounds, 'round')} of {methods.paper_name(name)} no client took part.")
+    return lines
+
+
+def _unfinished(subject: Subject, histories: Mapping[str, History]) -> list[str]:
+    """Sentences about what is still to be run."""
+    config, lines = subject.config, []
+    for name in config.methods:
+        shown = methods.paper_name(name)
+        if name not in histories:
+            lines.append(f"{shown} has not been evaluated yet.")
+            continue
+        seeds, done = histories[name]["round/loss"].shape
+        found = early.course(config, histories[name])
+        if seeds < config.seeds:
+            lines.append(f"{shown} has been run with {seeds} of {counted(config.seeds, 'seed')}.")
+        if done < config.rounds and not (found is not None and found.stopped.all()):
+            lines.append(f"{shown} has come to round {done} of {config.rounds}.")
     return lines
 
 
@@ -648,26 +630,6 @@ def _band(axis: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str)
 
 def _say(axis: Axes, text: str) -> None:
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="#666666", fontsize=9)
-
-
-def _title(experiment: Experiment) -> str:
-    return f"{portrait.title(experiment.config, experiment.federation)}, {'/'.join(experiment.config.all_models)}"
-
-
-def _tested_on_own(experiment: Experiment) -> bool:
-    """Whether clients are tested on examples of their own."""
-    return "test" in experiment.federation.parts or experiment.dataset.is_sequence
-
-
-def num_parameters(experiment: Experiment) -> int:
-    """Parameters of the model, without its statistics."""
-    model = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    shapes = model.params if isinstance(model, Variables) else model
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
-def _count(number: int | None, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _shown(value: Any) -> str:

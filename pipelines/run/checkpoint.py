@@ -197,6 +197,30 @@ def restore_latest(
     return None if name is None else _restore(folder / name, expected, expected_name)
 
 
+def measured(folder: Path, wanted: Callable[[int], bool] = lambda round: True, *, run: str = "") -> Saved | None:
+    """The latest checkpoint without its state, which is None; None if there is none.
+
+    Args:
+      folder: as for `save`.
+      wanted: as for `restore_latest`.
+      run: as for `restore_latest`.
+
+    Raises:
+      ValueError: if it is damaged: an older one is another result, which whoever wants numbers did not ask for.
+      OtherRun: if it is of another run.
+    """
+    found = [path for path in _folders(folder) if wanted(_round_of(path))]
+    if not found:
+        return None
+    if damage := verify(found[-1], run):
+        raise ValueError(
+            f"checkpoint {found[-1]} is damaged ({damage}): put it back, or give the command of the run again, which "
+            "goes on from the one before"
+        )
+    manifest = _manifest(found[-1])
+    return Saved(int(manifest["round"]), None, _arrays(found[-1], manifest), manifest["info"])
+
+
 def _latest_whole(folder: Path, wanted: Callable[[int], bool], run: str) -> str | None:
     """Name of the latest checkpoint that is whole and wanted."""
     for path in reversed(_folders(folder)):  # none where there is no folder
@@ -262,12 +286,7 @@ def verify(path: Path, run: str = "") -> str:
 
 
 def _restore(path: Path, expected: PyTree, expected_name: str) -> Saved:
-    manifest = json.loads((path / "manifest.json").read_text())
-    if manifest["format"] not in (_FIRST_FORMAT, _FORMAT):
-        raise ValueError(
-            f"checkpoint {path} has format {manifest['format']}, this version reads {_FIRST_FORMAT} and {_FORMAT}: use "
-            "the version of the library that wrote it"
-        )
+    manifest = _manifest(path)
     wanted = _flat(expected)
     got = {n: jax.ShapeDtypeStruct(tuple(s), jnp.dtype(d)) for n, (_, s, d) in manifest["leaves"].items()}
     checks.same_structure(f"checkpoint {path.name}", got, {n: leaf for n, (leaf, _) in wanted.items()}, expected_name)
@@ -296,12 +315,27 @@ def _restore(path: Path, expected: PyTree, expected_name: str) -> Saved:
         leaf: Any = loaded[name] if name in loaded else np.zeros(got[name].shape, got[name].dtype)
         leaves.append(jax.random.wrap_key_data(leaf, impl=kind.split(":")[1]) if kind != "array" else leaf)
     state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    mark = journal.mark_of(manifest.get("journal", journal.START))
+    return Saved(int(manifest["round"]), state, _arrays(path, manifest), manifest["info"], mark)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself."""
+    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    if manifest["format"] not in (_FIRST_FORMAT, _FORMAT):
+        raise ValueError(
+            f"checkpoint {path} has format {manifest['format']}, this version reads {_FIRST_FORMAT} and {_FORMAT}: use "
+            "the version of the library that wrote it"
+        )
+    return manifest
+
+
+def _arrays(path: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Its arrays, with those of the journal."""
     with np.load(path / "arrays.npz", allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     mark = journal.mark_of(manifest.get("journal", journal.START))
-    if mark.length:
-        arrays = journal.read(_journal(path.parent), mark) | arrays
-    return Saved(int(manifest["round"]), state, arrays, manifest["info"], mark)
+    return journal.read(_journal(path.parent), mark) | arrays if mark.length else arrays
 
 
 def _whole(leaf: Any) -> Any:

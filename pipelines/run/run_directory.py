@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -170,6 +170,27 @@ def read(out: Path, kind: Kind) -> Record:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): choose another --out") from None
     return content
+
+
+def command_of(out: Path, markers: Collection[str] = ("config.json", "study.json")) -> str:
+    """The command that made the run in a directory.
+
+    Args:
+      out: the directory.
+      markers: files that can be its record.
+
+    Raises:
+      ValueError: if it is no run directory, or its record is damaged and so is the copy.
+    """
+    if not out.is_dir():
+        raise ValueError(f"{out} is {'a file' if out.exists() else 'no directory'}: give the --out of a run")
+    there = [marker for marker in markers if files.has_record(out / marker)]
+    if not there:
+        raise ValueError(f"{out} is no run directory, it has no {' and no '.join(markers)}: give the --out of a run")
+    content = files.read_record(out / there[0])
+    if "config" in content:
+        return str(content.get("command", _FIRST))
+    return "continual" if there[0] == "config.json" else "zeroth-order"  # as they were before there were records
 
 
 @contextmanager

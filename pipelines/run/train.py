@@ -11,7 +11,7 @@ own, so that no number of those that are there changes.
 A run directory:
 
     config.json             what is run, the versions that ran it, its batches of seeds, what is known of the data, the
-                            name of the run, and digests of the data and of itself
+                            name of the run, what its report says of it, and digests of the data and of itself
     checkpoints/            a copy of config.json
     checkpoints/<method>/   `pipelines.run.checkpoint`: the latest states; seeds-<first>/ in it is a batch
                             that joined later; <method>.journal/ has the metrics (`pipelines.run.journal`). Of a method
@@ -19,7 +19,7 @@ A run directory:
                             that has come of it; more rounds go on from the state before
     metrics.csv             every metric of every round: appended to with every checkpoint, put in order at the end;
                             later seeds when they are done
-    clients.csv, summary.md, summary.json, results.tex, and curves and clients as .png and .pdf     at the end
+    clients.csv, summary.md, .html and .json, results.tex, and curves and clients as .png and .pdf     at the end
     clients.parquet         so too, where it is asked for
 """
 
@@ -47,7 +47,7 @@ from pipelines.experiment import plans, views
 from pipelines.experiment.setup import EVAL_BATCH, Experiment, memory_fix, prepare
 from pipelines.federation import heterogeneity
 from pipelines.federation.federations import Federation
-from pipelines.results import early, history, report
+from pipelines.results import early, history, report, subject
 from pipelines.results.history import History
 from pipelines.run import checkpoint, client_scores, engines, identity, run_directory
 from pipelines.run.description import Description, described
@@ -231,6 +231,7 @@ def _grown(experiment: Experiment, content: Mapping[str, Any]) -> dict[str, Any]
         "config": json.loads(config.replace(**kept).to_json()),
         "batches": content.get("batches", [saved.seeds]) + [config.seeds - saved.seeds] * (config.seeds > saved.seeds),
         "data": described(experiment),
+        "subject": subject.of_experiment(experiment).as_json(),
     }
 
 
@@ -287,7 +288,7 @@ def _run_method(
         label = name if not first else f"{name}, seeds {part.seeds[0]} to {part.seeds[-1]}"
         batch = _Batch(part, experiment.config, label, folder, results)
         results = [*results, _run_batch(batch, name, finished, reporter, work)]
-    return _merged(results)
+    return merged(results)
 
 
 def batches_of(experiment: Experiment, sizes: Sequence[int]) -> list[tuple[int, Experiment]]:
@@ -304,7 +305,7 @@ def folder_of(out: Path, method: str, first: int) -> Path:
     return _folder(out, method) / f"seeds-{first}" if first else _folder(out, method)
 
 
-def _merged(results: Sequence[Result]) -> Result:
+def merged(results: Sequence[Result]) -> Result:
     """What came of all batches: seeds side by side, seconds added up, the largest program's memory."""
     if len(results) == 1:
         return results[0]
@@ -419,7 +420,7 @@ def _run_with_plan(
             return
         reporter.event("saved", {"method": name, "seeds": experiment.seeds, "round": round, "path": str(folder)})
         if batch.before and columns is None:
-            earlier[name] = _merged(batch.before).history
+            earlier[name] = merged(batch.before).history
         if columns is None:
             everything = earlier if batch.before else {**earlier, name: measured.joined()}
             columns = history.csv_columns(everything)

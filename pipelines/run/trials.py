@@ -22,15 +22,17 @@ _OF = "of"
 Arrays = dict[str, np.ndarray]
 
 
-def load(path: Path, run: str, of: Mapping[str, Any]) -> Arrays | None:
+def load(path: Path, run: str, of: Mapping[str, Any], *, whole: bool = False) -> Arrays | None:
     """The arrays of a trial; None if they are not there or damaged, which a digest tells and a warning says.
 
     Args:
       path: the file.
       run: name of the study that is at work; empty for one of before there were names.
       of: what tells the trial from the others, JSON values by name.
+      whole: raise an error for a damaged file, where nothing can be run again.
 
     Raises:
+      ValueError: for a damaged file, where `whole` is given.
       OtherRun: if they are of another study, or of another trial.
     """
     if not os.path.lexists(path):
@@ -45,6 +47,11 @@ def load(path: Path, run: str, of: Mapping[str, Any]) -> Arrays | None:
         damage = getattr(error, "strerror", None) or str(error) or type(error).__name__
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         damage = str(error)
+    if damage and whole:
+        raise ValueError(
+            f"{path} is damaged ({damage}): put it back, or give the command of the study again, which runs that trial "
+            "again"
+        )
     if damage:
         warnings.warn(f"{path} is damaged ({damage}): the trial is run again", CheckpointWarning, stacklevel=2)
         return None

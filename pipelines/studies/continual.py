@@ -15,8 +15,8 @@ nothing were forgotten.
 Every seed has tasks, a partition, first weights and rounds of its own; what is shown is the mean over them.
 
 A run directory (`pipelines.run.run_directory`) holds config.json and checkpoints/<method>, with the number of the seed
-behind it for all but the first, and accuracy.csv, accuracy.png and .pdf, results.tex and summary.json of the methods
-that are finished.
+behind it for all but the first, and accuracy.csv, accuracy.png and .pdf, results.tex, and summary.md, .html and .json
+of the methods that are finished.
 """
 
 import csv
@@ -62,7 +62,7 @@ from pipelines.data.datasets import Dataset
 from pipelines.experiment import setup
 from pipelines.federation import partition
 from pipelines.federation.assignment import Assignment
-from pipelines.results import latex
+from pipelines.results import latex, pages
 from pipelines.run import checkpoint, identity
 from pipelines.run.run_directory import Kind, Work, at_work, claim, interruption, read, waited_for
 from pipelines.studies import continual_config
@@ -302,7 +302,7 @@ def run(
                     results[name].append(_run_method(trainer, seed, own, folder, reporter, work))
             if work.may_write:
                 with files.explain_os_errors(out, f"{name} is done and saved, and the report is not"):
-                    write(out, config, results)
+                    write(out, config, results, out)
             shown = ", ".join(f"{key} {value}" for key, value in _shown(results[name]).items())
             reporter.say(f"{name}: {shown}")
         if not work.may_write:
@@ -325,8 +325,57 @@ def _saved(name: str, folder: Path) -> str:
     return f"{name} is saved after round {round}" if round else f"Nothing of {name} is saved yet"
 
 
-def write(out: Path, config: Continual, results: Mapping[str, Sequence[Scores]]) -> None:
-    """Writes accuracy.csv, accuracy.png and .pdf, results.tex and summary.json of finished methods."""
+def again(out: Path, target: Path, say: Callable[[str], None]) -> list[str]:
+    """Writes the report of the run in the directory `out` again, from its checkpoints, into `target`.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      ValueError: if `out` holds no such run, no method has learned all tasks, or a checkpoint or accuracy.csv is not
+        what was written.
+    """
+    record = read(out, KIND)
+    config, run = continual_config.of_values(record["config"]), str(record.get("run", ""))
+    results: dict[str, list[Scores]] = {}
+    for name in config.methods:
+        found = [checkpoint.measured(_folder(config, out, name, seed), run=run) for seed in _seeds(config)]
+        scores = [_scores(saved) for saved in found if saved is not None and len(saved.arrays["accuracy"])]
+        if len(scores) == config.seeds and all(len(each.accuracy) == config.tasks for each in scores):
+            results[name] = scores
+    if not results:
+        raise ValueError(f"no method in {out} has learned all tasks, so that there is nothing to show: run it first")
+    path = out / "accuracy.csv"
+    if path.exists():
+        # The table has the methods that were done when it was written.
+        known = [dict(list(results.items())[: i + 1]) for i in range(len(results))]
+        if path.read_bytes() not in [accuracy_csv(_seeds(config), each).encode() for each in known]:
+            raise ValueError(
+                f"{path} is not what was measured: put it back, or give the command of the run again, which writes it "
+                "anew and repeats nothing that is done"
+            )
+    files.make_directory(target)
+    return write(target, config, results, out)
+
+
+def _scores(saved: checkpoint.Saved) -> Scores:
+    """What a checkpoint says of a method with one seed."""
+    directions = {path: (int(k), int(d)) for path, (k, d) in saved.info.get("directions", {}).items()}
+    return Scores(saved.arrays["accuracy"], saved.arrays["untrained"], saved.info["seconds"], directions)
+
+
+def write(out: Path, config: Continual, results: Mapping[str, Sequence[Scores]], run: Path) -> list[str]:
+    """Writes accuracy.csv, accuracy.png and .pdf, results.tex, summary.md, .html and .json of finished methods.
+
+    Args:
+      out: where to.
+      config: the configuration.
+      results: name of a method to what it has come to with every seed.
+      run: the run directory, for the command that repeats the run.
+
+    Returns:
+      The names of the files.
+    """
     summary = {
         name: {
             **{key: float(np.mean(values)) for key, values in over_seeds(scores).items()},
@@ -347,7 +396,38 @@ def write(out: Path, config: Continual, results: Mapping[str, Sequence[Scores]])
     files.write_text(out / "accuracy.csv", accuracy_csv(_seeds(config), results))
     files.write_text(out / "results.tex", results_tex(results))
     with figures.style():
-        figures.write(out / "accuracy.png", heat_map(results))
+        pages.write(out, summary_md(config, results, run), {"accuracy.png": heat_map(results)})
+    return ["summary.md, .html and .json", "accuracy.csv", "results.tex", "accuracy.png and .pdf"]
+
+
+def summary_md(config: Continual, results: Mapping[str, Sequence[Scores]], run: Path) -> str:
+    """The measures of every method, the settings and the command that repeats the run, as Markdown."""
+    first = next(iter(results.values()))
+    rows = [[shown_name(name), *_shown(scores).values()] for name, scores in results.items()]
+    waiting = [shown_name(name) for name in config.methods if name not in results]
+    seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
+    lines = [
+        f"# {Path(config.dataset).stem}, {config.tasks} tasks ({config.scenario}), one after another",
+        "",
+        *([f"**This run has not ended.** Not done yet: {', '.join(waiting)}.", ""] if waiting else []),
+        *pages.table(["method", *over_seeds(first)], rows),
+        "",
+        f"Mean and standard deviation over {seeds}, of test accuracy. The figure has the accuracy on every task (from "
+        "left to right) after every task (from top to bottom).",
+        "",
+        "![Test accuracy on every task after every task](accuracy.png)",
+        "",
+        "## Settings",
+        "",
+        *(f"- {k}: {', '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in config.flat().items()),
+        "",
+        "## Again",
+        "",
+        "```",
+        config.command(run),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def over_seeds(scores: Sequence[Scores]) -> dict[str, np.ndarray]:
@@ -510,7 +590,8 @@ def _run_method(trainer: _Trainer, seed: int, tasks: Scenario, folder: Path, rep
 
     def save(state: PyTree) -> None:
         arrays = {"accuracy": accuracy, "untrained": untrained}
-        checkpoint.save(folder, int(state.round), state, arrays, {"seconds": trainer.seconds}, run=work.run)
+        info = {"seconds": trainer.seconds, "directions": _directions(state)}
+        checkpoint.save(folder, int(state.round), state, arrays, info, run=work.run)
 
     def stop_if_asked(done: int) -> None:
         if stop := work.stop():

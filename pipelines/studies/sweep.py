@@ -132,13 +132,13 @@ def run(sweep: Sweep, out: Path, say: Callable[[str], None] = print) -> tuple[Sw
     pinned = identity.identity(experiment.federation)
     claim(sweep, out, pinned)
     content = json.loads(sweep.to_json())
-    with run_directory.at_work(out, KIND, say, lambda there: {"config": content}, pinned) as work:
+    main = {name: sweep_scores.main_view(experiment, name) for name in sweep.methods}
+    with run_directory.at_work(out, KIND, say, lambda there: {"config": content, "views": main}, pinned) as work:
         found: Results = {}
         for method in sweep.methods:
             found |= _trials_of(sweep, experiment, method, work, say)
         if work.may_write:
             with files.explain_os_errors(out, "All trials are done and saved, and the report is not"):
-                main = {name: sweep_scores.main_view(experiment, name) for name in sweep.methods}
                 sweep_report.write(sweep, found, main, out, say)
         else:
             say(f"{out} is read-only, so its report stays as it is")
@@ -506,6 +506,25 @@ def rounds_done(arrays: trials.Arrays | None) -> int:
 
 def _states(arrays: trials.Arrays) -> list[np.ndarray]:
     return [arrays[f"{_STATE}{j}"] for j in range(sum(name.startswith(_STATE) for name in arrays))]
+
+
+def saved_trials(sweep: Sweep, method: str, out: Path, run: str) -> Results | None:
+    """The trials of a method, from their files; None unless the method is done.
+
+    Raises:
+      ValueError: if a file is damaged, or is that of another trial or study.
+    """
+    found: Results = {}
+    ended = False
+    for setting in sweep.settings_of_grid(method):
+        for seed in sweep.all_seeds:
+            trial = Trial(method, setting, seed)
+            arrays = trials.load(trial.path(out), run, trial.of, whole=True)
+            if arrays is None or _can_go_on(arrays):
+                return None
+            found[trial] = measured(arrays)
+            ended = ended or rounds_done(arrays) == sweep.rounds
+    return found if ended else None
 
 
 def _can_go_on(arrays: trials.Arrays | None) -> bool:

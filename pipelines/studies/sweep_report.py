@@ -2,6 +2,7 @@
 
     sweep.parquet     a row for every method, setting, seed and round
     summary.md        the best settings with confidence intervals, what lies on an edge of its grid, what diverged
+    summary.html      the same with the figure inside
     results.tex       the same table for a paper
     sensitivity.png   and .pdf: the validation score over the grid of every method
 
@@ -14,20 +15,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.common import figures, files
 from pipelines.configuration import methods
-from pipelines.results import latex
+from pipelines.results import latex, pages
 from pipelines.results.history import column, evaluated_rounds, of_view
-from pipelines.studies.sweep import LAST, Curves, Results, Trial, better_first, rounds_done, score, sound_rounds
+from pipelines.results.statistics import CONFIDENCE, TIE, interval, paired_test, spread
+from pipelines.run import run_directory
+from pipelines.studies.sweep import (
+    KIND,
+    LAST,
+    Curves,
+    Results,
+    Trial,
+    better_first,
+    rounds_done,
+    saved_trials,
+    score,
+    sound_rounds,
+)
 from pipelines.studies.sweep_config import Setting, Sweep, short
-
-CONFIDENCE = 0.95
-TIE = 0.05
-"""Methods whose paired test against the best one gives a p-value of at least this are marked as it is."""
 
 _FILE = "sweep.parquet"
 
@@ -66,20 +75,72 @@ def write(sweep: Sweep, results: Results, main: Mapping[str, str], out: Path, sa
       out: directory of the sweep.
       say: what to do with a line.
     """
-    found = best(sweep, results, main)
-    _warn_of_edits(out, say)
+    if is_edited(out):
+        say(f"note: {out / _FILE} was changed since it was written: it is written anew from the trials")
     files.write(out / _FILE, lambda path: table(sweep, results, path))
     files.write_text(out / (_FILE + ".sha256"), _digest(out / _FILE) + "\n")
+    draw(out, out, sweep, results, main, say)
+
+
+def draw(
+    out: Path, run: Path, sweep: Sweep, results: Results, main: Mapping[str, str], say: Callable[[str], None]
+) -> list[str]:
+    """Writes all but the table, of the methods that are done; returns the names of the files.
+
+    Args:
+      out: where to.
+      run: directory of the sweep, for the command that repeats it.
+      sweep: as for `write`.
+      results: as for `write`, of the methods that are done.
+      main: as for `write`.
+      say: as for `write`.
+    """
+    found = best(sweep, results, main)
     for each in found:
         for line in _warnings(sweep, each):
             say(f"note: {line}")
-    files.write_text(out / "summary.md", summary(sweep, found, out))
     header, rows = cells(sweep, found, lambda text: text)
     best_ones = [(row, len(header) - 2) for row, marked in enumerate(ties(found, sweep.evaluation.best_by)) if marked]
-    comment = f"{sweep.command(out)}\nbold: best, and what a paired test cannot tell from it (p >= {TIE:g})"
+    comment = f"{sweep.command(run)}\nbold: best, and what a paired test cannot tell from it (p >= {TIE:g})"
     files.write_text(out / "results.tex", latex.table(header, rows, comment, best_ones))
     with figures.style():
-        figures.write(out / "sensitivity.png", figure(sweep, results))
+        pages.write(out, summary(sweep, found, run), {"sensitivity.png": figure(sweep, results)})
+    return ["summary.md and .html", "results.tex", "sensitivity.png and .pdf"]
+
+
+def again(out: Path, target: Path, say: Callable[[str], None]) -> list[str]:
+    """Writes the report of the sweep in the directory `out` again, from its trials, into `target`.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      ValueError: if `out` holds no sweep, none of its methods is done, or a trial or the table is not what was written.
+    """
+    record = run_directory.read(out, KIND)
+    sweep = Sweep.from_values(record["config"])
+    if "views" not in record:
+        raise ValueError(
+            f"{out} does not say by what its methods are judged, it is of an earlier version: give the command of the "
+            "sweep again, which writes that down and repeats nothing that is done"
+        )
+    loaded = {method: saved_trials(sweep, method, out, str(record.get("run", ""))) for method in sweep.methods}
+    results = {trial: curves for trials in loaded.values() for trial, curves in (trials or {}).items()}
+    if not results:
+        raise ValueError(f"no method of the sweep in {out} is done, so that there is nothing to show: run it first")
+    if is_edited(out):
+        raise ValueError(
+            f"{out / _FILE} was changed since it was written: put it back, or remove it and give the command of the "
+            "sweep again, which writes it anew"
+        )
+    files.make_directory(target)
+    return draw(target, out, sweep, results, record["views"], say)
+
+
+def _done(sweep: Sweep, results: Results) -> list[str]:
+    """The methods of which there are results."""
+    there = {trial.method for trial in results}
+    return [method for method in sweep.methods if method in there]
 
 
 def table(sweep: Sweep, results: Results, path: Path) -> None:
@@ -174,7 +235,7 @@ def best(sweep: Sweep, results: Results, main: Mapping[str, str]) -> list[Best]:
     """
     by = sweep.evaluation.best_by
     found = []
-    for method in sweep.methods:
+    for method in _done(sweep, results):
         settings = sweep.settings_of_grid(method)
         of = {setting: _curves(sweep, results, method, setting) for setting in settings}
         finished = [s for s in settings if all(rounds_done(curves) == sweep.rounds for curves in of[s])]
@@ -224,22 +285,6 @@ def _warnings(sweep: Sweep, each: Best) -> list[str]:
     return lines
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean, and half the width of its confidence interval by Student's t; one value alone has none."""
-    values = values.astype(np.float64)
-    if len(values) == 1 or not np.isfinite(values).all():
-        return f"{np.mean(values):.4g}"
-    half = scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.4f} ± {half:.4f}"
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation."""
-    if len(values) == 1 or not np.isfinite(values).all():
-        return f"{np.mean(values):.4g}"
-    return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
-
-
 def ties(found: Sequence[Best], by: str) -> list[bool]:
     """Whether a method is the best on test examples, or a paired test over seeds cannot tell it from the best.
 
@@ -253,10 +298,9 @@ def ties(found: Sequence[Best], by: str) -> list[bool]:
         top = rivals[better_first(np.asarray([test.mean() for test in rivals]), by)[0]]
         if np.array_equal(each.test, top):
             marked.append(True)
-        elif len(top) < 2 or not np.isfinite(each.test).all() or np.ptp(each.test - top) == 0:
-            marked.append(False)
         else:
-            marked.append(bool(scipy.stats.ttest_rel(each.test, top).pvalue >= TIE))
+            p = paired_test(each.test, top)
+            marked.append(p is not None and p >= TIE)
     return marked
 
 
@@ -309,9 +353,13 @@ def summary(sweep: Sweep, found: Sequence[Best], out: Path) -> str:
         lines[-1] += " Methods are compared within a view: clients' own models are tested on other examples."
     if seeds == 1:
         lines += ["", "There is one seed, so that nothing can be said about chance: no difference here need be one."]
+    waiting = [methods.paper_name(name) for name in sweep.methods if name not in {each.method for each in found}]
+    if waiting:
+        lines += ["", f"**This sweep has not ended.** Not done yet: {', '.join(waiting)}."]
     warned = [line for each in found for line in _warnings(sweep, each)]
     if warned:
         lines += ["", "## To be looked at", "", *(f"- {line}" for line in warned)]
+    lines += ["", "![The score on validation examples over the grid of every method](sensitivity.png)"]
     lines += ["", "## The best settings by `fedjax-core train`", "", "```"]
     lines += [
         sweep.config_of(each.method, each.setting).command(f"runs/{methods.folder(each.method)}") for each in found
@@ -325,7 +373,8 @@ def figure(sweep: Sweep, results: Results) -> Figure:
 
     Of further ones the best value is taken. Settings that diverged, or were given up, are left blank.
     """
-    shown = [method for method in sweep.methods if sweep.grid.get(method)] or list(sweep.methods)
+    done = _done(sweep, results)
+    shown = [method for method in done if sweep.grid.get(method)] or done
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
@@ -395,10 +444,10 @@ def _ticks(put: Callable[..., Any], values: Sequence[Any]) -> None:
     put(range(len(values)), [short(value) for value in values])
 
 
-def _warn_of_edits(out: Path, say: Callable[[str], None]) -> None:
+def is_edited(out: Path) -> bool:
+    """Whether the table of a sweep is there and is not what was written."""
     written = out / (_FILE + ".sha256")
-    if (out / _FILE).exists() and written.exists() and written.read_text().strip() != _digest(out / _FILE):
-        say(f"note: {out / _FILE} was changed since it was written: it is written anew from the trials")
+    return (out / _FILE).exists() and written.exists() and written.read_text().strip() != _digest(out / _FILE)
 
 
 def _digest(path: Path) -> str:

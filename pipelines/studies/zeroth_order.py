@@ -7,7 +7,7 @@ functions and a start, the same for all methods. Where functions have gradients,
 them: what the best of estimates would do, in local minima and with clients that drift apart. As many trials run at once
 as there are devices (from the command line, cores). Every (method, trial) is saved when it is done, so that the same
 command goes on where it was stopped (`pipelines.run.run_directory`; the record is study.json). What comes out:
-curves.csv, curves.png and .pdf, summary.md and results.tex.
+curves.csv, curves.png and .pdf, summary.md and .html, and results.tex.
 """
 
 import csv
@@ -94,8 +94,12 @@ def synthetic(
         u = 20 * jnp.clip(x, 0, 1) - 10
         return jax.vmap(lambda first, second: _FUNCTIONS[function](u, first, second))(batch["first"], batch["second"])
 
-    optimum = 0.1 * (-0.25 + 1 / dim) if function == "quadratic" else None
-    return Task(loss_fn, population, jnp.asarray(rng.uniform(size=dim), jnp.float32), optimum)
+    return Task(loss_fn, population, jnp.asarray(rng.uniform(size=dim), jnp.float32), _optimum(function, dim))
+
+
+def _optimum(function: str = "", dim: int = 1) -> float | None:
+    """Least value of F of a synthetic function, where it is known."""
+    return 0.1 * (-0.25 + 1 / dim) if function == "quadratic" else None
 
 
 def attack(
@@ -300,7 +304,7 @@ def compare(study: Study, out: Path, say: Callable[[str], None] = print) -> dict
         results = {name: _trials(name, study, tasks, work, say) for name in names}
         if work.may_write:
             with files.explain_os_errors(out, "All trials are done and saved, and the report is not"):
-                report(study, results, tasks[0].optimum, out)
+                report(study, results, tasks[0].optimum, out, out)
         else:
             say(f"{out} is read-only, so its report stays as it is")
     return results
@@ -311,7 +315,7 @@ def _trials(
 ) -> dict[str, np.ndarray]:
     """The curves of a method, of all trials, each [trials, rounds + 1]; runs those that are not there, one a device."""
     run = jax.jit(curve(name, study, tasks[0]))
-    parts = [trials.load(_path(work, name, trial), work.run, _of(name, trial)) for trial in range(len(tasks))]
+    parts = [trials.load(_path(work.out, name, trial), work.run, _of(name, trial)) for trial in range(len(tasks))]
     missing = [trial for trial, part in enumerate(parts) if part is None]
     devices = jax.devices()
     done = len(parts) - len(missing)
@@ -335,16 +339,61 @@ def _trials(
         for trial, result in zip(group, results, strict=True):
             values = {k: np.asarray(v) for k, v in run_directory.waited_for(result).items()}
             with files.explain_os_errors(work.out, saved):
-                trials.save(_path(work, name, trial), work.run, _of(name, trial), values)
+                trials.save(_path(work.out, name, trial), work.run, _of(name, trial), values)
             parts[trial], done = values, done + 1
             after = f"{values['queries'][-1]:g} queries a client" if "queries" in values else f"{study.rounds} rounds"
             say(f"{name}, trial {trial}: F = {values['value'][-1]:.5g} after {after}")
-    present = [part for part in parts if part is not None]
-    return {k: np.stack([part[k] for part in present]) for k in present[0]}
+    return _stacked([part for part in parts if part is not None])
 
 
-def _path(work: Work, name: str, trial: int) -> Path:
-    return work.out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
+def again(out: Path, target: Path, say: Callable[[str], None]) -> list[str]:
+    """Writes the report of the study in the directory `out` again, from its trials, into `target`.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      ValueError: if `out` holds no such study, no method is done, or a trial or curves.csv is not what was written.
+    """
+    record = run_directory.read(out, KIND)
+    study, run = of_values(record["config"]), str(record.get("run", ""))
+    results = {}
+    for name in _names(study):
+        parts = [trials.load(_path(out, name, i), run, _of(name, i), whole=True) for i in range(study.seeds)]
+        there = [part for part in parts if part is not None]
+        if len(there) == study.seeds:
+            results[name] = _stacked(there)
+    if not results:
+        raise ValueError(f"no method of the study in {out} is done, so that there is nothing to show: run it first")
+    path = out / "curves.csv"
+    known = _names(study)
+    expected = curves_csv(results).splitlines()
+    found = path.read_text().splitlines() if path.exists() else []
+    # It is written at the end: where methods are still missing, the one that is there is of before the study grew.
+    if found and found != expected and (len(results) == len(known) or not set(found) <= set(expected)):
+        raise ValueError(
+            f"{path} is not what was measured: put it back, or give the command of the study again, which writes it "
+            "anew and repeats nothing that is done"
+        )
+    values = study.flat()
+    optimum = _optimum(values["function"], values["dim"]) if study.task == "synthetic" else None
+    files.make_directory(target)
+    return report(study, results, optimum, target, out)
+
+
+def _names(study: Study) -> list[str]:
+    """The methods of a study, by their names in figures."""
+    known = {**METHODS, **(REFERENCES if study.task != "metric" else {})}
+    return [name for name, (factory, _) in known.items() if factory in study.methods]
+
+
+def _stacked(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The curves of all trials of a method, each [trials, rounds + 1]."""
+    return {k: np.stack([part[k] for part in parts]) for k in parts[0]}
+
+
+def _path(out: Path, name: str, trial: int) -> Path:
+    return out / "curves" / f"{name.replace(' ', '-')}-{trial}.npz"
 
 
 def _of(name: str, trial: int) -> dict[str, Any]:
@@ -401,11 +450,35 @@ def slug(study: Study) -> str:
     return f"{study.task}-{kind}-{growth.digest(values, but)}"
 
 
-def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path) -> None:
-    """Writes curves.csv, curves.png and .pdf, summary.md and results.tex."""
-    from pipelines.common import figures
-    from pipelines.results import latex
+def report(
+    study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, out: Path, run: Path
+) -> list[str]:
+    """Writes curves.csv, curves.png and .pdf, summary.md and .html, and results.tex.
 
+    Args:
+      study: the study.
+      results: name of a method to its curves.
+      optimum: least value of F, where it is known.
+      out: where to.
+      run: directory of the study, for the command that repeats it.
+
+    Returns:
+      The names of the files.
+    """
+    from pipelines.common import figures
+    from pipelines.results import latex, pages
+
+    files.write_text(out / "curves.csv", curves_csv(results))
+    with figures.style():
+        pages.write(out, summary(study, results, optimum, run), {"curves.png": figure(study, results, optimum)})
+    files.write_text(
+        out / "results.tex", latex.table(*table(results), f"{study.task}; made by fedjax-core zeroth-order")
+    )
+    return ["summary.md and .html", "results.tex", "curves.csv", "curves.png and .pdf"]
+
+
+def curves_csv(results: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """One row per method, trial and round."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "trial", "round", "queries_per_client", "value", "cosine", "error"])
@@ -415,13 +488,7 @@ def report(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimu
                 queries = f"{result['queries'][trial, t]:g}" if "queries" in result else ""
                 own = [result[k][trial, t - 1] if k in result and t else "" for k in ("cosine", "error")]
                 writer.writerow([name, trial, t, queries, v, *own])
-    files.write_text(out / "curves.csv", text.getvalue())
-    with figures.style():
-        figures.write(out / "curves.png", figure(study, results, optimum))
-    files.write_text(out / "summary.md", summary(study, results, optimum))
-    files.write_text(
-        out / "results.tex", latex.table(*table(results), f"{study.task}; made by fedjax-core zeroth-order")
-    )
+    return text.getvalue()
 
 
 def figure(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> Any:
@@ -465,8 +532,8 @@ def queries_to(target: np.ndarray, result: Mapping[str, np.ndarray]) -> np.ndarr
     return np.where(reached.any(1), queries, np.nan)
 
 
-def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None) -> str:
-    """Final values, and the queries after which FZooS is where each baseline ends, as Markdown."""
+def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optimum: float | None, run: Path) -> str:
+    """Final values, the queries after which FZooS is where each baseline ends, and the command, as Markdown."""
     lines = [
         f"# {study.task}",
         "",
@@ -487,6 +554,11 @@ def summary(study: Study, results: Mapping[str, Mapping[str, np.ndarray]], optim
         lines += ["Methods with gradients are given the true ones and query nothing."]
     header, rows = table(results)
     lines += ["", *("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))]
+    waiting = [name for name in _names(study) if name not in results]
+    if waiting:
+        lines += ["", f"**This study has not ended.** Not done yet: {', '.join(waiting)}."]
+    lines += ["", "![F against rounds and against queries](curves.png)", ""]
+    lines += ["## Again", "", "```", study.command(run), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,5 @@
 """Axes say what is there, legends cover nothing, and a figure is the same two files for the same numbers."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,10 +8,11 @@ from matplotlib.figure import Figure
 from pipelines.common import figures
 from pipelines.configuration import methods
 from pipelines.configuration.config import Config
-from pipelines.data import datasets
 from pipelines.experiment import setup
+from pipelines.federation import portrait
 from pipelines.results import report
 from pipelines.results.history import evaluated_rounds
+from pipelines.results.subject import Subject
 from pipelines.studies import continual, zeroth_order
 from pipelines.studies.zeroth_order_config import Synthetic
 
@@ -81,26 +80,21 @@ def fake_histories(names, rng, seeds=2, evaluations=4, clients=6):
 
 
 @pytest.fixture(scope="module")
-def experiment():
+def subject():
     config = Config(
         dataset="iris", clients=6, cohort_size=3, min_size=2, model="logistic_regression", seeds=2, rounds=4
     )
-    algorithm = setup.prepare(config.replace(methods=("fedavg",), x64=True)).algorithms["fedavg"]
-    return SimpleNamespace(
-        config=config,
-        federation=setup.federate(config),
-        dataset=datasets.load("iris"),
-        algorithms=dict.fromkeys(methods.names(), algorithm),
-    )
+    title = f"{portrait.title(config, setup.federate(config))}, logistic_regression"
+    return Subject(config, title, [], dict.fromkeys(methods.names(), "global"), [], {}, False, "")
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
-def test_the_figures_of_a_run(experiment, number):
+def test_the_figures_of_a_run(subject, number):
     names = ["fedavg", "scaffold_m_vr", *methods.names()][:number]
     histories = fake_histories(names, np.random.default_rng(0))
     with figures.style():
-        curves = report.curves(experiment, histories, evaluated_rounds(4, 1))
-        clients = report.client_histogram(experiment, histories)
+        curves = report.curves(subject, histories, evaluated_rounds(4, 1))
+        clients = report.client_histogram(subject, histories)
         assert legends_cover_nothing(curves)
         assert legends_cover_nothing(clients)
     lines = [line for line in curves.axes[0].lines if not line.get_label().startswith("target")]

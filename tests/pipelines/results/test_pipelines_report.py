@@ -17,6 +17,7 @@ from pipelines.federation.assignment import Assignment
 from pipelines.federation.federations import Federation, Part
 from pipelines.results import report
 from pipelines.results.history import evaluated_rounds
+from pipelines.results.subject import of_experiment
 from pipelines.run import checkpoint, train
 
 
@@ -39,8 +40,8 @@ def histories(finished, experiment):
 def test_every_file_is_there(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.json", "checkpoints", "metrics.csv", "clients.csv", "summary.md", "summary.json", "results.tex"),
-        *("curves.png", "curves.pdf", "clients.png", "clients.pdf"),
+        *("config.json", "checkpoints", "metrics.csv", "clients.csv", "results.tex"),
+        *("summary.md", "summary.html", "summary.json", "curves.png", "curves.pdf", "clients.png", "clients.pdf"),
     }
     for name in ("curves.png", "clients.png"):
         content = (finished / name).read_bytes()
@@ -205,7 +206,9 @@ def test_worst_decile_leaves_out_empty_clients():
 
 
 def test_curves_show_means_and_bands(small, experiment, histories):
-    figure = report.curves(experiment, histories, evaluated_rounds(small.rounds, small.evaluation.eval_every))
+    figure = report.curves(
+        of_experiment(experiment), histories, evaluated_rounds(small.rounds, small.evaluation.eval_every)
+    )
     accuracy, loss = figure.axes
     lines = {line.get_label(): line for line in accuracy.lines}
     assert {"FedAvg", "SCAFFOLD"} <= set(lines)
@@ -223,12 +226,12 @@ def test_curves_show_means_and_bands(small, experiment, histories):
 def test_one_seed_has_no_band(small, experiment, histories):
     one = {name: {key: value[:1] for key, value in h.items()} for name, h in histories.items()}
     alone = experiment._replace(config=small.replace(seeds=1))
-    figure = report.curves(alone, one, evaluated_rounds(12, 2))
+    figure = report.curves(of_experiment(alone), one, evaluated_rounds(12, 2))
     assert not figure.axes[0].collections
 
 
 def test_histogram_counts_every_client(small, experiment, histories):
-    figure = report.client_histogram(experiment, histories)
+    figure = report.client_histogram(of_experiment(experiment), histories)
     for axis, name in zip(figure.axes, histories, strict=True):
         assert axis.get_title().startswith(f"{methods.paper_name(name)}\nmean ")
         assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(small.federation.clients)

@@ -150,6 +150,26 @@ def test_a_run_and_what_it_leaves(whole):
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_is_drawn_again_from_the_checkpoints(whole, tmp_path):
+    out, _ = whole
+    again = CliRunner().invoke(commands.main, ["report", str(out), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {
+        *("summary.md", "summary.html", "summary.json", "results.tex"),
+        *("accuracy.csv", "accuracy.png", "accuracy.pdf"),
+    }
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(out, spoiled)
+    (spoiled / "accuracy.csv").write_text((out / "accuracy.csv").read_text()[:-3])
+    refused = CliRunner().invoke(commands.main, ["report", str(spoiled), "--out", str(tmp_path / "none")])
+    assert refused.exit_code == 2
+    assert f"{spoiled / 'accuracy.csv'} is not what was measured" in refused.output
+    assert not (tmp_path / "none").exists()
+
+
 def test_events_beside_the_rounds_run_once_each_as_in_other_runs(tmp_path, monkeypatch):
     plain, seen = continual.build, []
 

@@ -1,6 +1,7 @@
 """Sweeps: trials equal runs of `train`, go on where they stopped, grow; the best settings, ties and edges."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -115,6 +116,44 @@ def test_the_table(done):
     np.testing.assert_array_equal(known, curves["test/accuracy"].astype(float))
     rows = found[(found.method == "fedrep") & (found["head_epochs"] == 1)]
     assert list(rows.loc[rows["final_test_personal_accuracy"].notna(), "round"].unique()) == [6]
+
+
+def report_again(out, target, *words):
+    return CliRunner().invoke(main, ["report", str(out), "--out", str(target), *words])
+
+
+def test_the_report_is_drawn_again_from_the_trials(done, tmp_path):
+    _, _, out = done
+    again = report_again(out, tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {"summary.md", "summary.html", "results.tex", "sensitivity.png", "sensitivity.pdf"}
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_the_report_of_a_sweep_that_was_stopped_or_spoiled(done, tmp_path, monkeypatch):
+    asked, _, whole = done
+    out = tmp_path / "study"
+    shutil.copytree(whole, out)
+    monkeypatch.setattr("pipelines.common.figures.write", lambda path, figure: None)
+    monkeypatch.setattr("pipelines.common.figures.svg", lambda figure: b"")
+    trial = sweep.Trial("fedprox", asked.settings_of_grid("fedprox")[0], 1)
+    trial.path(out).unlink()
+    assert report_again(out, tmp_path / "again").exit_code == 0
+    text = (tmp_path / "again" / "summary.md").read_text()
+    assert "**This sweep has not ended.** Not done yet: FedProx." in text
+    assert not any(line.startswith("| FedProx") for line in text.splitlines())
+    for spoil, words in (
+        (lambda: (out / "sweep.parquet").write_bytes(b"mine"), "sweep.parquet was changed since it was written"),
+        (lambda: trial.path(out).write_bytes(b"mine"), f"{trial.path(out)} is damaged"),
+        (lambda: shutil.rmtree(out / "trials"), "no method of the sweep in"),
+    ):
+        spoil()
+        refused = report_again(out, tmp_path / "none")
+        assert refused.exit_code == 2
+        assert words in refused.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_trained_at_once_changes_nothing_but_last_bits(done, tmp_path):

@@ -112,7 +112,8 @@ def test_a_study_from_the_command_line_that_goes_on_where_it_stopped(tmp_path):
     first = call(*words)
     assert first.exit_code == 0, first.output
     assert {p.name for p in out.iterdir()} == {
-        *("study.json", "checkpoints", "curves", "curves.csv", "curves.png", "curves.pdf", "summary.md", "results.tex")
+        *("study.json", "checkpoints", "curves", "curves.csv", "curves.png", "curves.pdf", "results.tex"),
+        *("summary.md", "summary.html"),
     }
     rows = list(csv.DictReader((out / "curves.csv").open()))
     assert len(rows) == (5 + 2) * 2 * 4
@@ -126,7 +127,17 @@ def test_a_study_from_the_command_line_that_goes_on_where_it_stopped(tmp_path):
     assert summary.count("| none |") == 2
 
     kept = {name: (out / name).read_bytes() for name in ("curves.csv", "curves.png", "summary.md")}
+    drawn = CliRunner().invoke(commands.main, ["report", str(out), "--out", str(tmp_path / "again")])
+    assert drawn.exit_code == 0, drawn.output
+    for name in (*kept, "summary.html", "results.tex", "curves.pdf"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
+    (out / "curves.csv").write_bytes(kept["curves.csv"][:-3])
+    refused = CliRunner().invoke(commands.main, ["report", str(out)])
+    assert (refused.exit_code, "curves.csv is not what was measured" in refused.output) == (2, True)
     (out / "curves" / "FedZO-1.npz").unlink()
+    (out / "curves.csv").unlink()
+    assert CliRunner().invoke(commands.main, ["report", str(out)]).exit_code == 0
+    assert "Not done yet: FedZO." in (out / "summary.md").read_text()
     again = call(*words)
     assert [line.split(":")[0] for line in again.output.splitlines()[:-1]] == ["FedZO, trial 1"]
     assert {name: (out / name).read_bytes() for name in kept} == kept
