@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pipelines.cli import catalog, choosing, options, terminal
 from pipelines.cli.compile_command import compile_
-from pipelines.cli.report_commands import report
+from pipelines.cli.report_commands import compare, report
 from pipelines.cli.run_commands import evaluate, export
 from pipelines.cli.sweep_command import sweep
 from pipelines.cli.terminal import usage_errors
@@ -45,6 +45,7 @@ fedjax-core list             what there is to choose from
 fedjax-core list scaffold    a method's card and hyper-parameters
 fedjax-core zeroth-order     compare methods that have function values and no gradients
 fedjax-core report RUN       draw a run or a study again, as one HTML page and as Markdown
+fedjax-core compare RUN RUN  lay runs beside one another: numbers, curves, what makes it unfair
 fedjax-core evaluate RUN     test the models of a finished run on a data set
 fedjax-core compile          compile a run for TPUs that are not there, and predict memory and time
 fedjax-core export RUN       write them to files that other programs read
@@ -66,6 +67,7 @@ def main(debug: bool) -> None:
 main.add_command(sweep)
 main.add_command(zeroth_order)
 main.add_command(report)
+main.add_command(compare)
 main.add_command(evaluate)
 main.add_command(export)
 main.add_command(compile_)

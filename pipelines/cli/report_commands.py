@@ -1,4 +1,4 @@
-"""The commands that tell of what runs have measured: `fedjax-core report`."""
+"""The commands that tell of what runs have measured: `fedjax-core report` and `fedjax-core compare`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +43,50 @@ def report(ctx: click.Context, run: Path, out: Path | None) -> None:
         target = run if out is None else out
         first, *others = again(run, target, click.echo)
     click.echo(f"written: {target / first}, {', '.join(others)}")
+
+
+@click.command(
+    short_help="Lay finished runs beside one another.",
+    help="""Lay runs of `fedjax-core train` beside one another, of the same or of other methods, configurations and
+seeds: what differs between them and what makes that unfair, their numbers in one table, their curves in one figure, and
+differences seed by seed with a paired test. The others are compared with the first.
+
+\b
+Examples:
+  fedjax-core compare runs/small runs/large
+  fedjax-core compare runs/small runs/large --target 0.9 --out comparisons/sizes
+
+Written are one HTML page that has its figure inside, the same as Markdown, and the figure. Nothing is trained or
+tested, and neither the data nor the devices need be there. Exit codes: 0 done, 2 a mistake in the arguments.
+""",
+)
+@click.argument("runs", type=click.Path(path_type=Path), metavar="RUN RUN...", nargs=-1, required=True)
+@click.option(
+    "--target",
+    type=click.FloatRange(0, 1),
+    metavar="A",
+    help="Test accuracy to reach.  [default: that of the first run]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A new or empty directory.  [default: comparisons/<names of the runs>]",
+)
+@click.pass_context
+def compare(ctx: click.Context, runs: tuple[Path, ...], target: float | None, out: Path | None) -> None:
+    """Lay runs beside one another; the help text is given above."""
+    from pipelines.run import comparison
+
+    with terminal.warnings_as_lines(), usage_errors(ctx):
+        _stay_on_the_processor()
+        out = out or Path("comparisons") / "-".join(run.resolve().name for run in runs)[:100]
+        files.check_empty(out)
+        found = comparison.load(runs, target)
+        for line in comparison.unfair(found):
+            click.echo(f"note: {line}")
+        written = comparison.write(out, found, comparison.command(runs, out, target))
+    click.echo(f"written: {out / written[0]}, {', '.join(written[1:])}")
 
 
 def _again_of(run: Path) -> Callable[[Path, Path, Callable[[str], None]], list[str]]:

@@ -210,12 +210,12 @@ def curves(subject: Subject, histories: Mapping[str, History], eval_rounds: np.n
     losses, accuracies = {}, {}
     for i, (method, history) in enumerate(histories.items()):
         accuracies[method] = history[of_view("test", main_view(subject, method, history), "accuracy")]
-        _band(left, eval_rounds, accuracies[method], i, _label(subject, method, history))
+        band(left, eval_rounds, accuracies[method], i, _label(subject, method, history))
         # A round's loss is that of a few clients; the mean since the last evaluation shows the course.
         losses[method] = mean_losses(history, eval_rounds[: accuracies[method].shape[1]])
         if (found := early.course(config, history)) is not None:
             losses[method] = early.hold(losses[method], found.ends)
-        _band(right, eval_rounds, losses[method], i, methods.paper_name(method))
+        band(right, eval_rounds, losses[method], i, methods.paper_name(method))
     # Most of a curve is its beginning; what methods differ in is its end.
     finals = np.concatenate([each.mean(axis=0) for each in accuracies.values()])
     finals = finals[np.isfinite(finals)]
@@ -615,7 +615,16 @@ def _unfinished(subject: Subject, histories: Mapping[str, History]) -> list[str]
     return lines
 
 
-def _band(axis: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str) -> None:
+def band(axis: Axes, x: np.ndarray, values: np.ndarray, index: int, label: str) -> None:
+    """Draws means over seeds as a line and one standard deviation as a band.
+
+    Args:
+      axis: where to.
+      x: float[e] or longer.
+      values: float[S, e]; what is not finite is left out.
+      index: number of the line, which gives its look.
+      label: its name.
+    """
     there = np.isfinite(values).any(axis=0)
     x, values = x[: values.shape[1]][there], values[:, there]
     known = np.ma.masked_invalid(values)  # a seed may have a gap where others have none
