@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -216,19 +216,10 @@ def curves(subject: Subject, histories: Mapping[str, History], eval_rounds: np.n
         if (found := early.course(config, history)) is not None:
             losses[method] = early.hold(losses[method], found.ends)
         band(right, eval_rounds, losses[method], i, methods.paper_name(method))
-    # Most of a curve is its beginning; what methods differ in is its end.
-    finals = np.concatenate([each.mean(axis=0) for each in accuracies.values()])
-    finals = finals[np.isfinite(finals)]
-    low = max(0.0, float(np.quantile(finals, 0.05)) - 0.05) if len(finals) else 0.0
-    left.set_ylim(low, min(1.0, max(finals.max(initial=0.0), config.report.target) + 0.02))
-    if config.report.target >= low:
-        style = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3))}
-        left.axhline(config.report.target, label=f"target {100 * config.report.target:g} %", **style)
+    accuracy_axis(left, list(accuracies.values()), config.report.target)
     for axis in (left, right):
         axis.set(xlabel="round", xlim=(0, _last_round(histories)))
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    left.set(title="Test accuracy")
-    left.yaxis.set_major_formatter(figures.Percent())
     right.set(title="Training loss of the participants")
     seen = np.concatenate([loss[np.isfinite(loss)] for loss in losses.values()])
     if not len(seen):
@@ -238,6 +229,20 @@ def curves(subject: Subject, histories: Mapping[str, History], eval_rounds: np.n
     figures.legend_below(figure, left, right)
     figures.title(figure, f"{subject.title}; mean and standard deviation of {counted(config.seeds, 'seed')}")
     return figure
+
+
+def accuracy_axis(axis: Axes, accuracies: Sequence[np.ndarray], target: float) -> None:
+    """Limits, labels and the target of an axis that shows accuracies, float[S, e] each."""
+    # Most of a curve is its beginning; what methods differ in is its end.
+    finals = np.concatenate([each.mean(axis=0) for each in accuracies])
+    finals = finals[np.isfinite(finals)]
+    low = max(0.0, float(np.quantile(finals, 0.05)) - 0.05) if len(finals) else 0.0
+    axis.set_ylim(low, min(1.0, max(finals.max(initial=0.0), target) + 0.02))
+    if target >= low:
+        style: dict[str, Any] = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3))}
+        axis.axhline(target, label=f"target {100 * target:g} %", **style)
+    axis.set(title="Test accuracy")
+    axis.yaxis.set_major_formatter(figures.Percent())
 
 
 def client_histogram(subject: Subject, histories: Mapping[str, History]) -> Figure:

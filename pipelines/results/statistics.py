@@ -40,3 +40,11 @@ def paired_test(one: np.ndarray, other: np.ndarray) -> float | None:
     if len(one) < 2 or not np.isfinite(one).all() or not np.isfinite(other).all() or np.ptp(one - other) == 0:
         return None
     return float(scipy.stats.ttest_rel(one, other).pvalue)
+
+
+def is_tied(values: np.ndarray, best: np.ndarray) -> bool:
+    """Whether float[S] are the best, or a paired test cannot tell them from the best; not where it says nothing."""
+    if np.array_equal(values, best):
+        return True
+    p = paired_test(values, best)
+    return p is not None and p >= TIE

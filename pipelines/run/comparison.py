@@ -212,12 +212,33 @@ def differences(found: Comparison) -> list[Difference]:
 
 
 def _difference(found: Comparison, one: Entry, other: Entry) -> Difference | None:
+    pair = _paired(found, one, other)
+    return None if pair is None else Difference(one, other, pair[0] - pair[1], statistics.paired_test(*pair))
+
+
+def _paired(found: Comparison, one: Entry, other: Entry) -> list[np.ndarray] | None:
+    """The final accuracies of both, float[S] of the seeds that both have; None where seeds are no pairs."""
     here, there = _identity(found.runs[one.run]), _identity(found.runs[other.run])
     common = [seed for seed in one.seeds if seed in other.seeds]
     if not here or here != there or one.view != other.view or not common:
         return None
-    pair = [each.final_accuracy[[each.seeds.index(seed) for seed in common]] for each in (one, other)]
-    return Difference(one, other, pair[0] - pair[1], statistics.paired_test(*pair))
+    return [each.final_accuracy[[each.seeds.index(seed) for seed in common]] for each in (one, other)]
+
+
+def ties(found: Comparison) -> list[bool]:
+    """Which entries have the highest final accuracy, or cannot be told from it by a paired test over common seeds.
+
+    None where any two of them are no pairs: there is no best one then.
+    """
+    means = np.asarray([each.final_accuracy.mean() for each in found.entries])
+    if not np.isfinite(means).any():
+        return [False] * len(means)
+    best = found.entries[int(np.nanargmax(means))]
+    pairs = [_paired(found, each, best) for each in found.entries]
+    return [
+        all(pair is not None for pair in pairs) and (each is best or (pair is not None and statistics.is_tied(*pair)))
+        for each, pair in zip(found.entries, pairs, strict=True)
+    ]
 
 
 def _identity(run: Measured) -> dict[str, str]:
@@ -239,12 +260,17 @@ def unfair(found: Comparison) -> list[str]:
     def digest(name: str) -> Callable[[Measured], str]:
         return lambda run: _identity(run).get(name, "unknown")[:12]
 
-    if said := differs(digest("examples")):
+    unknown = [name for name, run in zip(found.names, found.runs, strict=True) if not _identity(run)]
+    if unknown:
+        lines.append(f"Nothing is known of the examples of {', '.join(unknown)}, of an earlier version.")
+    elif said := differs(digest("examples")):
         lines.append(f"The examples are others, so that accuracies are of other tasks (digests {said}).")
     elif said := differs(digest("clients")):
         lines.append(f"The same examples are held by other clients, or in other parts (digests {said}).")
     if said := differs(lambda run: run.subject.parts.get("test", 0)):
         lines.append(f"The test parts of clients are others (examples in them: {said}).")
+    if said := differs(lambda run: run.config.evaluation.evaluate_clients):
+        lines.append(f"Not as many clients are tested by models of their own (evaluate_clients: {said}).")
     if said := differs(lambda run: "keys" in _identity(run) and (digest("keys")(run), digest("partitionable")(run))):
         lines.append(f"The random keys are of other kinds, so that one seed draws other numbers ({said}).")
     views = {each.view for each in found.entries}
@@ -349,7 +375,8 @@ def rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
         "run",
     ]
     cells = []
-    for each in found.entries:
+    for each, marked in zip(found.entries, ties(found), strict=True):
+        final = report.mean_sd(each.final_accuracy)
         compiled, ran = map(duration, each.seconds)
         staged = found.runs[each.run].config.machine.staged
         cells.append(
@@ -359,10 +386,10 @@ def rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
                 *([each.view] if in_views else []),
                 str(len(each.seeds)),
                 str(each.rounds[-1]),
-                report.mean_sd(each.final_accuracy),
+                f"**{final}**" if marked else final,
                 report.mean_sd(each.best_accuracy),
-                statistics.spread(each.final_loss),
-                statistics.spread(each.best_loss),
+                _loss(each.final_loss),
+                _loss(each.best_loss),
                 report.rounds_to_target(each.accuracy, each.rounds, found.target),
                 *map(size, each.sent),
                 "in run" if staged else compiled,
@@ -370,6 +397,10 @@ def rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, cells
+
+
+def _loss(values: np.ndarray) -> str:
+    return statistics.spread(values) if np.isfinite(values).all() else "not finite"
 
 
 def summary(found: Comparison, command: str) -> str:
@@ -405,9 +436,15 @@ def _about(found: Comparison) -> str:
         best = f"those of the best model by validation examples where the run has some, else {best}"
     targets = {run.config.report.target for run in found.runs}
     whose = "" if targets == {found.target} else f" The target is {100 * found.target:g} % for all of them."
+    bold = (
+        "Bold: the highest final accuracy, and what a paired t-test over common seeds cannot tell from it (p of at "
+        f"least {statistics.TIE:g}). "
+        if any(ties(found))
+        else ""
+    )
     return (
-        f"Mean ± standard deviation over seeds, on test examples; best accuracy and loss are {best}. Bytes are summed "
-        f"over rounds and participants, as a mean over seeds; seconds are of all seeds at once.{whose}"
+        f"{bold}Mean ± standard deviation over seeds, on test examples; best accuracy and loss are {best}. Bytes are "
+        f"summed over rounds and participants, as a mean over seeds; seconds are of all seeds at once.{whose}"
     )
 
 
@@ -439,6 +476,8 @@ def _differences(found: Comparison) -> list[str]:
 
 
 def _points(values: np.ndarray) -> str:
+    if not np.isfinite(values).all():
+        return "unknown"
     half = statistics.half_width(values)
     mean = 100 * float(np.mean(values))
     return f"{mean:+.2f}" if half is None else f"{mean:+.2f} ± {100 * half:.2f}"
@@ -454,10 +493,7 @@ def curves(found: Comparison) -> Figure:
     for axis in (left, right):
         axis.set(xlabel="round", xlim=(0, max(int(each.rounds[-1]) for each in found.entries)))
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    left.set(title="Test accuracy")
-    left.yaxis.set_major_formatter(figures.Percent())
-    style = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3))}
-    left.axhline(found.target, label=f"target {100 * found.target:g} %", **style)
+    report.accuracy_axis(left, [each.accuracy for each in found.entries], found.target)
     right.set(title="Test loss")
     losses = np.concatenate([each.loss[np.isfinite(each.loss)] for each in found.entries])
     if len(losses) and losses.min() > 0:

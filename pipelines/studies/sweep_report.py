@@ -22,7 +22,7 @@ from pipelines.common import figures, files
 from pipelines.configuration import methods
 from pipelines.results import latex, pages
 from pipelines.results.history import column, evaluated_rounds, of_view
-from pipelines.results.statistics import CONFIDENCE, TIE, interval, paired_test, spread
+from pipelines.results.statistics import CONFIDENCE, TIE, interval, is_tied, spread
 from pipelines.run import run_directory
 from pipelines.studies.sweep import (
     KIND,
@@ -296,11 +296,7 @@ def ties(found: Sequence[Best], by: str) -> list[bool]:
     for each in found:
         rivals = [other.test for other in found if other.view == each.view]
         top = rivals[better_first(np.asarray([test.mean() for test in rivals]), by)[0]]
-        if np.array_equal(each.test, top):
-            marked.append(True)
-        else:
-            p = paired_test(each.test, top)
-            marked.append(p is not None and p >= TIE)
+        marked.append(is_tied(each.test, top))
     return marked
 
 

@@ -68,9 +68,11 @@ def test_the_table_by_hand(page, finished, other):
         *("rounds to 80 %", "sent up", "sent down", "compile", "run"),
     ]
     assert [row[:2] for row in rows] == [["run", "FedAvg"], ["run", "SCAFFOLD"], ["slow", "FedAvg"]]
+    assert [row[4].startswith("**") for row in rows] == expected_ties(finished, other)
     for row, out, method in zip(rows, (finished, finished, other), ("fedavg", "scaffold", "fedavg"), strict=True):
         history = measured.read(out).histories[method]
         accuracy, loss = (history[f"test/{name}"].astype(float) for name in ("accuracy", "loss"))
+        row[4] = row[4].strip("*")
         assert row[2:8] == [
             str(len(accuracy)),
             str(history["round/loss"].shape[1]),
@@ -87,6 +89,29 @@ def test_the_table_by_hand(page, finished, other):
         assert row[9] == size(round(sent.sum() / len(accuracy)))
 
 
+def cauchy(values):
+    """The p-value of a paired t-test of two differences: with one degree of freedom Student's t is Cauchy's."""
+    error = values.std(ddof=1) / np.sqrt(2)
+    return None if error == 0 else 1 - 2 / np.pi * np.arctan(abs(values.mean() / error))
+
+
+def expected_ties(finished, other):
+    runs = [measured.read(finished).histories["fedavg"], measured.read(finished).histories["scaffold"]]
+    finals = [each["test/accuracy"][:, -1].astype(float) for each in [*runs, measured.read(other).histories["fedavg"]]]
+    best = max(finals, key=lambda values: values.mean())
+    marked = []
+    for values in finals:
+        p = cauchy(values[:2] - best[:2])
+        marked.append(np.array_equal(values[:2], best[:2]) or (p is not None and p >= 0.05))
+    return marked
+
+
+def test_no_method_is_best_where_seeds_are_no_pairs(finished):
+    run = measured.read(finished)
+    assert any(comparison.ties(comparison.of([run, run], ["run", "again"], 0.8)))
+    assert not any(comparison.ties(comparison.of([run, identity_with(run, clients="other")], ["run", "again"], 0.8)))
+
+
 def test_the_differences_by_hand(page, finished, other):
     *_, differences, _ = tables_of((page[0] / "comparison.md").read_text())
     one, slow = measured.read(finished).histories, measured.read(other).histories
@@ -98,13 +123,10 @@ def test_the_differences_by_hand(page, finished, other):
     assert [row[:3] for row in differences[1:]] == [[label, "run/FedAvg", "2"] for label in expected]
     for row, values in zip(differences[1:], expected.values(), strict=True):
         mean, error = values.mean(), values.std(ddof=1) / np.sqrt(2)
-        # Student's t with one degree of freedom is Cauchy's distribution.
         half = np.tan(np.pi * 0.475) * error
         assert row[3] == f"{100 * mean:+.2f} ± {100 * half:.2f}"
-        if error:
-            assert float(row[4]) == pytest.approx(1 - 2 / np.pi * np.arctan(abs(mean / error)), rel=2e-3)
-        else:
-            assert row[4] == "-"
+        p = cauchy(values)
+        assert row[4] == "-" if p is None else float(row[4]) == pytest.approx(p, rel=5e-3)
 
 
 def test_what_differs_comes_first_and_what_is_the_same_is_said(page):
@@ -186,7 +208,8 @@ def configured(run, **changed):
             "The examples are others, so that accuracies are of other",
         ),
         (lambda run: identity_with(run, clients="other" * 9), "The same examples are held by other clients"),
-        (lambda run: record_with(run, identity={}), "The examples are others"),
+        (lambda run: record_with(run, identity={}), "Nothing is known of the examples of again"),
+        (lambda run: configured(run, evaluate_clients=3), "Not as many clients are tested by models of their own"),
         (
             lambda run: run._replace(subject=run.subject._replace(parts={"train": 5, "test": 9})),
             "test parts of clients",
