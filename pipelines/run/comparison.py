@@ -171,8 +171,11 @@ def _entry(run: Measured, index: int, method: str, label: str) -> Entry:
     if course is not None:
         at = course.best[:, None]
         best = [np.take_along_axis(values, at, axis=1)[:, 0] for values in (accuracy, loss)]
-    else:
-        best = [_extreme(np.fmax, accuracy), _extreme(np.fmin, loss)]
+    else:  # what a method does after its last round may have made it better
+        best = [
+            np.fmax(np.fmax.reduce(accuracy, axis=1), final_accuracy),
+            np.fmin(np.fmin.reduce(loss, axis=1), final_loss),
+        ]
     info = run.info[method]
     return Entry(
         label,
@@ -190,11 +193,6 @@ def _entry(run: Measured, index: int, method: str, label: str) -> Entry:
         (report.transferred(shown, "bytes_up"), report.transferred(shown, "bytes_down")),
         (info["compile_seconds"], info["run_seconds"]),
     )
-
-
-def _extreme(choose: Any, values: np.ndarray) -> np.ndarray:
-    """float[S] of [S, e], without what is not known."""
-    return np.asarray(choose.reduce(values, axis=1))
 
 
 def differences(found: Comparison) -> list[Difference]:
@@ -263,7 +261,12 @@ def unfair(found: Comparison) -> list[str]:
     unknown = [name for name, run in zip(found.names, found.runs, strict=True) if not _identity(run)]
     if unknown:
         lines.append(f"Nothing is known of the examples of {', '.join(unknown)}, of an earlier version.")
-    elif said := differs(digest("examples")):
+    elif (said := differs(digest("examples"))) and differs(lambda run: run.config.machine.x64):
+        lines.append(
+            f"Whether the examples are the same cannot be told: their digests are others ({said}), as they are between "
+            "single and double precision."
+        )
+    elif said:
         lines.append(f"The examples are others, so that accuracies are of other tasks (digests {said}).")
     elif said := differs(digest("clients")):
         lines.append(f"The same examples are held by other clients, or in other parts (digests {said}).")

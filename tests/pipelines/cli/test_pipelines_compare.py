@@ -235,6 +235,29 @@ def test_what_is_unfair(change, words, finished):
         assert lines == []
 
 
+def test_examples_in_another_precision_cannot_be_told_from_others(finished):
+    run = measured.read(finished)
+    lines = comparison.unfair(
+        comparison.of([run, configured(identity_with(run, examples="x"), x64=True)], ["a", "b"], 0.8)
+    )
+    assert lines[0].startswith("Whether the examples are the same cannot be told: their digests are others (a: ")
+    assert not any("accuracies are of other tasks" in line for line in lines)
+
+
+def test_the_best_is_no_worse_than_what_comes_of_it_in_the_end(finished):
+    run = measured.read(finished)
+    history = {
+        **run.histories["fedavg"],
+        "final/test/accuracy": np.asarray([1.0, 0.1]),
+        "final/test/loss": np.asarray([9.0, 0.0]),
+    }
+    (entry,) = comparison.of([run._replace(histories={"fedavg": history})], ["a"], 0.8).entries
+    accuracy, loss = history["test/accuracy"].astype(float), history["test/loss"].astype(float)
+    assert entry.best_accuracy.tolist() == [1.0, accuracy[1].max()]
+    assert entry.best_loss.tolist() == [loss[0].min(), 0.0]
+    assert entry.final_accuracy.tolist() == [1.0, 0.1]
+
+
 def test_other_federations_and_other_seeds_are_no_pairs(finished):
     run = measured.read(finished)
     same = comparison.differences(comparison.of([run, run], ["run", "again"], 0.8))
