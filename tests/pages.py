@@ -1,9 +1,13 @@
-"""What a report as one HTML page must be: it asks for nothing from anywhere."""
+"""What reports must be: one HTML page that asks for nothing from anywhere, the same when it is drawn again."""
 
 import base64
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from unittest import mock
 from xml.etree import ElementTree
+
+from pipelines.run import measured
 
 
 class Links(HTMLParser):
@@ -33,3 +37,16 @@ def pictures_of(html):
         assert not re.search(r'href="(?!#)', text), "a picture asks for something outside of it"
         assert "@import" not in text
     return texts
+
+
+def assert_drawn_again(run: Path, target: Path) -> None:
+    """The report of a run from its directory alone is the one that is there; figures are made and not drawn."""
+    with (
+        mock.patch("pipelines.common.figures.write"),
+        mock.patch("pipelines.common.figures.svg", return_value=b""),
+        mock.patch("pipelines.experiment.setup.prepare", side_effect=AssertionError),
+    ):
+        measured.again(run, target, print)
+    assert {path.name for path in target.iterdir()} == {"summary.md", "summary.html", "summary.json", "results.tex"}
+    for name in ("summary.md", "summary.json", "results.tex"):
+        assert (target / name).read_text() == (run / name).read_text(), name

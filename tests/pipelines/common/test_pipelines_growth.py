@@ -13,6 +13,7 @@ from pipelines.common.progress import Reporter
 from pipelines.run import loading, run_directory, train
 from pipelines.studies import zeroth_order
 from pipelines.studies.zeroth_order_config import Synthetic
+from tests.pages import assert_drawn_again
 
 # It ends between two evaluations of a longer run.
 SHORT = Config(
@@ -99,6 +100,7 @@ def test_a_run_that_grows_is_to_the_bit_the_one_made_at_once(short, tmp_path):
     assert times_of_checkpoints(grown) == before
     assert train.read_config(grown).report.target == 0.5
     assert "rounds to 50 %" in (grown / "summary.md").read_text()
+    assert_drawn_again(grown, tmp_path / "again")
 
 
 def test_an_end_between_evaluations_leaves_a_checkpoint_to_go_on_from(short):

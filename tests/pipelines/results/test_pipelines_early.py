@@ -16,6 +16,7 @@ from pipelines.common.progress import Reporter
 from pipelines.experiment import setup
 from pipelines.results import early, history, report
 from pipelines.run import train
+from tests.pages import assert_drawn_again
 
 VALIDATING = {"validation_share": 0.3, "methods": ("fedavg",), "eval_every": 1, "checkpoint_every": 2, "rounds": 9}
 
@@ -149,6 +150,7 @@ def test_a_run_that_stops_early(stopped, tmp_path):
     assert "--patience 1" in text
     assert "best_accuracy" in (out / "clients.csv").read_text().splitlines()[0]
     assert train.train(config, out)["fedavg"].history["test/accuracy"].shape[1] == evaluations
+    assert_drawn_again(out, tmp_path / "again")
 
 
 def test_runs_without_validation_keep_no_best_model(finished):

@@ -20,6 +20,7 @@ from pipelines.configuration.config import Config
 from pipelines.experiment import setup, views
 from pipelines.results import early, history
 from pipelines.run import client_scores, train
+from tests.pages import assert_drawn_again
 
 METHODS = '''
 """Methods of a user's own."""
@@ -300,6 +301,7 @@ def test_what_is_asked_for_is_evaluated_and_nothing_else(small, tmp_path):
     assert "3 of 6 clients are tested" in summary
     assert "--evaluate personal --evaluate-clients 3" in summary
     assert "| FedAvg | personal |" in summary
+    assert_drawn_again(tmp_path / "run", tmp_path / "again")
 
 
 def test_dealt_test_examples_have_each_clients_mix_of_labels(small):
