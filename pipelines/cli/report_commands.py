@@ -1,5 +1,6 @@
 """The commands that tell of what runs have measured: `fedjax-core report` and `fedjax-core compare`."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def report(ctx: click.Context, run: Path, out: Path | None) -> None:
         again = _again_of(run)
         if out is not None:
             files.check_empty(out)
+        elif not os.access(run, os.W_OK):
+            raise ValueError(f"{run} cannot be written to: give a directory for the report by --out")
         target = run if out is None else out
         first, *others = again(run, target, click.echo)
     click.echo(f"written: {target / first}, {', '.join(others)}")

@@ -170,3 +170,10 @@ def test_a_full_directory_is_no_place_for_a_report(run, tmp_path):
     assert result.exit_code == 2
     assert f"--out {tmp_path / 'full'} is not empty: choose a new or an empty directory" in result.output
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_can_only_be_read_has_its_report_elsewhere(run, monkeypatch):
+    monkeypatch.setattr("pipelines.cli.report_commands.os.access", lambda path, mode: path != run)
+    result = call("report", run)
+    assert result.exit_code == 2
+    assert f"Error: {run} cannot be written to: give a directory for the report by --out" in result.output
