@@ -11,12 +11,13 @@ from pipelines.cli.options import default_of
 from pipelines.configuration.config import Config
 from pipelines.configuration.options import Section, fields_of
 from pipelines.studies.continual_config import Continual
+from pipelines.studies.convergence.config import Converge
 from pipelines.studies.sweep_config import Sweep
 from pipelines.studies.zeroth_order_config import Attack, Metric, Synthetic
 
 KINDS: dict[str, type[Section]] = {
     kind.__name__: kind
-    for kind in (Config, Sweep, Continual, Synthetic, Attack, Metric)
+    for kind in (Config, Sweep, Converge, Continual, Synthetic, Attack, Metric)
 }
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pipelines.cli import catalog, choosing, options, terminal
 from pipelines.cli.compile_command import compile_
+from pipelines.cli.converge_command import converge
 from pipelines.cli.report_commands import compare, report
 from pipelines.cli.run_commands import evaluate, export
 from pipelines.cli.sweep_command import sweep
@@ -39,6 +40,7 @@ _HELP = """Federated learning research in JAX: a whole federated round is one co
 \b
 fedjax-core train            compare FedAvg, SCAFFOLD and FedAdam on handwritten digits
 fedjax-core sweep            train with every setting of a grid, and find the best
+fedjax-core converge         measure what theory says of methods, on problems with known constants
 fedjax-core federate         describe and draw a federation before anything is trained
 fedjax-core continual        learn one task after another, and see what is forgotten
 fedjax-core list             what there is to choose from
@@ -64,6 +66,7 @@ def main(debug: bool) -> None:
     """Federated learning research in JAX; the help text is given above."""
 
 
+main.add_command(converge)
 main.add_command(sweep)
 main.add_command(zeroth_order)
 main.add_command(report)

@@ -96,12 +96,14 @@ def _again_of(run: Path) -> Callable[[Path, Path, Callable[[str], None]], list[s
     """`again(run, target, say)` of the command that made what is in a directory."""
     from pipelines.run import measured, run_directory
     from pipelines.studies import continual, sweep_report, zeroth_order
+    from pipelines.studies.convergence import study as convergence
 
     known = {
         "train": measured.again,
         "sweep": sweep_report.again,
         "continual": continual.again,
         "zeroth-order": zeroth_order.again,
+        "converge": convergence.again,
     }
     command = run_directory.command_of(run)
     if command not in known:

@@ -81,12 +81,13 @@ def names() -> list[str]:
     return [name for name in algorithms.__all__ if not _wants_more(name) and "loss" in _asked(name).values()]
 
 
-def method(name: str, *, num_steps: int = 1, batch_size: int = 1, **fixed: Any) -> Make:
+def method(name: str, *, num_steps: int | np.ndarray = 1, batch_size: int = 1, **fixed: Any) -> Make:
     """A method of the library, whose clients take steps of plain SGD on batches drawn with replacement.
 
     Args:
       name: of the method.
-      num_steps: local steps of a round, K; of no meaning to a method with one full pass.
+      num_steps: local steps of a round, K, or an int array of each client's; of no meaning to a method with one full
+        pass.
       batch_size: B, examples of a step.
       **fixed: arguments of its factory that are the same in all cases.
 
@@ -102,7 +103,8 @@ def method(name: str, *, num_steps: int = 1, batch_size: int = 1, **fixed: Any) 
             f"of {', '.join(names())}"
         )
     factory = getattr(algorithms, pick("method", name, names()))
-    checks.positive_int("num_steps", num_steps, "take at least one local step")
+    if np.ndim(num_steps) == 0:
+        checks.positive_int("num_steps", num_steps, "take at least one local step")
     checks.positive_int("batch_size", batch_size, "each step needs at least one example")
     known = [each for each in inspect.signature(factory).parameters if each != "local"]
     for each in fixed:
