@@ -5,11 +5,11 @@
     python -m benchmarks.comparison --draw            # the tables and figures again from what is there
 
 Four settings: multinomial logistic regression and an MLP, 100 clients by Dirichlet(0.1) and Dirichlet(0.5), 10 of them
-a round. Each method chooses its learning rates from the same grid: client rates times factors on its server rate, all
-of them trained at once by a vmap over the rates, judged by the accuracy on examples that the clients hold back. Then
-three other seeds run with these rates, as `fedjax-core train` does it. Every setting has a process and a core of its
-own. The run directories stay in runs/comparison; results/comparison.json and .md have the choices, the curves and the
-tables, and docs/methods/figures a picture for each page.
+a round. Each method chooses its learning rates from the same grid by a sweep (`pipelines.studies.sweep`): client rates
+times factors on its server rate, judged by the accuracy on examples that the clients hold back. Then three other seeds
+run with these rates, as `fedjax-core train` does it. Every setting has a process and a core of its own. The directories
+of sweeps and runs stay in runs/comparison; results/comparison.json and .md have the choices, the curves and the tables,
+and docs/methods/figures a picture for each page.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _measure
-from fedjax_core import continue_rounds, evaluate
 from pipelines.common import figures
 from pipelines.configuration import methods
 from pipelines.configuration.config import Config
 from pipelines.experiment import setup
 from pipelines.results.history import evaluated_rounds
 from pipelines.run import train
+from pipelines.studies import sweep
+from pipelines.studies.sweep_config import Sweep
 
 MODELS = {"logistic_regression": 0.78, "mlp": 0.80}
 """Model to the test accuracy for which rounds are counted."""
@@ -91,21 +91,28 @@ PAGES = {
 """Pages of several methods; the others have the name of theirs."""
 
 
+def federation_and_work(model: str) -> dict[str, Any]:
+    """What the search for rates and the final runs have in common."""
+    return {
+        "dataset": "fashion_mnist",
+        "clients": 100,
+        "min_size": 10,
+        "validation_share": 0.1,
+        "cohort_size": 10,
+        "model": model,
+        "hidden": (50,),
+        "batch_size": 50,
+        "epochs": 1,
+        "eval_every": EVAL_EVERY,
+    }
+
+
 def configuration(model: str, alpha: float, rounds: int, chosen: dict[str, dict[str, Any]]) -> Config:
     """The final runs: a method to its settings."""
     return Config(
-        dataset="fashion_mnist",
-        clients=100,
+        **federation_and_work(model),
         alpha=alpha,
-        min_size=10,
-        validation_share=0.1,
-        cohort_size=10,
-        model=model,
-        hidden=(50,),
-        batch_size=50,
-        epochs=1,
         rounds=rounds,
-        eval_every=EVAL_EVERY,
         checkpoint_every=rounds,
         seeds=3,
         target=MODELS[model],
@@ -114,39 +121,43 @@ def configuration(model: str, alpha: float, rounds: int, chosen: dict[str, dict[
     )
 
 
-def choices(name: str) -> list[dict[str, float]]:
-    """The grid of a method; one without a server rate has the clients' alone."""
+def grid(name: str) -> dict[str, tuple[float, ...]]:
+    """The values of a method's rates; one without a server rate has the clients' alone."""
     settings = methods.settings_of(name, SETTINGS.get(name, {}))
-    if "server_lr" not in settings:
-        return [{"client_lr": rate} for rate in RATES]
-    return [
-        {"client_lr": rate, "server_lr": round(factor * settings["server_lr"], 6)}
-        for rate, factor in itertools.product(RATES, FACTORS)
-    ]
+    found = {"client_lr": RATES}
+    if "server_lr" in settings:
+        found["server_lr"] = tuple(round(factor * settings["server_lr"], 6) for factor in FACTORS)
+    return found
 
 
-def tune(experiment: setup.Experiment, name: str) -> list[float]:
-    """Accuracy on held-back examples for every choice, the mean of the last three evaluations."""
-    held_back = jax.tree.map(jnp.asarray, dict(experiment.federation.host_population("validation").examples))
-    key = jax.random.key(TUNING_SEED)
+def choices(name: str) -> list[dict[str, float]]:
+    """All points of the grid of a method."""
+    values = grid(name)
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
-    def late_accuracy(rates: dict[str, Any], population: Any, held_back: Any) -> Any:
-        algorithm = experiment.make(name, experiment.plan, rates)
-        rounds = continue_rounds(algorithm, experiment.sampler, EVAL_EVERY)
 
-        def evaluated(state: Any, _: None) -> Any:
-            state, _ = rounds(state, population, setup.run_keys(key)[1])
-            return state, evaluate(experiment.metric_fn, algorithm.params(state), held_back)["accuracy"]
+def search(model: str, alpha: float, name: str) -> Sweep:
+    """The search for the rates of a method, on a seed that is not used again."""
+    fixed = {key: value for key, value in SETTINGS.get(name, {}).items() if key not in grid(name)}
+    return Sweep(
+        **federation_and_work(model),
+        alpha=alpha,
+        rounds=TUNING_ROUNDS,
+        seeds=1,
+        first_seed=TUNING_SEED,
+        methods=(name,),
+        settings={name: fixed} if fixed else {},
+        grid={name: grid(name)},
+    )
 
-        states = setup.initial_states(experiment, algorithm, key[None])
-        states = setup.begun(algorithm, states, population, key[None])
-        state = jax.tree.map(lambda leaf: leaf[0], states)
-        return jax.lax.scan(evaluated, state, length=TUNING_ROUNDS // EVAL_EVERY)[1][-3:].mean()
 
-    grid = choices(name)
-    rates = {key: jnp.asarray([choice[key] for choice in grid], jnp.float32) for key in grid[0]}
-    over_rates = jax.jit(jax.vmap(late_accuracy, (0, None, None)))
-    return np.asarray(over_rates(rates, experiment.population, held_back)).tolist()
+def tune(asked: Sweep, name: str, out: Path) -> list[float]:
+    """Accuracy on held-back examples for every choice, the mean of the last three evaluations; NaN if it diverged."""
+    _, trials = sweep.run(asked, out, say=lambda line: None)
+    found = {
+        frozenset(trial.setting.values.items()): sweep.score(curves, "accuracy") for trial, curves in trials.items()
+    }
+    return [found[frozenset(choice.items())] for choice in choices(name)]
 
 
 def study(model: str, alpha: float, rounds: int, names: list[str], out: Path) -> None:
@@ -160,15 +171,13 @@ def study(model: str, alpha: float, rounds: int, names: list[str], out: Path) ->
         fixed = SETTINGS.get(name, {})
         result: dict[str, Any] = {}
         try:
-            experiment = setup.prepare(configuration(model, alpha, rounds, {name: fixed}), federation)
-            federation = experiment.federation
-            scores = tune(experiment, name)
+            scores = tune(search(model, alpha, name), name, out / name / "search")
             best = int(np.argmax(np.nan_to_num(scores, nan=-1)))
             chosen = choices(name)[best]
             result |= {"choices": choices(name), "scores": scores, "chosen": chosen}
             config = configuration(model, alpha, rounds, {name: fixed | chosen})
-            run = out / name / "run"
-            history = train.run(setup.prepare(config, federation), run)[name].history
+            federation = federation or setup.federate(config)
+            history = train.run(setup.prepare(config, federation), out / name / "run")[name].history
             curves = history["test/accuracy"].astype(np.float64)
             own = {key: value for key, value in history.items() if key.startswith("test/") and key != "test/loss"}
             result |= {

@@ -35,6 +35,10 @@ def test_the_grid_lies_around_the_methods_own_server_rate(name):
     config = comparison.configuration("mlp", 0.1, 10, {name: comparison.SETTINGS.get(name, {}) | grid[-1]})
     assert Config.from_json(config.to_json()) == config
     assert hasattr(algorithms, name)
+    asked = comparison.search("mlp", 0.1, name)
+    assert [setting.values for setting in asked.settings_of_grid(name)] == grid
+    searched = config.replace(rounds=asked.rounds).federation_fields()
+    assert asked.federation_fields() == searched, "rates are chosen on the federation that they are used on"
 
 
 def test_rounds_to_a_target_are_those_of_evaluations():
