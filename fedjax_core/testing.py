@@ -719,18 +719,23 @@ class Subject:
     def another_key_gives_other_numbers(self) -> None:
         """The key is used, and in a method that draws nothing it makes no difference."""
         start, round = self.on_mesh
-        first, other = (float(round(start, self.wide[0], jax.random.key(seed))[1].update_norm) for seed in (3, 4))
+
+        def numbers(seed: int) -> tuple[float, float]:
+            metrics = round(start, self.wide[0], jax.random.key(seed))[1]
+            return float(metrics.update_norm), float(metrics.loss)
+
+        first, other = numbers(3), numbers(4)
         if self.random:
             _require(
                 first != other,
-                f"another key gives the same numbers (an update of length {first}): hand the key of the round on to "
+                f"another key gives the same numbers (an update of length {first[0]}): hand the key of the round on to "
                 "the clients, or say random=False if the method draws nothing",
             )
         else:
             _require(
                 first == other,
-                f"another key gives other numbers (updates of length {first} and {other}), and random=False was said: "
-                "leave it out, or draw nothing",
+                f"another key gives other numbers (updates of length {first[0]} and {other[0]}), and random=False was "
+                "said: leave it out, or draw nothing",
             )
 
     def scanned_rounds_equal_single_rounds(self) -> None:
