@@ -635,6 +635,8 @@ def before_sending(
     change: Callable[[PyTree, PyTree, Key], tuple[PyTree, PyTree]],
     rows: PyTree = (),
     key: Key | None = None,
+    *,
+    envelopes: bool = False,
 ) -> tuple[Pass, Callable[[ClientResults], tuple[ClientResults, PyTree]]]:
     """The pass whose clients change their upload before they send it, each with a row of its own.
 
@@ -645,6 +647,7 @@ def before_sending(
         was given: then a size that was stated still holds.
       rows: leaves [C, ...], of the clients of the cohort.
       key: randomness of the change; a client's is `fold_in(key, client_id)`.
+      envelopes: whether the change gets messages as they are, with the sizes that they state.
 
     Returns:
       The pass, and `taken(results) -> (results, rows)`, which takes the new rows out of its results.
@@ -666,7 +669,7 @@ def before_sending(
         upload, output = program.final(shared, own)
         sizes.check_messages("the upload", upload)
         given = execution.strip_weak_type(sizes.opened(upload))
-        sent, row = change(given, row, change_key)
+        sent, row = change(upload if envelopes else given, row, change_key)
         if sizes.has_message(upload) and not sizes.has_message(sent) and _alike(sent, given):
             sent = Message(sent, sizes.sent_bytes(upload))
         return sent, (output, row)

@@ -9,6 +9,7 @@ import pytest
 import algorithms
 from algorithms import messages as parts
 from algorithms.messages import codecs
+from fedjax_core import sizes
 from fedjax_core.messages import with_part
 from tests.problems import softmax_loss, softmax_params, softmax_population
 
@@ -37,7 +38,8 @@ def test_the_k_largest_are_those_of_a_sort_with_ties_by_index(name, k, dtype):
     kept = np.argsort(-np.abs(x), kind="stable")[:k]
     expected = np.zeros_like(x)
     expected[kept] = x[kept]
-    found = np.asarray(jax.jit(codecs.kept_largest, static_argnums=1)(jnp.asarray(x), k))
+    sent = jax.jit(lambda x: codecs.spread(sizes.opened(codecs.kept_largest(x, k)), 50))
+    found = np.asarray(sent(jnp.asarray(x)))
     np.testing.assert_array_equal(found, expected)
     assert np.sum((x - found) ** 2) <= (1 - k / 50) * np.sum(x**2) * (1 + 1e-6), "contractive"
 
@@ -187,3 +189,35 @@ def test_scalars_beside_the_coded_entries_count_as_they_are():
         algorithm = with_part(method, parts.top_k(0.1), like=POPULATION)
         _, metrics = algorithm.round(algorithm.init(softmax_params()), POPULATION.cohort([0, 1]), KEY)
         assert metrics.bytes_up == up
+
+
+LARGE = 2000
+
+
+def uploading(x, *codecs_around):
+    """FedAvg whose only client uploads x once, with codecs around it: what the server makes of it, and the bytes."""
+    method = algorithms.fedavg(lambda p, b, k: -jnp.sum(p * x) * jnp.ones(b["y"].shape), optax.sgd(1.0), num_steps=1)
+    for part in codecs_around:
+        method = with_part(method, part, like=POPULATION)
+    state, metrics = method.round(method.init(jnp.zeros(x.size)), POPULATION.cohort([0]), KEY)
+    return np.asarray(method.params(state)), float(metrics.bytes_up)
+
+
+def test_what_top_k_sends_is_rounded_by_a_codec_around_it():
+    """Values alone, on a grid of their own; places go as they are, and every byte counts once."""
+    x = np.random.default_rng(0).normal(size=LARGE)
+    kept = np.sort(np.argsort(-np.abs(x))[:40])
+    found, up = uploading(x, parts.top_k(0.02), parts.stochastic_rounding(8, chunk=16))
+    assert up == 40 * (1 + 11 / 8) + 3 * 8
+    np.testing.assert_array_equal(np.flatnonzero(found), kept)
+    grid = np.repeat([np.ptp(x[kept][i : i + 16]) / 255 for i in (0, 16, 32)], 16)[:40]
+    assert (np.abs(found - x)[kept] <= grid).all()
+    again, up = uploading(x, parts.top_k(0.02), parts.top_k(0.5), parts.stochastic_rounding(8))
+    assert up == 20 * (1 + 6 / 8) + 8 + 40 * 11 / 8  # a place among the forty, and the forty places
+    np.testing.assert_array_equal(np.flatnonzero(again), np.sort(np.argsort(-np.abs(x))[:20]))
+
+
+@pytest.mark.parametrize("outer", [parts.top_k(0.1), parts.stochastic_rounding(16)])
+def test_codes_are_not_coded_again(outer):
+    with pytest.raises(TypeError, match=f"{outer.name} stands around a codec that leaves no floats to code: put it near"):
+        uploading(np.ones(LARGE), parts.stochastic_rounding(8), outer)
