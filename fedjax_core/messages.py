@@ -493,7 +493,12 @@ class _Route:
             )
         key = jax.random.fold_in(jax.random.fold_in(keys.one(self._key), _TAG + number), self._salt)
         what, state = f"{self._part.name}.around", self._states[number]
-        returned = self._part.around(state, asked, key)
+        try:
+            returned = self._part.around(state, asked, key)
+        except Exception as error:
+            if (note := _IN_PART.format(self._part.name)) not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
         results, state, info = _returned(what, "results", ClientResults, returned, state)
         if len(results.seen) != len(asked.looks):
             raise TypeError(
@@ -515,6 +520,7 @@ class _Route:
         return tuple(self._new), tuple(self._infos)
 
 
+_IN_PART = "this happened in the part {} between clients and server, or in the clients' program behind it"
 _COMPILED = (
     "the round that {} is put around was compiled (or is looped over) by itself: wrap the method first and compile "
     "then, jax.jit(with_part(algorithm, part, like=population).round)"
@@ -669,7 +675,13 @@ def before_sending(
         upload, output = program.final(shared, own)
         sizes.check_messages("the upload", upload)
         given = execution.strip_weak_type(sizes.opened(upload))
-        sent, row = change(upload if envelopes else given, row, change_key)
+        returned = change(upload if envelopes else given, row, change_key)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(
+                f"change must return (upload, row), got {checks.described(returned)}: return () in the place of a row "
+                "of a client that keeps nothing"
+            )
+        sent, row = returned
         if sizes.has_message(upload) and not sizes.has_message(sent) and _alike(sent, given):
             sent = Message(sent, sizes.sent_bytes(upload))
         return sent, (output, row)

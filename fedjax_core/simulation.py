@@ -85,6 +85,9 @@ def simulate(
     `lambda lr: simulate(fedavg(loss_fn, optax.sgd(lr)), ...)(params, population, key)` sweeps a hyper-parameter.
     The population is an argument, not a part of the closure, so that compiling never copies the data into the
     program. What is checked, and when, is said at `continue_rounds`.
+
+    Rounds alone are run: what a method does beside them (`algorithm.events`, the exploration of FedLEx for instance) is
+    done by `run_events`, between `algorithm.init` and `continue_rounds`, or after those.
     """
     run_rounds = continue_rounds(algorithm, sampler, num_rounds)
 

@@ -95,7 +95,7 @@ def rank_reversal(malicious: Any) -> Part:
 
 
 def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
-    """`sent(own, mean, sd, n, f)` in the place of the uploads of malicious clients, for columns of each leaf.
+    """`sent(own, mean, sd, n, f)` in the place of the uploads of malicious clients, for columns of each leaf of floats.
 
     own [C, d] are all uploads, mean and sd [d] those of the honest ones (with n - f - 1), n counts participants and f
     the malicious ones among them; what is returned is [d] or [C, d].
@@ -111,6 +111,8 @@ def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
         return Part(by_nobody, name=name)
 
     def attacked(leaf: fc.Array, bad: fc.Array, honest: fc.Array) -> fc.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf  # indices and switches, of which neither multiples nor means mean anything
         mask, count = honest[:, None], jnp.sum(honest)
 
         def change(rows: fc.Array) -> fc.Array:
@@ -121,18 +123,35 @@ def _attack(name: str, malicious: Any, sent: Callable[..., fc.Array]) -> Part:
             other = sent(wide, mean, sd, jnp.sum(honest | bad), jnp.sum(bad))
             return jnp.where(bad[:, None], other.astype(rows.dtype), rows)
 
-        # A choice between all uploads and what is sent instead would hold both.
+        # In place: a choice between all uploads and what is sent instead would hold both.
         return columns.changed(leaf, change)
 
-    return _by_malicious(name, malicious, attacked)
+    def check(upload: fc.PyTree) -> None:
+        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(upload)})
+        if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+            raise TypeError(
+                f"{name} makes others of the floats of uploads, and this method's clients upload {', '.join(dtypes)}: "
+                "take a method that uploads floats, or rank_reversal for rankings"
+            )
+
+    return _by_malicious(name, malicious, attacked, check)
 
 
-def _by_malicious(name: str, malicious: Any, attacked: Callable[..., fc.Array]) -> Part:
-    """`attacked(leaf, bad, honest)` in the place of each leaf of the uploads, [C, ...]; bad and honest are bool[C]."""
+def _by_malicious(
+    name: str,
+    malicious: Any,
+    attacked: Callable[..., fc.Array],
+    check: Callable[[fc.PyTree], None] = lambda upload: None,
+) -> Part:
+    """`attacked(leaf, bad, honest)` in the place of each leaf of the uploads, [C, ...]; bad and honest are bool[C].
+
+    `check(upload)` raises where an upload of these shapes and dtypes cannot be attacked.
+    """
 
     _check_malicious(malicious)
 
     def around(state: Any, asked: Pass, key: fc.Key) -> Any:
+        check(asked.received())
         bad = asked.cohort.per_client("malicious", jnp.asarray(malicious, bool)) & asked.cohort.mask
         honest = asked.cohort.mask & ~bad
 

@@ -1,5 +1,6 @@
 """Aggregation rules that withstand some malicious clients, in the place of a method's weighted mean."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,9 @@ def krum(malicious: int, *, selected: int = 1) -> Part:
 
     score_i = sum of the n - f - 2 smallest ||x_i - x_j||^2 to others;  the m lowest scores, ties by the lowest slot
 
-    Needs n > 2 f + 2 participants; with fewer the number of neighbours is 1.
+    Needs n > 2 f + 2 participants; with fewer the number of neighbours is 1. An upload that is not finite, or so far
+    from the median that the square of it is not, is infinitely far from all others, and never chosen; where there is no
+    other one, the result is 0.
 
     Args:
       malicious: f.
@@ -81,40 +84,58 @@ def krum(malicious: int, *, selected: int = 1) -> Part:
 
     def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
         taking = weights > 0
-        n = jnp.sum(taking)
+        n, places = jnp.sum(taking), jnp.arange(taking.shape[0])
         distances = squared_distances(uploads, taking)
         others = taking[:, None] & taking[None] & ~jnp.eye(taking.shape[0], dtype=bool)
         ordered = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
-        near = jnp.arange(taking.shape[0]) < jnp.maximum(n - malicious - 2, 1)
-        scores = jnp.where(taking, jnp.sum(jnp.where(near & jnp.isfinite(ordered), ordered, 0), axis=1), jnp.inf)
-        rank = jnp.argsort(jnp.argsort(scores, stable=True), stable=True)
-        chosen = (rank < selected) & taking
+        # Behind the n - 1 others there is padding; an infinite distance to one of them counts.
+        near = places < jnp.minimum(jnp.maximum(n - malicious - 2, 1), n - 1)
+        scores = jnp.sum(jnp.where(near, ordered, 0), axis=1)
+        usable = taking & jnp.isfinite(jnp.diagonal(distances))
+        rank = jnp.argsort(jnp.lexsort((places, scores, ~usable)))
+        chosen = (rank < selected) & usable
         share = chosen.astype(distances.dtype) / jnp.maximum(jnp.sum(chosen), 1)
-        return fc.sums.cast_like(fc.sums.weighted(share, uploads), jax.tree.map(lambda leaf: leaf[0], uploads))
+        kept = jax.tree.map(lambda leaf: jnp.where(fc.sums.across(chosen, leaf), leaf, 0), uploads)
+        return fc.sums.cast_like(fc.sums.weighted(share, kept), jax.tree.map(lambda leaf: leaf[0], uploads))
 
     return _rule("krum", rule)
 
 
 def squared_distances(uploads: fc.PyTree, taking: fc.Array) -> fc.Array:
-    """float[C, C], ||x_i - x_j||^2 of uploads with leaves [C, ...], from their Gram matrix about the mean.
+    """float[C, C], ||x_i - x_j||^2 of uploads with leaves [C, ...], from their Gram matrix about the median.
+
+    About the mean the distances among honest uploads would drown in what a single malicious one moves it by. An upload
+    that is not finite, or so far away that its square is not, has infinite distances, to itself too.
 
     Columns go through a loop in blocks: of what is centered no more than a block is held.
     """
-    count = jnp.maximum(jnp.sum(taking), 1)
+    finite = taking & functools.reduce(
+        jnp.logical_and,
+        (columns.added(leaf, jnp.zeros(taking.shape), _not_finite) == 0 for leaf in jax.tree.leaves(uploads)),
+    )
+    n = jnp.sum(finite)
 
     def centered(rows: fc.Array) -> fc.Array:
         rows = fc.sums.widen(rows)
-        mean = fc.sums.total(jnp.where(taking[:, None], rows, 0)) / count
-        return jnp.where(taking[:, None], rows - mean, 0)
+        center = _ordered(rows, finite)[jnp.maximum(n - 1, 0) // 2]
+        return jnp.where(finite[:, None], rows - center, 0)
 
     def product(rows: fc.Array) -> fc.Array:
+        rows = centered(rows)
         return jnp.matmul(rows, rows.T, precision="highest").astype(gram.dtype)
 
     gram = jnp.zeros((taking.shape[0],) * 2)
     for leaf in jax.tree.leaves(uploads):
-        gram = columns.added(leaf, gram, lambda rows: product(centered(rows)))
+        gram = columns.added(leaf, gram, product)
     squares = jnp.diagonal(gram)
-    return jnp.maximum(squares[:, None] + squares[None] - 2 * gram, 0)
+    usable = jnp.isfinite(squares) & (finite | ~taking)
+    found = jnp.maximum(squares[:, None] + squares[None] - 2 * gram, 0)
+    return jnp.where(usable[:, None] & usable[None], found, jnp.inf)
+
+
+def _not_finite(rows: fc.Array) -> fc.Array:
+    """float[C], how many entries of [C, n] are not finite."""
+    return jnp.sum(~jnp.isfinite(rows), axis=1, dtype=float)
 
 
 def _rule(name: str, rule: Callable[[fc.PyTree, fc.Array], fc.PyTree]) -> Part:

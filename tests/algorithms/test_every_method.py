@@ -326,6 +326,8 @@ def takes(upload, aggregator, part):
     if part == "client_level_dp":
         as_sent = getattr(aggregator, "mean_of", None) is aggregation.itself
         return as_sent and all(np.issubdtype(leaf.dtype, np.floating) for leaf in upload)
+    if part in ("sign_flip", "alie", "inner_product_manipulation"):
+        return any(np.issubdtype(leaf.dtype, np.floating) for leaf in upload)
     if part == "rank_reversal":
         return all(np.issubdtype(leaf.dtype, np.integer) and leaf.ndim == 1 for leaf in upload)
     return True
@@ -373,7 +375,7 @@ def test_a_part_stands_around_a_method_or_says_why_it_cannot(name):
     for upload, aggregator, refused in passes(name):
         assert set(refused) == {part for part in PARTS if not takes(upload, aggregator, part)}
         for part, said in refused.items():
-            assert re.match(f"{part} (takes the place|bounds|scales|reverses).*: take a method", said)
+            assert re.match(f"{part} (takes the place|bounds|scales|makes|reverses).*: take a method", said)
     refused = {part for _, _, refused in passes(name) for part in refused}
     page = (Path(__file__).parents[2] / "docs/messages.md").read_text()
     for section, part in (("aggregates in another way", "krum"), ("averages something else", "client_level_dp")):

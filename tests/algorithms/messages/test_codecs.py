@@ -219,5 +219,7 @@ def test_what_top_k_sends_is_rounded_by_a_codec_around_it():
 
 @pytest.mark.parametrize("outer", [parts.top_k(0.1), parts.stochastic_rounding(16)])
 def test_codes_are_not_coded_again(outer):
-    with pytest.raises(TypeError, match=f"{outer.name} stands around a codec that leaves no floats to code: put it near"):
+    with pytest.raises(
+        TypeError, match=f"{outer.name} stands around a codec that leaves no floats to code: put it near"
+    ):
         uploading(np.ones(LARGE), parts.stochastic_rounding(8), outer)

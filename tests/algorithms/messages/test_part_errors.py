@@ -230,3 +230,23 @@ def test_an_infinite_clip_wants_noise_that_is_known_to_be_none():
     with pytest.raises(ValueError, match="clip is infinite"):
         jax.eval_shape(lambda noise: parts.client_level_dp(np.inf, noise, expected=2.0) and noise, 0.0)
     parts.client_level_dp(np.inf, 0, expected=2.0)
+
+
+def test_an_error_in_a_part_names_it():
+    """Whatever it is, and once, however many parts are around."""
+
+    def shorter(state, asked, key):
+        changed, taken = fc.messages.before_sending(
+            asked, lambda upload, row, key: jax.tree.map(lambda x: x[1:], upload)
+        )
+        return taken(changed.run())[0], state, ()
+
+    def undecodable(state, asked, key):
+        return asked.decoded(lambda sent: jnp.zeros(3) + jnp.zeros(4)).run(), state, ()
+
+    for around, said in ((shorter, r"change must return \(upload, row\), got"), (undecodable, "")):
+        algorithm = with_part(FEDAVG, Part(around, name="mine"), like=POPULATION)
+        algorithm = with_part(algorithm, Part(name="outer"), like=POPULATION)
+        with pytest.raises(TypeError, match=said) as caught:
+            jax.eval_shape(algorithm.round, algorithm.init(softmax_params()), POPULATION.cohort([0]), jax.random.key(0))
+        assert any("happened in the part mine between" in note for note in caught.value.__notes__)

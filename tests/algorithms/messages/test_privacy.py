@@ -70,8 +70,10 @@ def influences(order):
 
 
 def orders(*others):
-    """The part at every place among the others, which stand in both orders."""
-    return [(*names[:at], "dp", *names[at:]) for names in (others, others[::-1]) for at in range(len(names) + 1)]
+    """The part at every place among the others, which stand in both orders, but rounding around top-k in both."""
+    exchanged = {"top_k": "rounding", "rounding": "top_k"}
+    backward = tuple(exchanged.get(name, name) for name in others[::-1])
+    return [(*names[:at], "dp", *names[at:]) for names in (others, backward) for at in range(len(names) + 1)]
 
 
 @pytest.mark.parametrize("order", orders("top_k", "rounding", "sign_flip"), ids=" ".join)

@@ -189,6 +189,48 @@ def test_distances_are_the_same_in_blocks_of_columns(monkeypatch):
     np.testing.assert_allclose(found[taking][:, taking], expected, rtol=1e-12, atol=1e-12)
 
 
+def sent_by(rows, rule, dtype=np.float32):
+    """What a rule makes of uploads, [n, d], of clients that all take part."""
+    uploads = jnp.asarray(rows, dtype)
+    asked = []
+    rule.around((), _Asked(asked.append), jax.random.key(0))
+    return np.asarray(jax.jit(asked[0])({"x": uploads}, jnp.ones(len(rows)))["x"])
+
+
+class _Asked:
+    """Stands for a pass, and takes the rule that is put in the place of its mean."""
+
+    def __init__(self, take):
+        self.take = take
+
+    def with_rule(self, rule, name):
+        self.take(rule)
+        return self
+
+    def run(self):
+        return None
+
+
+@pytest.mark.parametrize("selected", [1, 3])
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e10, 1e18, 1e30, np.inf, np.nan])
+def test_krum_in_single_precision_chooses_as_if_it_had_all_digits(size, selected):
+    """However far the malicious uploads are: honest ones differ in the third digit, and their distances are kept."""
+    rng = np.random.default_rng(0)
+    rows = (1 + 0.01 * rng.normal(size=(8, 1000))).astype(np.float32)
+    rows[:2] *= -size
+    honest = rows.astype(np.float64)[2:]
+    distances = np.sort(((honest[:, None] - honest[None]) ** 2).sum(-1), axis=1)[:, 1:]
+    best = 2 + np.argsort(distances[:, :4].sum(1), kind="stable")[:selected]
+    expected = rows[best].astype(np.float64).mean(0)
+    np.testing.assert_allclose(sent_by(rows, parts.krum(2, selected=selected)), expected, rtol=1e-6)
+
+
+def test_krum_of_nothing_that_is_finite_is_nothing():
+    assert (sent_by(np.full((3, 4), np.nan), parts.krum(0)) == 0).all()
+    one = np.array([[1.0, 2.0]])
+    np.testing.assert_array_equal(sent_by(one, parts.krum(0)), one[0])
+
+
 def models_held(parts_around):
     """Models that FedAvg's compiled round of 20 clients holds with these parts around it, and without."""
     clients, params = 20, [jnp.zeros((64, 64), jnp.float32)] * 6
