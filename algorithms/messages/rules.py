@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import fedjax_core as fc
 from algorithms.parts import columns
+from algorithms.parts.selection import order_statistic
 from fedjax_core.messages import Part, Pass
 
 
@@ -24,12 +25,12 @@ def coordinate_median() -> Part:
     def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
         n = jnp.sum(weights > 0)
 
-        def one(leaf: fc.Array) -> fc.Array:
-            ordered = _ordered(leaf, weights > 0)
-            low, high = ordered[jnp.maximum((n - 1) // 2, 0)], ordered[jnp.maximum(n // 2, 0)]
-            return jnp.where(n > 0, (low + high) / 2, 0).astype(leaf.dtype)
+        def one(rows: fc.Array) -> fc.Array:
+            wide, middle = fc.sums.widen(rows), (jnp.maximum(n - 1, 0) // 2, n // 2)
+            low, high = (order_statistic(wide, k, weights > 0) for k in middle)
+            return jnp.where(n > 0, (low + high) / 2, 0).astype(rows.dtype)
 
-        return jax.tree.map(one, uploads)
+        return jax.tree.map(lambda leaf: columns.reduced(leaf, one), uploads)
 
     return _rule("coordinate_median", rule)
 
@@ -48,17 +49,20 @@ def trimmed_mean(malicious: int) -> Part:
     malicious = fc.checks.count("malicious", malicious, "count the malicious clients")
 
     def rule(uploads: fc.PyTree, weights: fc.Array) -> fc.PyTree:
-        n = jnp.sum(weights > 0)
+        taking = weights > 0
+        n = jnp.sum(taking)
         dropped = jnp.minimum(malicious, jnp.maximum(n - 1, 0) // 2)
 
-        def one(leaf: fc.Array) -> fc.Array:
-            ordered = _ordered(leaf, weights > 0)
-            rank = fc.sums.across(jnp.arange(leaf.shape[0]), leaf)
-            kept = (rank >= dropped) & (rank < n - dropped)
-            total = fc.sums.total(jnp.where(kept, ordered, 0))
-            return (total / jnp.maximum(n - 2 * dropped, 1)).astype(leaf.dtype)
+        def one(rows: fc.Array) -> fc.Array:
+            wide, there = fc.sums.widen(rows), taking[:, None]
+            low, high = (order_statistic(wide, k, taking) for k in (dropped, jnp.maximum(n - 1 - dropped, 0)))
+            between = fc.sums.total(jnp.where(there & (wide > low) & (wide < high), wide, 0))
+            at_low = jnp.sum(there & (wide <= low), axis=0) - dropped
+            at_high = n - dropped - jnp.sum(there & (wide < high), axis=0)
+            total = jnp.where(low < high, between + at_low * low + at_high * high, (n - 2 * dropped) * low)
+            return jnp.where(n > 0, total / jnp.maximum(n - 2 * dropped, 1), 0).astype(rows.dtype)
 
-        return jax.tree.map(one, uploads)
+        return jax.tree.map(lambda leaf: columns.reduced(leaf, one), uploads)
 
     return _rule("trimmed_mean", rule)
 
@@ -117,7 +121,7 @@ def squared_distances(uploads: fc.PyTree, taking: fc.Array) -> fc.Array:
 
     def centered(rows: fc.Array) -> fc.Array:
         rows = fc.sums.widen(rows)
-        center = _ordered(rows, finite)[jnp.maximum(n - 1, 0) // 2]
+        center = order_statistic(rows, jnp.maximum(n - 1, 0) // 2, finite)
         return jnp.where(finite[:, None], rows - center, 0)
 
     def product(rows: fc.Array) -> fc.Array:
@@ -143,9 +147,3 @@ def _rule(name: str, rule: Callable[[fc.PyTree, fc.Array], fc.PyTree]) -> Part:
         return asked.with_rule(rule, name).run(), (), ()
 
     return Part(around, name=name)
-
-
-def _ordered(leaf: fc.Array, taking: fc.Array) -> fc.Array:
-    """Sorted over the slots, those that take no part at the end."""
-    wide = fc.sums.widen(leaf)
-    return jnp.sort(jnp.where(fc.sums.across(taking, leaf), wide, jnp.inf), axis=0)

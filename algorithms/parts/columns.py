@@ -43,3 +43,18 @@ def added(leaf: fc.Array, total: fc.Array, summand: Callable[[fc.Array], fc.Arra
 
     total = jax.lax.fori_loop(0, number, step, total) if number else total
     return total + summand(rows[:, -left:]) if left else total
+
+
+def reduced(leaf: fc.Array, reduce: Callable[[fc.Array], fc.Array]) -> fc.Array:
+    """[...] out of `reduce([C, n]) -> [n]` of each block of columns of [C, ...]."""
+    rows = jnp.asarray(leaf).reshape(leaf.shape[0], -1)
+    size, number, left = blocks(rows.shape[1])
+
+    def step(i: fc.Array, found: fc.Array) -> fc.Array:
+        block = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(found, reduce(block), i * size, axis=0)
+
+    found = jnp.zeros(rows.shape[1], jax.eval_shape(reduce, rows[:, :1]).dtype)
+    found = jax.lax.fori_loop(0, number, step, found) if number else found
+    found = found.at[-left:].set(reduce(rows[:, -left:])) if left else found
+    return found.reshape(leaf.shape[1:])

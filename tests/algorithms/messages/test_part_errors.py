@@ -244,7 +244,7 @@ def test_an_error_in_a_part_names_it():
     def undecodable(state, asked, key):
         return asked.decoded(lambda sent: jnp.zeros(3) + jnp.zeros(4)).run(), state, ()
 
-    for around, said in ((shorter, r"change must return \(upload, row\), got"), (undecodable, "")):
+    for around, said in ((shorter, r"change must return \(upload, row\), got"), (undecodable, "incompatible shapes")):
         algorithm = with_part(FEDAVG, Part(around, name="mine"), like=POPULATION)
         algorithm = with_part(algorithm, Part(name="outer"), like=POPULATION)
         with pytest.raises(TypeError, match=said) as caught:

@@ -11,7 +11,7 @@ import pytest
 import algorithms
 from algorithms import messages as parts
 from algorithms.messages import rules
-from algorithms.parts import columns
+from algorithms.parts import columns, selection
 from fedjax_core import ModelState, Population, mapped, messages
 from fedjax_core.messages import Part, with_part
 from tests.problems import reporting, softmax_loss, softmax_params
@@ -187,6 +187,16 @@ def test_distances_are_the_same_in_blocks_of_columns(monkeypatch):
     expected = ((flat[:, None] - flat[None]) ** 2).sum(-1)
     found = rules.squared_distances(jax.tree.map(jnp.asarray, uploads), taking)
     np.testing.assert_allclose(found[taking][:, taking], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_order_statistic_is_that_of_a_sort(dtype):
+    rng = np.random.default_rng(0)
+    rows = (rng.integers(-3, 4, size=(9, 50)) * rng.choice([1, 1, 1e20, -0.0], size=(9, 50))).astype(dtype)
+    rows[0, 0], rows[1, 1], taking = np.inf, -np.inf, rng.random(9) < 0.8
+    find = jax.jit(selection.order_statistic)
+    for k in range(taking.sum()):
+        np.testing.assert_array_equal(find(rows, k, taking), np.sort(rows[taking], axis=0)[k])
 
 
 def sent_by(rows, rule, dtype=np.float32):
