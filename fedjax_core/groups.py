@@ -163,6 +163,13 @@ class Groups:
         """
         self._check_number("values", values)
         slots = self._slots(cohort)
+        structures: list[object] = [jax.tree.structure(each) for each in values]
+        other = next((number for number, each in enumerate(structures) if each != structures[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"values[{other}] has the structure {structures[other]}, and values[0] {structures[0]}: compute the "
+                "same in each group, or keep what differs apart"
+            )
 
         def put(*leaves: Array) -> Array:
             joined = jnp.zeros((cohort.ids.shape[0], *leaves[0].shape[1:]), jnp.result_type(*leaves))
@@ -206,6 +213,9 @@ class Groups:
         )
 
     def _slots(self, cohort: Cohort) -> list["_Slots"]:
+        if not isinstance(cohort, Cohort):
+            got = checks.misplaced(cohort) or checks.described(cohort)
+            raise TypeError(f"cohort must be a Cohort, got {got}: pass population.cohort(ids)")
         if cohort.population_size not in (None, self.num_clients):
             raise ValueError(
                 f"the groups are of {self.num_clients} clients, but the population has {cohort.population_size}: make "

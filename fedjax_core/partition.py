@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from fedjax_core import checks
 from fedjax_core.types import PyTree
 
 Where = str | re.Pattern[str] | Iterable[str] | Callable[[str, Any], bool]
@@ -166,6 +167,7 @@ def _chosen(where: Where, paths: tuple[str, ...], leaves: list[Any]) -> list[int
     if isinstance(where, re.Pattern):
         found = [i for i, path in enumerate(paths) if where.fullmatch(path)]
     elif callable(where):
+        checks.takes("where", where, ("path", "leaf"), example="lambda path, leaf: leaf.ndim > 1")
         answers = [where(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         for path, answer in zip(paths, answers, strict=True):
             if not isinstance(answer, bool | np.bool_):

@@ -85,6 +85,8 @@ def with_statistics(algorithm: Algorithm, rule: str, *, num_clients: int | None 
       TypeError (`round`, while it is traced): if the method cannot update statistics, because it evaluates the task in
         a transformation of its own or not at all in a pass that uploads; or if it was compiled before it was wrapped.
     """
+    if isinstance(algorithm, str):
+        raise TypeError(f"algorithm must be an Algorithm, got {algorithm!r}: the order is (algorithm, rule)")
     checks.one_of("rule", rule, RULES)
     if rule == "personal":
         checks.positive_int("num_clients", num_clients, "personal statistics need the size of the population")

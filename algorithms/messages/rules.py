@@ -78,7 +78,7 @@ def krum(malicious: int, *, selected: int = 1) -> Part:
 
     Args:
       malicious: f.
-      selected: m; 1 is Krum.
+      selected: m; 1 is Krum. All, if there are no more.
 
     Paper: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries: Byzantine Tolerant Gradient
     Descent", 2017.

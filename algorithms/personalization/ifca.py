@@ -5,6 +5,7 @@ from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import fedjax_core as fc
@@ -77,9 +78,10 @@ def ifca(
     choosing = choice(loss_fn, num_models)
 
     def init(params: fc.Params, key: fc.Key) -> IFCAState:
-        others = [
-            fc.sums.cast_like((start or reordered(params))(k), params) for k in fc.keys.split(key, num_models - 1)
-        ]
+        drawn = [(start or reordered(params))(k) for k in fc.keys.split(key, num_models - 1)]
+        for other in drawn:  # whatever its dtypes
+            fc.checks.same_structure("start(key)", _zeros(other), _zeros(params), "params")
+        others = [fc.sums.cast_like(other, params) for other in drawn]
         models = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, *others)
         return IFCAState(models, jnp.zeros(num_models), fc.client_table(num_clients, jnp.int32(0)))
 
@@ -109,6 +111,10 @@ def ifca(
     return fc.federated(
         init, update, lambda state: model_of(state.params, jnp.argmax(state.members)), views={"personal": personal}
     )
+
+
+def _zeros(tree: fc.Params) -> fc.Params:
+    return jax.tree.map(lambda leaf: np.zeros(np.shape(leaf)), tree)
 
 
 def model_of(models: fc.Params, j: fc.Array) -> fc.Params:

@@ -112,6 +112,32 @@ OTHERS = {
         lambda: fc.Groups.by_modulo(POPULATION.num_clients, 2).merge(POPULATION.cohort([0]), [(), ()]),
         r"results\[0\] must be ClientResults",
     ),
+    "groups of a population": (
+        lambda: fc.Groups.by_modulo(POPULATION.num_clients, 2).split(POPULATION),
+        r"cohort must be a Cohort, got Population: pass population\.cohort\(ids\)",
+    ),
+    "groups that joined different things": (
+        lambda: fc.Groups.by_modulo(POPULATION.num_clients, 2).join(COHORT, [{"a": jnp.zeros(2)}, jnp.zeros(2)]),
+        r"values\[1\] has the structure .*, and values\[0\] .*: compute the same in each group",
+    ),
+    "a part of a tree by a function of the path alone": (
+        lambda: fc.partition(PARAMS, lambda path: True),
+        r"where is called with \(path, leaf\), but its parameters are \(path\): pass lambda path, leaf",
+    ),
+    "a rule before the method": (
+        lambda: fc.with_statistics("average", FEDAVG),
+        r"algorithm must be an Algorithm, got 'average': the order is \(algorithm, rule\)",
+    ),
+    "a start of another model": (
+        lambda: algorithms.ifca(**OPTIONS, num_clients=4, start=lambda key: {"w": jnp.zeros((2, 2))}).init(PARAMS, KEY),
+        r"start\(key\) and params have different structures: params has the leaf \['b'\]",
+    ),
+    "a start of other shapes": (
+        lambda: algorithms.ifca(
+            **OPTIONS, num_clients=4, start=lambda key: jax.tree.map(lambda leaf: leaf[:1], PARAMS)
+        ).init(PARAMS, KEY),
+        r"start\(key\)\['b'\] is float64\[1\] but params\['b'\] is float64\[3\]",
+    ),
     "events of a factory": (
         lambda: fc.run_events(algorithms.fedavg, "after", STATE, COHORT, KEY),
         "algorithm must be an Algorithm, got the function fedavg: call it first",
@@ -278,7 +304,7 @@ def test_rows_that_do_not_fit_are_not_broadcast(rows, match):
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_arguments(case):
     call, match = OTHERS[case]
-    with pytest.raises(TypeError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         call()
 
 
