@@ -2,9 +2,9 @@
 
     python -m benchmarks.before_after 28e6f9c            # 10 minutes on two cores, of which it wants both
 
-The commit is checked out beside this one and both are measured one after the other, again and again, for machines are
-not the same from minute to minute. Reported are medians over all turns of the medians of each, and the ratio of the
-ratios within turns: after over before, with the smallest and the largest of all turns.
+The commit is checked out beside this one and both are measured one after the other, again and again, each of them first
+in every other turn, for machines are not the same from minute to minute. Of every median that the benchmarks report the
+smallest of all turns counts, for others at work only add to it; ratios are after over before.
 """
 
 import argparse
@@ -57,17 +57,16 @@ def _medians(node: Any, path: str = "") -> dict[str, float]:
 
 
 def compared(turns: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """What is measured on both sides: medians before and after, and after over before within turns."""
+    """What is measured on both sides: the smallest of all turns before and after, and the ratios of single turns."""
     found = {}
     for key in turns[0]["before"].keys() & turns[0]["after"].keys():
         before, after = (np.array([turn[side][key] for turn in turns]) for side in ("before", "after"))
-        ratios = after / before
         found[key] = {
-            "before_s": float(np.median(before)),
-            "after_s": float(np.median(after)),
-            "ratio": float(np.median(ratios)),
-            "smallest": float(ratios.min()),
-            "largest": float(ratios.max()),
+            "before_s": float(before.min()),
+            "after_s": float(after.min()),
+            "ratio": float(after.min() / before.min()),
+            "smallest_in_a_turn": float((after / before).min()),
+            "largest_in_a_turn": float((after / before).max()),
         }
     return dict(sorted(found.items()))
 
@@ -84,7 +83,9 @@ def main() -> None:
         subprocess.run(["git", "worktree", "add", "--detach", str(other), args.commit], cwd=ROOT, check=True)
         try:
             for turn in range(args.turns):
-                turns.append({"before": measured(other), "after": measured(ROOT)})
+                sides = {"before": other, "after": ROOT}
+                order = list(sides) if turn % 2 == 0 else list(sides)[::-1]
+                turns.append({side: measured(sides[side]) for side in order})
                 print(f"turn {turn + 1} of {args.turns} is done", flush=True)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
@@ -92,7 +93,7 @@ def main() -> None:
     for key, values in result.items():
         print(
             f"{key:45} {values['before_s']:10.4g} s {values['after_s']:10.4g} s   {values['ratio']:.2f} "
-            f"[{values['smallest']:.2f}, {values['largest']:.2f}]"
+            f"[{values['smallest_in_a_turn']:.2f}, {values['largest_in_a_turn']:.2f}]"
         )
     here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     content = {
