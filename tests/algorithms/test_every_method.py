@@ -83,7 +83,6 @@ KNOWN = {
     "fedlora": {"rows_may_stay": True},  # a client's rank is its own for good
     "fedsgd": {"random": False},  # the full gradient draws nothing
     "fzoos": {"undefined_if_empty": ("value",)},
-    "local_only": {"random": False},  # what moves stays at home
     "ifca": {"rows_may_stay": True},  # a client may choose the same model again
 }
 

@@ -140,8 +140,11 @@ def unfinished(runs, name, tmp_path):
 
 
 def check_same(runs, name, out):
+    """The results are those of a run that nothing has happened to; reports name their directory in their command."""
+    untouched = runs.folder / name
     for result in COMMANDS[name].results:
-        assert (out / result).read_bytes() == (runs.folder / name / result).read_bytes()
+        found, expected = ((there / result).read_bytes() for there in (out, untouched))
+        assert found.replace(str(out).encode(), b"OUT") == expected.replace(str(untouched).encode(), b"OUT")
 
 
 @every_command
