@@ -21,40 +21,43 @@ def blocks(width: int) -> tuple[int, int, int]:
 
 def changed(leaf: fc.Array, change: Callable[[fc.Array], fc.Array]) -> fc.Array:
     """`change([C, n]) -> [C, n]` in the place of each block of columns of [C, ...]."""
-    rows = jnp.asarray(leaf).reshape(leaf.shape[0], -1)
-    size, number, left = blocks(rows.shape[1])
 
-    def step(i: fc.Array, rows: fc.Array) -> fc.Array:
-        block = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(rows, change(block), i * size, axis=1)
+    def step(rows: fc.Array, at: fc.Array | int, width: int) -> fc.Array:
+        block = jax.lax.dynamic_slice_in_dim(rows, at, width, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(rows, change(block), at, axis=1)
 
-    rows = jax.lax.fori_loop(0, number, step, rows) if number else rows
-    rows = rows.at[:, -left:].set(change(rows[:, -left:])) if left else rows
-    return rows.reshape(leaf.shape)
+    rows = _rows(leaf)
+    return _fold(rows.shape[1], rows, step).reshape(leaf.shape)
 
 
 def added(leaf: fc.Array, total: fc.Array, summand: Callable[[fc.Array], fc.Array]) -> fc.Array:
     """total plus the sum of `summand([C, n])` of all blocks of columns of [C, ...]."""
-    rows = leaf.reshape(leaf.shape[0], -1)
-    size, number, left = blocks(rows.shape[1])
+    rows = _rows(leaf)
 
-    def step(i: fc.Array, total: fc.Array) -> fc.Array:
-        return total + summand(jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1))
+    def step(total: fc.Array, at: fc.Array | int, width: int) -> fc.Array:
+        return total + summand(jax.lax.dynamic_slice_in_dim(rows, at, width, axis=1))
 
-    total = jax.lax.fori_loop(0, number, step, total) if number else total
-    return total + summand(rows[:, -left:]) if left else total
+    return _fold(rows.shape[1], total, step)
 
 
 def reduced(leaf: fc.Array, reduce: Callable[[fc.Array], fc.Array]) -> fc.Array:
     """[...] out of `reduce([C, n]) -> [n]` of each block of columns of [C, ...]."""
-    rows = jnp.asarray(leaf).reshape(leaf.shape[0], -1)
-    size, number, left = blocks(rows.shape[1])
+    rows = _rows(leaf)
 
-    def step(i: fc.Array, found: fc.Array) -> fc.Array:
-        block = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(found, reduce(block), i * size, axis=0)
+    def step(found: fc.Array, at: fc.Array | int, width: int) -> fc.Array:
+        block = jax.lax.dynamic_slice_in_dim(rows, at, width, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(found, reduce(block), at, axis=0)
 
-    found = jnp.zeros(rows.shape[1], jax.eval_shape(reduce, rows[:, :1]).dtype)
-    found = jax.lax.fori_loop(0, number, step, found) if number else found
-    found = found.at[-left:].set(reduce(rows[:, -left:])) if left else found
-    return found.reshape(leaf.shape[1:])
+    first = jnp.zeros(rows.shape[1], jax.eval_shape(reduce, rows[:, :1]).dtype)
+    return _fold(rows.shape[1], first, step).reshape(leaf.shape[1:])
+
+
+def _rows(leaf: fc.Array) -> fc.Array:
+    return jnp.asarray(leaf).reshape(leaf.shape[0], -1)
+
+
+def _fold(width: int, first: fc.Array, step: Callable[[fc.Array, fc.Array | int, int], fc.Array]) -> fc.Array:
+    """`step(so_far, at, columns)` for one block of columns after the other, which begins at `at`."""
+    size, number, left = blocks(width)
+    found = jax.lax.fori_loop(0, number, lambda i, found: step(found, i * size, size), first) if number else first
+    return step(found, number * size, left) if left else found
