@@ -7,26 +7,32 @@ from typing import Any
 from pipelines.common.names import pick
 from pipelines.common.own import short
 from pipelines.configuration import config_file, methods
-from pipelines.configuration.config import CLIENT_SETTINGS, Config
+from pipelines.configuration.config import CLIENT_SETTINGS, FEDERATION_FIELDS, Config
 from pipelines.configuration.options import fields_of
 
 
-def choices(typed: Mapping[str, Any], config_path: Path | None, kind: type[Config] = Config) -> dict[str, Any]:
+def choices(
+    typed: Mapping[str, Any], config_path: Path | None, kind: type[Config] = Config, *, personal: bool = False
+) -> dict[str, Any]:
     """The choices of a run that are not left at their defaults: those that are given, then those of a file.
 
     Args:
       typed: what is given on the command line, by name.
       config_path: a file, or None.
       kind: of configuration.
+      personal: whether personal models are evaluated, beside those that clients are compared with.
 
     Raises:
-      ValueError: if the file cannot be read, or something is named that there is not.
+      ValueError: if the file cannot be read, something is named that there is not, or what is asked for excludes
+        personal models.
     """
     filed = {} if config_path is None else config_file.read(config_path, kind)
     found = beside(typed, filed)
     if found.get("federation") is not None:
         found |= _saved_federation(found)
     found.setdefault("methods", kind().methods)
+    if personal:
+        found |= _personal(found)
     for name in found["methods"]:
         methods.check_runs(name, found.get("model", ""))
     for name, flag in (("settings", "--set"), ("grid", "--grid")):
@@ -39,12 +45,35 @@ def choices(typed: Mapping[str, Any], config_path: Path | None, kind: type[Confi
     return found
 
 
+_VIEWS = ("global", "personal")
+_BASELINES = ("local_only", "fedavg")
+"""What clients do alone, and one model for all."""
+
+
+def _personal(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The views of personal models, and the methods with the baselines that they are compared with."""
+    asked = tuple(chosen.get("evaluate", ()))
+    if asked and not set(_VIEWS) <= set(asked):
+        raise ValueError(
+            f"--personal evaluates the views {' and '.join(_VIEWS)}, and --evaluate names {', '.join(asked)}: leave "
+            "one of the two out"
+        )
+    if chosen.get("models"):
+        raise ValueError(
+            f"--personal runs {' and '.join(_BASELINES)} too, which have one model for all, and --models names "
+            f"{', '.join(chosen['models'])}: give --evaluate {','.join(_VIEWS)} instead"
+        )
+    missing = [name for name in _BASELINES if name not in chosen["methods"]]
+    return {"evaluate": asked or _VIEWS, "methods": (*missing, *chosen["methods"])}
+
+
 def beside(typed: Mapping[str, Any], filed: Mapping[str, Any]) -> dict[str, Any]:
     """What is given, and what a file says beside; one of epochs and steps does away with the other."""
     work = {"epochs", "steps"}
     if typed.keys() & work:
         filed = {name: value for name, value in filed.items() if name not in work}
-    if filed.get("federation") is None or "federation" in typed:
+    another = filed.get("federation") is None and typed.keys() & set(FEDERATION_FIELDS)
+    if "federation" in typed or another:  # than that which the file pins
         filed = {name: value for name, value in filed.items() if name != "federation_digest"}
     found = {**filed, **typed}
     return found | {"epochs": found.get("epochs")} if found.get("steps") is not None else found

@@ -84,6 +84,7 @@ Examples:
   fedjax-core train --method fedavg --method fedprox --set fedprox.mu=0.01
   fedjax-core train --dataset fashion_mnist --data-dir DIR --clients 100 --alpha 0.1 --seeds 1
   fedjax-core train --dataset wine --model logistic_regression --clients 10 --cohort-size 5 --alpha 0.1
+  fedjax-core train --personal --method fedper --method ditto --clients 20 --test-share 0.25
   fedjax-core train --sampler markov --turn-on 0.1 --turn-off 0.3 --rounds 500 --out runs/markov
   fedjax-core train --set client_lr=0.3 --set fedadam.client_lr=0.1 --set fedadam.server_lr=0.01
 
@@ -110,6 +111,13 @@ _DISTRIBUTED = options.several(
 )
 @options.several(*options.CONFIG)
 @options.choices(Config)
+@options.option(
+    "Evaluation",
+    "--personal",
+    is_flag=True,
+    help="Test each client by the model that it would use itself, the global model beside it, and say how many clients "
+    "are better off than alone and than with FedAvg, which are run too.",
+)
 @_DISTRIBUTED
 @options.OUT
 @options.QUIET
@@ -150,6 +158,7 @@ def train(
     print_config: bool,
     as_json: bool,
     log_to: tuple[str, ...],
+    personal: bool,
     **values: Any,
 ) -> None:
     """Train and compare federated methods; the help text is given above."""
@@ -161,7 +170,7 @@ def train(
     with terminal.warnings_as_lines(), usage_errors(ctx):
         if cache:
             terminal.keep_compiled()
-        chosen = choosing.choices(typed, config_path)
+        chosen = choosing.choices(typed, config_path, personal=personal)
         config = Config(**chosen)
         if options.shown(config, write_config, print_config):
             return
@@ -224,7 +233,7 @@ def _supervised(out: Path) -> int:
 def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], reporter: progress.Reporter) -> int:
     """Runs a configuration and returns the exit code."""
     from pipelines.experiment import plans, setup, views
-    from pipelines.results import early, subject
+    from pipelines.results import early, personal, subject
     from pipelines.results import report as reports
     from pipelines.run import train
 
@@ -264,16 +273,23 @@ def _train(ctx: click.Context, config: Config, out: Path, explicit: set[str], re
         except train.Diverged as error:
             return _failed(reporter, error, 1)
         eval_rounds = train.history.evaluated_rounds(config.rounds, config.evaluation.eval_every)
+        about = subject.of_experiment(experiment)
+        histories = {name: early.reported(config, each.history, eval_rounds) for name, each in results.items()}
         for name, result in results.items():
             view = views.evaluated(config, experiment.algorithms[name]).main
-            shown = early.reported(config, result.history, eval_rounds)
+            shown = histories[name]
             accuracy = shown[train.history.of_view("test", view, "accuracy")]
             final = reports.mean_sd(train.history.final_scores(shown, view, "accuracy").astype(float))
             reached = reports.rounds_to_target(accuracy, eval_rounds, config.report.target)
             of = "" if view == views.GLOBAL else f"{view} "
             compiled = "" if config.machine.staged else f"compiled in {duration(result.info['compile_seconds'])}, "
+            better = "".join(
+                f"{personal.shown(each)} clients {personal.WORDS[other]}, "
+                for other, each in personal.others(about, histories, name, view).items()
+                if each is not None
+            )
             reporter.say(
-                f"{name}: {of}test accuracy {final}, rounds to {100 * config.report.target:g} %: {reached} "
+                f"{name}: {of}test accuracy {final}, {better}rounds to {100 * config.report.target:g} %: {reached} "
                 f"({compiled}ran {duration(result.info['run_seconds'])})"
             )
         reporter.say(

@@ -29,7 +29,12 @@ from pipelines.configuration.options import (
     widths,
 )
 
-CLIENT_SETTINGS: Mapping[str, Value] = {"client_lr": 0.2, "client_momentum": 0.0, "client_lr_decay": 1.0}
+CLIENT_SETTINGS: Mapping[str, Value] = {
+    "client_lr": 0.2,
+    "client_momentum": 0.0,
+    "client_lr_decay": 1.0,
+    "client_weight_decay": 0.0,
+}
 """Options of the clients' optimizer that `settings` may give per method, beside the method's own."""
 
 MOST_DEVICES = 128
@@ -59,7 +64,7 @@ class FederationConfig(Section):
     """Who holds which examples. All seeds of a run share the federation.
 
     `directory` is that of a saved federation to use instead of all the others, and `digest` tells it from others
-    (`pipelines.federation.federations`).
+    (`pipelines.federation.federations`). Without a directory the digest, if there is one, pins what the others make.
     """
 
     heading: ClassVar[str] = "Clients"
@@ -69,8 +74,8 @@ class FederationConfig(Section):
     )
     partition: str = text(
         "dirichlet",
-        "Who holds which examples: iid, dirichlet, shards, classes, partial_classes, lognormal, power_law, natural, "
-        "domains, clusters or embedding; `fedjax-core list` says what they are.",
+        "Who holds which examples: iid, dirichlet, shards, classes, partial_classes, lognormal, lognormal_classes, "
+        "power_law, natural, domains, clusters or embedding; `fedjax-core list` says what they are.",
         completes=("partition",),
     )
     alpha: float = number(
@@ -85,9 +90,9 @@ class FederationConfig(Section):
     )
     shards_per_client: int = count(2, "shards: shards of a client.", fix="a client gets at least one shard")
     classes_per_client: int = count(
-        2, "classes, partial_classes: its classes.", fix="a client holds at least one class"
+        2, "classes, partial_classes, lognormal_classes: its classes.", fix="a client holds at least one class"
     )
-    sigma: float = number(0.8, "lognormal: deviation of the logarithm of sizes.", metavar="S")
+    sigma: float = number(0.8, "lognormal, lognormal_classes: deviation of the logarithm of sizes.", metavar="S")
     exponent: float = number(1.0, "power_law: of the sizes.", metavar="A")
     clusters: int = count(10, "embedding: number of clusters.", fix="take at least one")
     public_share: float = number(
@@ -98,6 +103,7 @@ class FederationConfig(Section):
         high_open=True,
         metavar="P",
     )
+    pool: bool = switch("The data set's own test examples join those that clients are given; needs --test-share.")
     imbalance: float = number(1.0, "Long tail: largest over smallest class.", low=1, metavar="F")
     feature_skew: str = text("none", "What clients do to their inputs, such as rotation.", completes=("feature skew",))
     severity: float = number(1.0, "Strength of the feature skew.", low=0, metavar="S")
@@ -118,7 +124,7 @@ class FederationConfig(Section):
         metavar="DIR",
         role="place",
     )
-    digest: str | None = text(None, "Digest of the saved federation.", name="federation_digest", hidden=True)
+    digest: str | None = text(None, "Digest that the federation must have.", name="federation_digest", metavar="SHA256")
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,9 @@ class LocalConfig(Section):
     client_momentum: float = number(0.0, "Momentum of the clients (sgd).", low=0, high=1, high_open=True, metavar="M")
     client_lr_decay: float = number(
         1.0, "Factor on the learning rate after every round.", low=0, high=1, low_open=True, metavar="F"
+    )
+    client_weight_decay: float = number(
+        0.0, "Weight decay of the clients: adds so many times the parameters to their gradients.", low=0, metavar="F"
     )
 
     def __post_init__(self) -> None:
@@ -337,8 +346,8 @@ class Config(Configuration):
     settings: Mapping[str, Mapping[str, Value]] = declared(
         dict,
         _settings,
-        "Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum and client_lr_decay. "
-        "May be given several times.",
+        "Hyper-parameter of one method, or of all that have it; also client_lr, client_momentum, "
+        "client_lr_decay and client_weight_decay. May be given several times.",
         flags=("--set",),
         metavar="[METHOD.]NAME=VALUE",
     )
@@ -482,7 +491,8 @@ class Config(Configuration):
         settings = [
             word for m, chosen in self.settings.items() for k, v in chosen.items() for word in ("--set", f"{m}.{k}={v}")
         ]
-        return [*super().words([*but, "settings", *(FEDERATION_FIELDS if saved else ())]), *settings]
+        own = (*FEDERATION_FIELDS, "federation_digest") if saved else ()
+        return [*super().words([*but, "settings", *own]), *settings]
 
     def slug(self) -> str:
         """A short readable name, the same for the same configuration and for no other."""
@@ -507,7 +517,9 @@ _LATER: Mapping[str, Any] = {
     "evaluate_clients": None,
     "statistics": "average",
     "public_share": 0.0,
+    "pool": False,
     "models": (),
+    "client_weight_decay": 0.0,
 }
 
 FEDERATION_FIELDS = tuple(

@@ -176,12 +176,18 @@ SAMPLERS: dict[str, Callable[[ParticipationConfig, Population | HostPopulation],
 }
 """Name to `build(participation, population) -> Sampler`; `fedjax_core.samplers.<name>` describes it."""
 
-OPTIMIZERS: dict[str, Callable[[Any, float], optax.GradientTransformation]] = {
-    "sgd": lambda lr, momentum: optax.sgd(lr, momentum or None),
-    "adam": lambda lr, momentum: optax.adam(lr),
-    "adamw": lambda lr, momentum: optax.adamw(lr),
+OPTIMIZERS: dict[str, Callable[[Any, float, float], optax.GradientTransformation]] = {
+    "sgd": lambda lr, momentum, decay: _decaying(optax.sgd(lr, momentum or None), decay),
+    "adam": lambda lr, momentum, decay: _decaying(optax.adam(lr), decay),
+    "adamw": lambda lr, momentum, decay: optax.adamw(lr, weight_decay=decay) if decay else optax.adamw(lr),
 }
-"""Name to `build(learning_rate, momentum)`."""
+"""Name to `build(learning_rate, momentum, weight_decay)`; weight decay is of the loss but for adamw, whose is its own
+unless given."""
+
+
+def _decaying(optimizer: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
+    """The optimizer of gradients to which weight_decay times the parameters are added."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optimizer) if weight_decay else optimizer
 
 
 def prepare(config: Config, federation: Federation | None = None, *, plan: Plan | None = None) -> Experiment:
@@ -609,7 +615,14 @@ def federate(config: Config) -> Federation:
 
 def _build_or_load(config: Config, dataset: Dataset) -> Federation:
     if config.federation.directory is None:
-        return federations.build(config, dataset)
+        built = federations.build(config, dataset)
+        if config.federation.digest is not None and built.digest() != config.federation.digest:
+            raise ValueError(
+                f"federation_digest={config.federation.digest} is wanted, and these choices make the federation "
+                f"{built.digest()}: the data set or one of the choices is another than when it was pinned; leave the "
+                "digest out to take this one"
+            )
+        return built
     fields, digest = federations.read(config.federation.directory)
     own = config.federation_fields()
     for name, value in fields.items():
@@ -632,9 +645,10 @@ def client_optimizer(config: Config, method: str, rates: Mapping[str, Any] = Map
     Args:
       config: the configuration.
       method: name of the method.
-      rates: `client_lr`, which may be traced, `client_momentum` and `client_lr_decay` instead of the configuration's.
+      rates: `client_lr`, which may be traced, `client_momentum`, `client_lr_decay` and `client_weight_decay` instead of
+        the configuration's.
     """
-    lr, momentum, decay = ({**config.client_settings(method), **rates}[name] for name in CLIENT_SETTINGS)
+    lr, momentum, decay, weight_decay = ({**config.client_settings(method), **rates}[name] for name in CLIENT_SETTINGS)
     if momentum and config.local.client_optimizer != "sgd":
         raise ValueError(
             f"client_momentum={momentum:g} means nothing to client_optimizer={config.local.client_optimizer!r}: "
@@ -642,7 +656,9 @@ def client_optimizer(config: Config, method: str, rates: Mapping[str, Any] = Map
             "leave the momentum out"
         )
     build = OPTIMIZERS[pick("client optimizer", config.local.client_optimizer, OPTIMIZERS)]
-    return build(lr, momentum) if decay == 1 else lambda round: build(lr * decay**round, momentum)
+    if decay == 1:
+        return build(lr, momentum, weight_decay)
+    return lambda round: build(lr * decay**round, momentum, weight_decay)
 
 
 def in_precision(dataset: Dataset) -> Dataset:

@@ -17,14 +17,12 @@ from fedjax_core import Algorithm, View
 from fedjax_core.types import Params
 from pipelines.common.names import pick
 from pipelines.configuration.config import Config
-from pipelines.data.dataset import Dataset
-from pipelines.federation import federations, heterogeneity
-from pipelines.federation.assignment import Assignment
+from pipelines.federation import federations, splits
 from pipelines.federation.federations import Federation, Part
 
 GLOBAL, PERSONAL = "global", "personal"
 
-_DEAL = 0xDEA1
+_CHOICE = 0xDEA1
 
 
 class Evaluated(NamedTuple):
@@ -134,29 +132,10 @@ def own_tests(config: Config, federation: Federation) -> Part:
             "own, by which its own model is tested: give test_share, for example 0.2, or evaluate the global model "
             "alone (evaluate global)"
         )
-    return Part("test", _dealt(federation.parts["train"].assignment, dataset, chosen.partition_seed))
-
-
-def _dealt(train: Assignment, dataset: Dataset, seed: int) -> Assignment:
-    """The test examples, each class in the shares in which clients hold it; by numbers alone where there is no class.
-
-    A share that is no whole number is rounded up or down by chance, so that small clients are not left out together.
-    """
-    if dataset.is_sequence:
-        counts, labels = train.sizes[:, None], np.zeros(len(dataset.test["y"]), np.int64)
-    else:
-        counts = heterogeneity.label_counts(train, dataset.train["y"], dataset.num_classes)
-        labels = np.asarray(dataset.test["y"])
-    owner = np.full(len(labels), -1)
-    for label in np.unique(labels):
-        rng = np.random.default_rng([seed, _DEAL, int(label)])
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        order = rng.permutation(train.num_clients)
-        ends = np.cumsum(counts[order, label])
-        if ends[-1]:
-            at = (np.arange(len(rows)) + rng.random()) * (ends[-1] / len(rows))
-            owner[rows] = order[np.searchsorted(ends, at, side="right")]
-    return Assignment.from_owner(owner, train.num_clients)
+    # Sequences have no class: they are dealt out by numbers alone.
+    strata = [np.zeros(len(y), np.int64) if dataset.is_sequence else y for y in (dataset.train["y"], dataset.test["y"])]
+    train = federation.parts["train"].assignment
+    return Part("test", splits.deal(train, *strata, seed=chosen.partition_seed))
 
 
 def chosen_clients(config: Config, num_clients: int) -> np.ndarray:
@@ -164,7 +143,7 @@ def chosen_clients(config: Config, num_clients: int) -> np.ndarray:
     number = config.evaluation.evaluate_clients
     if number is None or number >= num_clients:
         return np.arange(num_clients)
-    rng = np.random.default_rng([config.federation.partition_seed, _DEAL])
+    rng = np.random.default_rng([config.federation.partition_seed, _CHOICE])
     return np.sort(rng.choice(num_clients, number, replace=False))
 
 

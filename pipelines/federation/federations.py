@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,10 +60,12 @@ class Federation(NamedTuple):
       parts: "train", what each client trains on; "validation" and "test", what it is tested on, if there are such;
         "new", clients that take no part in training. All but the last are of the same N clients. "public" is what the
         server holds, as if it were one client.
+      domains: names [N] of the domain that each client is of, or nothing where clients do not come from domains.
     """
 
     dataset: Dataset
     parts: dict[str, Part]
+    domains: tuple[str, ...] = ()
 
     @property
     def num_clients(self) -> int:
@@ -133,10 +135,12 @@ def _named(field: str) -> Iterator[None]:
 def build(config: Config, dataset: Dataset) -> Federation:
     """Builds the federation that a configuration describes.
 
-    In this order: the long tail, the server's public part, the partition, new clients, each client's validation and
-    test parts, the feature skew. With the natural partition, test examples of the data set that belong to the groups of
-    training clients are these clients' test part, unless `test_share` asks for one; and groups that are only in the
-    test part are new clients, unless `new_clients` asks for some.
+    In this order: test examples that join the pool, the long tail, the server's public part, the partition, new
+    clients, each client's validation and test parts, the feature skew. With the natural partition, test examples of the
+    data set that belong to the groups of training clients are these clients' test part, unless `test_share` asks for
+    one; and groups that are only in the test part are new clients, unless `new_clients` asks for some. With the
+    partition domains, the test examples of a domain are dealt out to its clients, those of each class in the shares in
+    which they hold it, unless `test_share` asks for a test part.
 
     Args:
       config: `FEDERATION_FIELDS` of it.
@@ -150,6 +154,12 @@ def build(config: Config, dataset: Dataset) -> Federation:
     if chosen.feature_skew != "none":
         pick("feature skew", chosen.feature_skew, ["none", *skew.SKEWS])
         skew.parameters(chosen.feature_skew, dataset.input_shape, 1, severity=chosen.severity)
+    if chosen.pool and not chosen.test_share:
+        raise ValueError(
+            "pool=True leaves nothing to test on: give test_share, the share of a client's examples that test it, for "
+            "example 0.2"
+        )
+    dataset = _pooled(config, dataset)
     seed = chosen.partition_seed
     rows = np.arange(len(dataset.train["y"]))
     if chosen.imbalance > 1:
@@ -179,8 +189,10 @@ def build(config: Config, dataset: Dataset) -> Federation:
         raise ValueError(f"gap={chosen.gap} without validation_share or test_share: there is nothing to keep apart")
     if chosen.partition == "natural" and dataset.test_groups is not None and dataset.groups is not None:
         _add_test_groups(parts, train, dataset.groups, dataset.test_groups)
+    if chosen.partition == "domains" and "test" not in parts:
+        _deal_in_domains(parts, train, dataset, seed)
     parts = {"train": Part("train", train), **parts}
-    return Federation(_skewed(config, dataset, parts), parts)
+    return _federation(config, dataset, parts)
 
 
 def save(federation: Federation, config: Config, directory: str | Path) -> dict[str, Any]:
@@ -226,6 +238,8 @@ def load(directory: str | Path, dataset: Dataset) -> Federation:
     """
     folder = Path(directory)
     content = _content(folder)
+    config = Config(**content["config"])
+    dataset = _pooled(config, dataset)
     parts = {name: Part(source, Assignment.load(folder / f"{name}.npz")) for name, source in content["parts"].items()}
     for name, (source, assignment) in parts.items():
         total = len(getattr(dataset, source)["y"])
@@ -234,8 +248,7 @@ def load(directory: str | Path, dataset: Dataset) -> Federation:
                 f"{folder}: {name} holds row {assignment.rows.max()}, but {dataset.name} has {total} examples there: "
                 "load the data set that the federation was made of"
             )
-    config = Config(**content["config"])
-    federation = Federation(_skewed(config, dataset, parts), parts)
+    federation = _federation(config, dataset, parts)
     if federation.digest() != content["digest"]:
         raise ValueError(
             f"{folder} was made of other examples than those of {dataset.name} here (its digest differs): use the same "
@@ -290,13 +303,80 @@ def _add_test_groups(parts: dict[str, Part], train: Assignment, groups: np.ndarr
         parts["new"] = Part("test", Assignment.from_owner(newcomer[test_groups], unseen.size))
 
 
+def _deal_in_domains(parts: dict[str, Part], train: Assignment, dataset: Dataset, seed: int) -> None:
+    """Deals the data set's own test examples out to clients of the domains that they are of."""
+    if dataset.groups is None or dataset.test_groups is None:
+        return
+    own = dataset.groups * dataset.num_classes + dataset.train["y"]
+    others = dataset.test_groups * dataset.num_classes + dataset.test["y"]
+    parts["test"] = Part("test", splits.deal(train, own, others, seed=seed))
+
+
+def _pooled(config: Config, dataset: Dataset) -> Dataset:
+    """The data set with its own test examples behind those of the training part, if that is asked for."""
+    if not config.federation.pool:
+        return dataset
+    train = {name: np.concatenate([leaf, dataset.test[name]]) for name, leaf in dataset.train.items()}
+    groups = None
+    if dataset.groups is not None and dataset.test_groups is not None:
+        groups = np.concatenate([dataset.groups, dataset.test_groups])
+    elif reads(config.federation.partition) == "groups" and dataset.groups is not None:
+        raise ValueError(
+            f"pool=True with partition={config.federation.partition!r}: the test examples of {dataset.name} are of no "
+            "group, so that no client can hold them; leave pool out, or give its test part groups"
+        )
+    return dataset._replace(train=train, groups=groups, test_groups=None)
+
+
+def _federation(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Federation:
+    """The federation of these parts, inputs as its clients see them.
+
+    Where the data set was pooled its test part is that of all clients together, on which the model of all is tested.
+    """
+    seen = _skewed(config, dataset, parts)
+    if config.federation.pool:
+        rows = parts["test"].assignment.rows
+        if not len(rows):
+            raise ValueError(
+                f"test_share={config.federation.test_share:g} leaves no client an example to be tested on: raise it"
+            )
+        test = {name: leaf[rows] for name, leaf in seen.train.items()}
+        seen = seen._replace(test=test, test_groups=None if seen.groups is None else seen.groups[rows])
+    return Federation(seen, parts, _domains(config, seen, parts))
+
+
+def _domains(config: Config, dataset: Dataset, parts: dict[str, Part]) -> tuple[str, ...]:
+    """The domain of each client in words: the data set that its examples are of, and what was made of them."""
+    train = parts["train"].assignment
+    words: list[list[str]] = []
+    if config.federation.partition == "domains" and dataset.groups is not None and train.sizes.all():
+        of_clients = dataset.groups[train.rows[train.offsets[:-1]]]
+        names = dataset.group_names or tuple(f"domain {i}" for i in range(int(dataset.groups.max()) + 1))
+        words.append([names[i] for i in of_clients])
+    if config.federation.feature_skew in skew.KINDS:
+        drawn = skew.parameters(
+            config.federation.feature_skew,
+            dataset.input_shape,
+            _clients_in_all(parts),
+            severity=config.federation.severity,
+            seed=config.federation.partition_seed,
+        )
+        words.append([str(kind) for kind in drawn[skew.KINDS[config.federation.feature_skew]][: len(train)]])
+    return tuple(", ".join(each) for each in zip(*words, strict=True))
+
+
+def _clients_in_all(parts: Mapping[str, Part]) -> int:
+    """Clients that train, and new ones after them."""
+    new = parts["new"].assignment.num_clients if "new" in parts else 0
+    return parts["train"].assignment.num_clients + new
+
+
 def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset:
     """The data set with every input as its client sees it; test inputs without a client get a random one."""
     chosen = config.federation
     if chosen.feature_skew == "none":
         return dataset
     num_clients = parts["train"].assignment.num_clients
-    num_new = parts["new"].assignment.num_clients if "new" in parts else 0
     inputs = {"train": dataset.train["x"], "test": dataset.test["x"]}
     taken = np.zeros(len(inputs["test"]), bool)
     owners: list[tuple[str, str, np.ndarray]] = []
@@ -316,7 +396,7 @@ def _skewed(config: Config, dataset: Dataset, parts: dict[str, Part]) -> Dataset
             chosen.feature_skew,
             inputs[source],
             owner,
-            num_clients + num_new,
+            _clients_in_all(parts),
             severity=chosen.severity,
             seed=chosen.partition_seed,
             part=name,  # type: ignore[arg-type]

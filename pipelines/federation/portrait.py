@@ -51,6 +51,12 @@ def described(config: Config, federation: Federation) -> list[str]:
         f"clients: {federation.num_clients:,} by {config.federation.partition}{f' ({own})' if own else ''}, with "
         f"{sizes.min():,} to {sizes.max():,} examples, median {np.median(sizes):g}",
     ]
+    if config.federation.pool:
+        lines.append("pool: the data set's own test examples are among those of the clients")
+    if federation.domains:
+        counted = {name: federation.domains.count(name) for name in dict.fromkeys(federation.domains)}
+        listed = ", ".join(f"{name} ({number})" for name, number in counted.items())
+        lines.append(f"domains, with the number of their clients: {listed}")
     if config.federation.imbalance > 1:
         lines.append(
             f"long tail: the first class has {config.federation.imbalance:g} times the examples of the last one"

@@ -24,6 +24,7 @@ from pipelines.federation.assignment import Assignment
 
 _VALUES = 2**20  # values transformed at once, so that little more than the result is ever in memory
 _STYLES = ("plain", "inverted", "edges", "textured", "synthetic")
+_DOMAINS = ("plain", "rotated", "blurred", "colored", "restyled")
 
 
 class Skew(NamedTuple):
@@ -136,8 +137,7 @@ def rotation(input_shape: tuple[int, ...], num_clients: int, severity: float, rn
     angles = rng.permutation(45 * severity * steps)
 
     def transform(x: np.ndarray, client: int, rng: np.random.Generator) -> np.ndarray:
-        turned: np.ndarray = ndimage.rotate(x, angles[client], axes=(2, 1), reshape=False, order=1, mode="nearest")
-        return turned
+        return _turned(x, angles[client])
 
     return Skew({"angle": angles}, transform)
 
@@ -152,9 +152,7 @@ def blur(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: n
     sigmas = rng.permutation(np.linspace(0, severity * min(input_shape[:2]) / 14, num_clients))
 
     def transform(x: np.ndarray, client: int, rng: np.random.Generator) -> np.ndarray:
-        sigma = sigmas[client]
-        blurred: np.ndarray = ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
-        return blurred
+        return _blurred(x, sigmas[client])
 
     return Skew({"sigma": sigmas}, transform)
 
@@ -235,15 +233,14 @@ def style(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: 
         drawn = rng.random((len(x), 2, 1, 1, channels))
         background = drawn[:, 0]
         stroke = (background + (1 + drawn[:, 1]) / 3) % 1
-        return background + (stroke - background) * ndimage.gaussian_filter(x, (0, smooth, smooth, 0), mode="nearest")
+        return background + (stroke - background) * _blurred(x, smooth)
 
     def transform(x: np.ndarray, client: int, rng: np.random.Generator) -> np.ndarray:
         match styles[client]:
             case "inverted":
                 return 1 - x
             case "edges":
-                # Central differences, doubled: a step from 0 to 1 gives 1.
-                return 2 * np.hypot(*np.gradient(x, axis=(1, 2)))
+                return _edges(x)
             case "textured":
                 return textured(x, rng)
             case "synthetic":
@@ -251,6 +248,41 @@ def style(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: 
         return x
 
     return Skew({"style": styles}, transform)
+
+
+def mixed(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: np.random.Generator) -> Skew:
+    """Every client's images are of one of five domains made of the data set; the clients of a domain see alike.
+
+    plain: as they are. rotated: by 45 severity degrees counterclockwise. blurred: by a Gaussian filter whose standard
+    deviation is severity / 14 of the shorter side. colored: turned about the gray axis of the color cube by 90 severity
+    degrees, or where images are gray moved toward the negative, which severity 1 is. restyled: moved likewise toward
+    the outlines, the length of the gradient.
+
+    The domains are assigned evenly at random. Unlike in the other skews, where no two clients are alike or each example
+    is, clients fall into groups that can be told apart and found. The severity is at most 1.
+    """
+    _check_images("mixed", input_shape, channels=(1, 3))
+    checks.scalar("severity", severity, low=0, high=1)
+    kinds = np.asarray(_DOMAINS)[rng.permutation(np.arange(num_clients) % len(_DOMAINS))]
+    hue = _hue_matrix(90 * severity).T
+    sigma = severity * min(input_shape[:2]) / 14
+
+    def toward(other: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return x + severity * (other - x)
+
+    def transform(x: np.ndarray, client: int, rng: np.random.Generator) -> np.ndarray:
+        match kinds[client]:
+            case "rotated":
+                return _turned(x, 45 * severity)
+            case "blurred":
+                return _blurred(x, sigma)
+            case "colored":
+                return x @ hue if x.shape[-1] == 3 else toward(1 - x, x)
+            case "restyled":
+                return toward(_edges(x), x)
+        return x
+
+    return Skew({"domain": kinds}, transform)
 
 
 def scale(input_shape: tuple[int, ...], num_clients: int, severity: float, rng: np.random.Generator) -> Skew:
@@ -279,9 +311,13 @@ SKEWS: dict[str, Callable[[tuple[int, ...], int, float, np.random.Generator], Sk
     "noise": noise,
     "color": color,
     "style": style,
+    "mixed": mixed,
     "scale": scale,
 }
 """Name to `skew(input_shape, num_clients, severity, rng) -> Skew`, whose docstring describes it."""
+
+KINDS: dict[str, str] = {"style": "style", "mixed": "domain"}
+"""Of the skews in which clients fall into groups that see alike, the parameter that names the group."""
 
 
 def _draw(kind: str, input_shape: tuple[int, ...], num_clients: int, severity: float, seed: int) -> Skew:
@@ -299,6 +335,24 @@ def _hue_matrix(degrees: float) -> np.ndarray:
     cross = np.asarray([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
     rotation: np.ndarray = cosine * np.eye(3) + (1 - cosine) / 3 + sine * cross
     return rotation
+
+
+def _turned(x: np.ndarray, degrees: float) -> np.ndarray:
+    """Images turned counterclockwise, interpolated linearly, the border continued outwards."""
+    turned: np.ndarray = ndimage.rotate(x, degrees, axes=(2, 1), reshape=False, order=1, mode="nearest")
+    return turned
+
+
+def _blurred(x: np.ndarray, sigma: float) -> np.ndarray:
+    """Images out of focus by a Gaussian filter of that many pixels."""
+    blurred: np.ndarray = ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
+    return blurred
+
+
+def _edges(x: np.ndarray) -> np.ndarray:
+    """The length of the gradient: central differences, doubled, so that a step from 0 to 1 gives 1."""
+    edges: np.ndarray = 2 * np.hypot(*np.gradient(x, axis=(1, 2)))
+    return edges
 
 
 def _check_images(kind: str, input_shape: tuple[int, ...], channels: tuple[int, ...] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Subsets and splits of assignments: long-tailed classes, new clients, and validation and test parts of every client.
+"""Subsets and splits of assignments: long tails, new clients, validation and test parts of clients, dealt examples.
 
 Letters: n examples of a data set's training part, N clients, K classes.
 """
@@ -14,7 +14,7 @@ from pipelines.federation.assignment import Assignment
 _ROUNDING = 1e-9
 # One seed serves the partition and every split of a federation: each split has a stream of its own, or the clients held
 # out would be chosen by the very permutation that divided the examples.
-_LONG_TAIL, _HOLD_OUT, _SPLIT, _PUBLIC = 1, 2, 3, 4
+_LONG_TAIL, _HOLD_OUT, _SPLIT, _PUBLIC, _DEAL = 1, 2, 3, 4, 0xDEA1
 
 
 class HoldOut(NamedTuple):
@@ -192,6 +192,37 @@ def split_clients(
     return ClientSplit(
         _part(assignment, ~is_test & ~is_validation), _part(assignment, is_validation), _part(assignment, is_test)
     )
+
+
+def deal(held: Assignment, strata: ArrayLike, others: ArrayLike, *, seed: int = 0) -> Assignment:
+    """Deals other examples out to the same clients, those of each stratum in the shares in which clients hold it.
+
+    What clients are tested on, if it is to be as much their own as what they train on. A share that is no whole number
+    is rounded up or down by chance, so that small clients are not left out together. An example goes to one client, or
+    to none where no client holds its stratum.
+
+    Args:
+      held: who holds which rows.
+      strata: int[n], a number of at least 0 for each of the rows that may be held: its class, or its domain and class.
+      others: int[m], likewise for each of the others.
+      seed: of the deal.
+
+    Returns:
+      The assignment of the others.
+    """
+    strata, others = np.asarray(strata), np.asarray(others)
+    clients, found = held.clients, strata[held.rows]
+    owner = np.full(len(others), -1)
+    for stratum in np.unique(others):
+        counts = np.bincount(clients[found == stratum], minlength=len(held))
+        rng = np.random.default_rng([seed, _DEAL, int(stratum)])
+        rows = rng.permutation(np.flatnonzero(others == stratum))
+        order = rng.permutation(len(held))
+        ends = np.cumsum(counts[order])
+        if ends[-1]:
+            at = (np.arange(len(rows)) + rng.random()) * (ends[-1] / len(rows))
+            owner[rows] = order[np.searchsorted(ends, at, side="right")]
+    return Assignment.from_owner(owner, len(held))
 
 
 def _round(values: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from pipelines.configuration import methods
 from pipelines.configuration.config import CLIENT_SETTINGS, Config
 from pipelines.experiment import views
 from pipelines.experiment.setup import ATTACK_STEPS, Experiment
-from pipelines.results import early, latex, pages
+from pipelines.results import early, latex, pages, personal
 from pipelines.results.history import (
     History,
     column,
@@ -68,7 +68,7 @@ def write(
     ends = early.ends(config, histories, eval_rounds)
     files.write_text(out / "metrics.csv", to_csv(histories, experiment.seeds, eval_rounds, ends))
     shown = {name: early.reported(config, history, eval_rounds) for name, history in histories.items()}
-    files.write_text(out / "clients.csv", clients_csv(shown, experiment.seeds, sizes))
+    files.write_text(out / "clients.csv", clients_csv(shown, experiment.seeds, sizes, experiment.federation.domains))
     if config.evaluation.clients_over_time:
         files.write(out / "clients.parquet", partial(clients_parquet, experiment, shown))
     draw(out, out, of_experiment(experiment), histories, info, versions)
@@ -109,18 +109,22 @@ def draw(
     return ["summary.md", ".html and .json", "results.tex", f"{' and '.join(f[:-4] for f in drawn)} as .png and .pdf"]
 
 
-def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.ndarray) -> str:
+def clients_csv(
+    histories: Mapping[str, History], seeds: list[int], sizes: np.ndarray, domains: Sequence[str] = ()
+) -> str:
     """How the final models do for every client, one row per method, seed and client, and per view if there are several.
 
     loss and accuracy are held out: of the global model on the test examples, weighted to the client's mix of labels,
     and of a view in which clients differ on the client's own; train_loss and train_accuracy are on the client's own
-    training examples. In a run that validates, best_... is of its best model.
+    training examples. In a run that validates, best_... is of its best model. There is a column domain where clients
+    come from domains.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     with_best = any(name.startswith("best/client/") for history in histories.values() for name in history)
     in_views = _in_views(histories)
-    heads = ["method", "seed", *(["view"] if in_views else []), "client", "examples", *_CLIENT_METRICS]
+    of_domains = ["domain"] if domains else []
+    heads = ["method", "seed", *(["view"] if in_views else []), "client", *of_domains, "examples", *_CLIENT_METRICS]
     writer.writerow([*heads, *(f"best_{name}" for name in _CLIENT_METRICS if with_best)])
     for method, history in histories.items():
         for s, seed in enumerate(seeds):
@@ -129,7 +133,8 @@ def clients_csv(histories: Mapping[str, History], seeds: list[int], sizes: np.nd
                 columns += [of_view("best/client", view, name) for name in _CLIENT_METRICS if with_best]
                 for client, count in enumerate(sizes.tolist()):
                     values = [str(history[name][s, client]) if name in history else "" for name in columns]
-                    writer.writerow([method, seed, *([view] if in_views else []), client, count, *values])
+                    whose = [client, *([domains[client]] if domains else [])]
+                    writer.writerow([method, seed, *([view] if in_views else []), *whose, count, *values])
     return text.getvalue()
 
 
@@ -316,6 +321,7 @@ def results(subject: Subject, histories: Mapping[str, History]) -> tuple[list[st
         *(["under attack"] if radius else []),
         *(["mean of clients", "s.d. of clients"] if in_views else []),
         "worst decile of clients",
+        *[personal.WORDS[each] for each in personal.references(subject, histories)],
         *[f"{part} {'clients' if part == 'new' else 'part'}" for part in extra],
         f"rounds to {100 * config.report.target:g} %",
         "sent up",
@@ -323,7 +329,7 @@ def results(subject: Subject, histories: Mapping[str, History]) -> tuple[list[st
     ]
     rows = []
     for name, view in rows_of(subject, histories):
-        history = histories[name]
+        history, beside = histories[name], personal.others(subject, histories, name, view)
         curve = history[of_view("test", view, "accuracy")]
         ended = of_view("client", view, "accuracy") in history
         of_clients = history[of_view("client", view, "accuracy")].astype(np.float64) if ended else np.zeros((0, 0))
@@ -339,6 +345,7 @@ def results(subject: Subject, histories: Mapping[str, History]) -> tuple[list[st
                 *_of_the_best(config, history, eval_rounds, curve),
                 *([_if_there(attacked in history and history[attacked][:, -1])] if radius else []),
                 *[_if_there(ended and values) for values in (*over_clients, tails)],
+                *["" if each is None else personal.shown(each) for each in beside.values()],
                 *[_if_there(part in history and _mean_of_clients(history[part])) for part in of_parts],
                 rounds_to_target(curve, eval_rounds, config.report.target),
                 size(transferred(history, "bytes_up")),
@@ -352,8 +359,11 @@ def summary_json(subject: Subject, histories: Mapping[str, History]) -> dict[str
     """What every method has come to, as JSON values: means over seeds, and those of each seed under "seeds".
 
     Names are those of the columns of metrics.csv: the last test scores of every view ("test_accuracy",
-    "test_personal_accuracy"), "client_accuracy_worst_decile" of the clients of each view, "rounds_to_target", and the
-    bytes of all rounds and participants ("bytes_up_total"). A number that there is not is None, and so is its mean.
+    "test_personal_accuracy"), mean, deviation and worst decile over the clients of each view ("client_accuracy",
+    "client_accuracy_sd", "client_accuracy_worst_decile") and the mean of each domain ("client_accuracy_of_rotated"),
+    how many are better or worse off than alone and than with FedAvg ("client_personal_better_than_alone"),
+    "rounds_to_target", and the bytes of all rounds and participants ("bytes_up_total"). A number that there is not is
+    None, and so is its mean.
     """
     config = subject.config
     eval_rounds = evaluated_rounds(config.rounds, config.evaluation.eval_every)
@@ -367,8 +377,18 @@ def summary_json(subject: Subject, histories: Mapping[str, History]) -> dict[str
                 scores = final_scores(history, view, metric)
                 of_seeds[column(of_view("test", view, metric))] = [_known(value) for value in scores]
             if (clients := of_view("client", view, "accuracy")) in history:
-                tails = [worst_decile(row) for row in history[clients].astype(np.float64)]
-                of_seeds[column(f"{clients}_worst_decile")] = [_known(value) for value in tails]
+                of_clients = history[clients].astype(np.float64)
+                over = {"": _mean_of_clients(of_clients), "_sd": _sd_of_clients(of_clients)}
+                over["_worst_decile"] = np.asarray([worst_decile(row) for row in of_clients])
+                for end, values in over.items():
+                    of_seeds[column(f"{clients}{end}")] = [_known(value) for value in values]
+                for domain, values in personal.by_domain(subject, of_clients).items():
+                    of_seeds[f"{column(clients)}_of_{domain}"] = [_known(value) for value in values]
+            for other, beside in personal.others(subject, histories, name, view).items():
+                for word in ("better", "worse") if beside is not None else ():
+                    key = column(of_view("client", view, f"{word}_than_{personal.NAMES[other]}"))
+                    counts = getattr(beside, word).tolist()
+                    of_seeds[key] = [*map(float, counts), *[None] * (len(history["round/loss"]) - len(counts))]
         curve = history[of_view("test", main_view(subject, name, history), "accuracy")]
         reached = curve >= config.report.target
         of_seeds["rounds_to_target"] = [
@@ -460,9 +480,11 @@ def summary(
         f"Mean ± standard deviation over {counted(config.seeds, 'seed')}, which ran at once. Test accuracy and the "
         f"accuracy of clients are the final global model's; a client's accuracy is on {own}, and the worst decile is "
         f"the mean over the tenth of the clients that fare worst. {of_views}{ended}{validated}{under_attack}{also}"
+        f"{_about_others(subject, histories)}"
         "Bytes are summed over rounds and participants, as a mean over seeds. Memory is what the compiled program "
         f"needs, data included.{missing}",
         "",
+        *_domain_table(subject, histories),
         "![Test accuracy and training loss against rounds](curves.png)",
         "",
         *pictures,
@@ -481,6 +503,34 @@ def summary(
         "Ran with " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _about_others(subject: Subject, histories: Mapping[str, History]) -> str:
+    """What being better off means, in words."""
+    than = {personal.ALONE: "the model that it has trained alone", personal.FEDAVG: "FedAvg's"}
+    beside = [than[each] for each in personal.references(subject, histories)]
+    if not beside:
+        return ""
+    return (
+        f"A client is better off than with another model, {' or '.join(beside)}, if its accuracy on its own test "
+        "examples is higher; the table has how many are, of those that are tested. "
+    )
+
+
+def _domain_table(subject: Subject, histories: Mapping[str, History]) -> list[str]:
+    """Lines with the accuracy of the clients of each domain; none where clients do not come from domains."""
+    names, in_views = list(dict.fromkeys(subject.domains)), _in_views(histories)
+    rows = []
+    for name, view in rows_of(subject, histories) if names else ():
+        history, metric = histories[name], of_view("client", view, "accuracy")
+        if metric in history:
+            found = personal.by_domain(subject, history[metric])
+            rows.append([methods.paper_name(name), *([view] if in_views else []), *map(mean_sd, found.values())])
+    if not rows:
+        return []
+    header = ["method", *(["view"] if in_views else []), *names]
+    table = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return ["Accuracy of the clients of each domain:", "", *table, ""]
 
 
 def settings_line(config: Config, name: str) -> str:

@@ -4,7 +4,7 @@ It is kept in the record of a run, so that a report can be drawn again where nei
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -28,6 +28,7 @@ class Subject(NamedTuple):
       parts: part of the federation to the examples that clients hold of it.
       tested_on_own: whether clients are tested on examples of their own.
       about_views: how the views in which clients differ are tested, in words.
+      domains: name of the domain that each client is of; empty where clients do not come from domains.
     """
 
     config: Config
@@ -38,6 +39,7 @@ class Subject(NamedTuple):
     parts: dict[str, int]
     tested_on_own: bool
     about_views: str
+    domains: Sequence[str] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -66,6 +68,7 @@ def of_experiment(experiment: Experiment) -> Subject:
         {name: len(part.assignment.rows) for name, part in federation.parts.items()},
         "test" in federation.parts or experiment.dataset.is_sequence,
         _about_views(experiment),
+        federation.domains,
     )
 
 

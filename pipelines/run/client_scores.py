@@ -28,12 +28,14 @@ from fedjax_core import (
 from fedjax_core.types import Key, PyTree
 from pipelines.experiment import views
 from pipelines.experiment.setup import EVAL_BATCH, Experiment, initial_states, run_keys
-from pipelines.federation.federations import Part
+from pipelines.federation import splits
+from pipelines.federation.federations import Federation, Part
 from pipelines.results.history import History, of_view
 from pipelines.run import engines
 
 _MOST_CLIENTS = 1024
 _MOST_EXAMPLES = 64 * EVAL_BATCH
+_NEW_TEST_SHARE = 0.5
 ADAPTED_AT_ONCE = 8
 """Clients that adapt together before they are tested."""
 
@@ -142,6 +144,37 @@ def scorer(experiment: Experiment, algorithm: Algorithm, view_name: str) -> Scor
         return found
 
     return Scorer(view_name, scores)
+
+
+def of_new_clients(experiment: Experiment, algorithm: Algorithm) -> list[Scorer]:
+    """Scorers of clients that took no part in training, in the views in which clients adapt the model of all.
+
+    They adapt on one part of their examples and are tested on the other, the share of the configuration's test parts or
+    half. In views with rows a client that was never there has none, and there is no scorer.
+    """
+    federation, chosen = experiment.federation, experiment.config.federation
+    if "new" not in federation.parts:
+        return []
+    states = jax.eval_shape(partial(initial_states, experiment, algorithm), experiment.keys)
+    names = []
+    for name in views.evaluated(experiment.config, algorithm).of_clients(algorithm, states):
+        view = views.view_of(algorithm, name)
+        if view.adapt is not None and view.groups is None and jax.eval_shape(jax.vmap(view.rows), states) is None:
+            names.append(name)
+    if not names:
+        return []
+    source, assignment = federation.parts["new"]
+    by_class = chosen.split_by == "random" and not experiment.dataset.is_sequence
+    split = splits.split_clients(
+        assignment,
+        (0.0, chosen.test_share or _NEW_TEST_SHARE),
+        by=chosen.split_by,
+        labels=getattr(experiment.dataset, source)["y"] if by_class else None,
+        gap=chosen.gap,
+        seed=chosen.partition_seed,
+    )
+    own = Federation(experiment.dataset, {"train": Part(source, split.train), "test": Part(source, split.test)})
+    return [scorer(experiment._replace(federation=own), algorithm, name) for name in names]
 
 
 def population_of(experiment: Experiment, part: Part) -> HostPopulation:

@@ -624,6 +624,9 @@ def _of_reported(
         for each in scorers:
             scores = each.scores(reported.state, part)
             found |= {history.of_view(kind, each.view, f"{begin}{metric}"): value for metric, value in scores.items()}
+    for each in client_scores.of_new_clients(experiment, algorithm):
+        scores = each.scores(reported.state)
+        found |= {history.of_view("new", each.view, metric): value for metric, value in scores.items()}
     return found
 
 

@@ -359,7 +359,7 @@ def _traced(experiment: Experiment, method: str, values: Mapping[str, Any]) -> t
     return tuple(floats if can_be(floats) else [name for name in floats if can_be([name])])
 
 
-_UNTRACED = ("client_momentum", "client_lr_decay")
+_UNTRACED = ("client_momentum", "client_lr_decay", "client_weight_decay")
 """They decide what the clients' optimizer is made of."""
 
 

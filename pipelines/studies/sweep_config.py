@@ -143,8 +143,8 @@ class Sweep(Config):
         lambda: {"": {"client_lr": (0.03, 0.1, 0.3, 1.0)}},
         _grid,
         "Values of a hyper-parameter of one method, or of all that have it: V,V,... or lin:FROM:TO:HOW_MANY or "
-        "log:FROM:TO:HOW_MANY; client_lr, client_momentum and client_lr_decay too. May be given several times: all "
-        "combinations are tried.",
+        "log:FROM:TO:HOW_MANY; client_lr, client_momentum, client_lr_decay and client_weight_decay too. May be given "
+        "several times: all combinations are tried.",
         flags=("--grid",),
         metavar="[METHOD.]NAME=V,V,...",
         shown="client_lr=0.03,0.1,0.3,1",

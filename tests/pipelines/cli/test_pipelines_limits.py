@@ -317,7 +317,7 @@ def test_no_command_line_that_is_built_ends_in_a_traceback(tmp_path, monkeypatch
 
 # With these other options have a meaning.
 MATTERING = {
-    "--partition": ["shards", "classes", "partial_classes", "lognormal", "power_law", "clusters"],
+    "--partition": ["shards", "classes", "partial_classes", "lognormal", "lognormal_classes", "power_law", "clusters"],
     "--feature-skew": ["noise", "scale"],
     "--test-share": ["0.2"],
 }

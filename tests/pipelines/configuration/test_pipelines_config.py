@@ -90,7 +90,7 @@ def test_every_field_changes_the_slug_and_is_seen_as_a_difference():
         **{"client_momentum": 0.5, "client_lr_decay": 0.5, "vocabulary": "bytes", "imbalance": 10.0, "staged": True},
         **{"feature_skew": "blur", "validation_share": 0.1, "test_share": 0.1, "split_by": "position"},
         **{"federation_digest": "0123", "best_by": "loss", "clients_over_time": True},
-        **{"evaluate": ("global",), "evaluate_clients": 3, "public_share": 0.1, "models": ("cnn", "mlp")},
+        **{"evaluate": ("global",), "evaluate_clients": 3, "public_share": 0.1, "models": ("cnn", "mlp"), "pool": True},
     }
     held = {"patience": 3, "stop_at": 0.5, "keep_best": True}  # need examples that are kept back
     other |= held

@@ -205,6 +205,28 @@ def test_per_method_client_settings_and_decay(small):
     assert step("scaffold", 2) == pytest.approx(-0.4)
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_weight_decay_is_added_to_gradients_before_momentum(small, decay):
+    config = small.replace(client_lr=0.1, client_momentum=0.5, client_weight_decay=0.2, client_lr_decay=decay)
+    optimizer = setup.client_optimizer(config, "fedavg")
+    optimizer = optimizer if decay == 1 else optimizer(1)
+    params = jnp.float32(3)
+    state, moved, momentum = optimizer.init(params), params, 0.0
+    for gradient in (1.0, -2.0):
+        update, state = optimizer.update(jnp.float32(gradient), state, moved)
+        momentum = 0.5 * momentum + gradient + 0.2 * float(moved)
+        assert float(update) == pytest.approx(-0.1 * decay * momentum, rel=1e-6)
+        moved = moved + update
+    adam = setup.client_optimizer(small.replace(client_optimizer="adam", client_weight_decay=0.5), "fedavg")
+    update, _ = adam.update(jnp.float32(-1.0), adam.init(params), params)
+    assert float(update) == pytest.approx(-small.local.client_lr, rel=1e-3)  # of the loss: -1 + 0.5 * 3 goes up
+    own = setup.client_optimizer(small.replace(client_optimizer="adamw", client_weight_decay=0.5), "fedavg")
+    update, _ = own.update(jnp.float32(-1.0), own.init(params), params)
+    assert float(update) == pytest.approx(
+        small.local.client_lr * (1 - 0.5 * 3), rel=1e-3
+    )  # of its own: beside the step
+
+
 def test_rates_replace_settings_and_may_be_swept(small):
     """A sweep over rates gives what configurations with these rates give, one by one."""
     pairs = {"client_lr": (0.05, 0.3), "server_lr": (0.5, 2.0)}

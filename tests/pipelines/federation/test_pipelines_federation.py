@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,13 +12,14 @@ import pytest
 
 from fedjax_core import HostPopulation
 from pipelines import Config
-from pipelines.data import datasets
+from pipelines.data import datasets, sources
 from pipelines.data.datasets import Dataset
 from pipelines.experiment import setup
-from pipelines.federation import federations, portrait
+from pipelines.federation import federations, portrait, skew
 from pipelines.run import train
 
 IRIS = Config(dataset="iris", clients=6, min_size=2)
+REAL = Path(os.environ.get("FEDJAX_CORE_DATA") or Path(__file__).resolve().parents[3].parent / "shared" / "data")
 
 
 def built(**changes):
@@ -87,6 +91,111 @@ def test_natural_clients_are_tested_on_their_own_groups_and_unseen_groups_are_ne
         assert len(group) == 1
         assert set(fewer.dataset.test_groups[test[i]]) <= group
     assert "new" not in fewer.parts, "a group that was not chosen is no client, and no new client either"
+
+
+def test_a_pool_gives_clients_the_test_examples_too_and_the_test_part_is_theirs():
+    found = built(pool=True, test_share=0.2, partition="iid")
+    assert len(found.dataset.train["y"]) == 150
+    np.testing.assert_array_equal(np.sort(rows_of(found)), np.arange(150))
+    plain = datasets.load("iris")
+    np.testing.assert_array_equal(found.dataset.train["x"][120:], plain.test["x"])
+    tests = found.population("test")
+    np.testing.assert_array_equal(found.dataset.test["x"], np.asarray(tests.examples["x"]))
+    assert len(found.dataset.test["y"]) == 30  # a fifth of each of six clients with 25
+    with pytest.raises(ValueError, match="pool=True leaves nothing to test on: give test_share"):
+        built(pool=True)
+    with pytest.raises(ValueError, match=r"test_share=0.01 leaves no client an example"):
+        built(pool=True, test_share=0.01, partition="iid")
+
+
+def test_a_pool_of_groups_has_all_of_them():
+    config = Config(dataset="groups", partition="natural", clients=None, min_size=1, pool=True, test_share=0.3)
+    found = federations.build(config, by_group([8, 8, 9, 9, 9]))
+    assert found.num_clients == 10
+    assert "new" not in found.parts
+    np.testing.assert_array_equal(found.dataset.test_groups, found.dataset.groups[found.parts["test"].assignment.rows])
+    without = by_group([8, 9])._replace(test_groups=None)
+    with pytest.raises(ValueError, match="the test examples of groups are of no group"):
+        federations.build(config, without)
+
+
+def two_domains():
+    """Two domains of three classes: 60 and 30 training examples, 20 and 10 test examples."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for number, (many, few) in enumerate(((60, 20), (30, 10))):
+        train, test = (
+            (rng.integers(0, 256, (n, 6, 6, 1), np.uint8), np.arange(n, dtype=np.int32) % 3) for n in (many, few)
+        )
+        parts.append(sources.from_arrays(*train, test=test, name=f"set{number}"))
+    return sources.join(parts)
+
+
+def test_test_examples_of_a_domain_are_dealt_out_to_its_clients():
+    dataset = two_domains()
+    config = Config(dataset="two", partition="domains", clients=5)
+    found = federations.build(config, dataset)
+    part = found.parts["test"]
+    assert part.source == "test"
+    np.testing.assert_array_equal(np.sort(part.assignment.rows), np.arange(30))
+    of_clients = [int(dataset.groups[rows[0]]) for rows in found.parts["train"].assignment]
+    assert list(found.domains) == [f"set{i}" for i in of_clients]
+    parts = [
+        SimpleNamespace(y=each["y"], group=group)
+        for each, group in ((dataset.train, dataset.groups), (dataset.test, dataset.test_groups))
+    ]
+    for domain, rows, mine in zip(of_clients, part.assignment, found.parts["train"].assignment, strict=True):
+        assert set(dataset.test_groups[rows].tolist()) == {domain}
+        of_domain = [np.bincount(each.y[each.group == domain], minlength=3) for each in parts]
+        held, dealt = (np.bincount(each.y[own], minlength=3) for each, own in zip(parts, (mine, rows), strict=True))
+        assert np.abs(dealt - held * of_domain[1] / of_domain[0]).max() < 1
+    assert federations.build(config, dataset).digest() == found.digest()
+    own = federations.build(config.replace(test_share=0.2), dataset)
+    assert own.parts["test"].source == "train"
+
+
+def test_clients_are_of_a_domain_and_of_what_was_made_of_it(tmp_path):
+    dataset = two_domains()
+    config = Config(dataset="two", partition="domains", clients=10, feature_skew="mixed", new_clients=2)
+    found = federations.build(config, dataset)
+    kinds = skew.parameters("mixed", dataset.input_shape, 10, seed=0)["domain"]
+    names = [dataset.group_names[dataset.groups[rows[0]]] for rows in found.parts["train"].assignment]
+    assert list(found.domains) == [f"{name}, {kind}" for name, kind in zip(names, kinds[:8], strict=True)]
+    federations.save(found, config, tmp_path / "f")
+    assert federations.load(tmp_path / "f", dataset).domains == found.domains
+    plain = federations.build(config.replace(feature_skew="none"), dataset)
+    client = int(np.flatnonzero(kinds[:8] == "colored")[0])
+    for part in ("train", "test"):
+        source, assignment = found.parts[part]
+        rows = assignment[client]
+        seen, was = (getattr(each.dataset, source)["x"][rows] for each in (found, plain))
+        np.testing.assert_array_equal(seen, 255 - was)
+    text = "\n".join(portrait.described(config, found))
+    assert f"{found.domains[0]} (" in text
+    assert built().domains == ()
+
+
+@pytest.mark.skipif(not (REAL / "har").is_dir(), reason=f"no prepared data in {REAL}")
+def test_every_subject_of_har_is_a_client(tmp_path):
+    dataset = datasets.load("har", REAL, cache_dir=tmp_path)
+    natural = {"dataset": "har", "partition": "natural", "clients": None, "split_by": "position", "gap": 1}
+    found = federations.build(Config(**natural, pool=True, test_share=0.2), dataset)
+    assert found.num_clients == 30
+    assert "new" not in found.parts
+    whole = np.bincount(np.concatenate([dataset.groups, dataset.test_groups]))
+    tests = found.parts["test"].assignment.sizes
+    np.testing.assert_array_equal(found.sizes + tests + 1, whole)  # one window between the two
+    np.testing.assert_allclose(tests / whole, 0.2, atol=0.002)
+    published = federations.build(Config(**{**natural, "gap": 0}), dataset)
+    assert (published.num_clients, published.parts["new"].assignment.num_clients) == (21, 9)
+
+
+def test_a_digest_pins_what_the_choices_make():
+    digest = built().digest()
+    with jax.enable_x64(False):
+        assert setup.federate(IRIS.replace(federation_digest=digest)).num_clients == 6
+        with pytest.raises(ValueError, match=rf"0123 is wanted, and these choices make the federation {digest}"):
+            setup.federate(IRIS.replace(federation_digest="0123"))
 
 
 def test_feature_skew_changes_inputs_and_the_same_client_sees_alike_in_every_part():

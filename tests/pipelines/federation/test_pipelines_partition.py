@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ SPLITS = {
     "classes": partition.classes,
     "partial_classes": lambda labels, n, seed: partition.partial_classes(labels, n, alpha=0.5, seed=seed),
     "lognormal": lambda labels, n, seed: partition.lognormal(labels, n, sigma=1.0, seed=seed),
+    "lognormal_classes": lambda labels, n, seed: partition.lognormal_classes(labels, n, sigma=1.0, seed=seed),
     "power_law": lambda labels, n, seed: partition.power_law(labels, n, exponent=1.0, seed=seed),
     "natural": partition.natural,
     "domains": partition.domains,
@@ -152,6 +154,23 @@ def test_lognormal_of_no_spread_is_even_and_the_smallest_size_is_kept():
     assert sizes.sum() == 1000
     assert sizes.min() == 7
     assert partition.lognormal(np.zeros(1000), 50, sigma=3.0, min_size=0).sizes.min() == 0
+
+
+def test_lognormal_classes_are_in_a_row_and_their_amounts_have_the_spread_asked_for():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 7000))
+    parts = partition.lognormal_classes(labels, 1000, classes_per_client=2, sigma=2.0, min_size=10)
+    counts = counts_of(parts, labels)
+    assert counts.sum() == len(labels)
+    held = (np.arange(10) - np.arange(1000)[:, None]) % 10 < 2
+    np.testing.assert_array_equal(counts > 0, held)
+    assert counts[held].min() == 5
+    assert parts.sizes.min() >= 10
+    # The larger half, where rounding is little: quantiles of a normal distribution with deviation 2.
+    logs = np.log(np.maximum(counts[held] - 5, 0.5))
+    found = np.quantile(logs, [0.6, 0.75, 0.9])
+    np.testing.assert_allclose(np.diff(found), 2 * np.diff(scipy.stats.norm.ppf([0.6, 0.75, 0.9])), rtol=0.15)
+    even = counts_of(partition.lognormal_classes(labels, 20, sigma=0.0), labels)
+    assert set(even[even > 0].tolist()) == {1750}
 
 
 @pytest.mark.parametrize("name", ["lognormal", "power_law"])
@@ -490,6 +509,15 @@ Y = np.arange(30) % 3
         (lambda: partition.partial_classes(Y, 5, alpha=-1.0), r"alpha must lie in \(0, inf\), got -1"),
         (lambda: partition.lognormal(Y, 5, sigma=-1.0), r"sigma must lie in \[0, inf\), got -1"),
         (lambda: partition.lognormal(Y, 31, sigma=1.0), "need 31, but there are 30"),
+        (lambda: partition.lognormal_classes(Y, 5, sigma=-1.0), r"sigma must lie in \[0, inf\), got -1"),
+        (
+            lambda: partition.lognormal_classes(np.arange(30) % 6, 4, sigma=1.0),
+            "hold 5 of 6 classes: ask for at least 5",
+        ),
+        (
+            lambda: partition.lognormal_classes(np.arange(30) % 3, 9, sigma=1.0, min_size=4),
+            "has 10 examples for 6 clients",
+        ),
         (lambda: partition.lognormal(Y, 5, sigma=1.0, min_size=7), "ask for at most 4 clients"),
         (lambda: partition.power_law(Y, 5, exponent=np.inf), r"exponent must lie in \[0, inf\), got inf"),
         (lambda: partition.power_law(Y, 31, exponent=1.0), "need 31, but there are 30"),

@@ -7,7 +7,7 @@ from scipy.spatial.transform import Rotation
 from pipelines.federation import skew
 
 CLIENTS = 10
-IMAGES = ("rotation", "blur", "noise", "color", "style")
+IMAGES = ("rotation", "blur", "noise", "color", "style", "mixed")
 # The shape of an input and its type, and the skews it can have.
 INPUTS = {
     "gray": ((12, 10, 1), np.uint8, IMAGES),
@@ -208,6 +208,38 @@ def test_styles_do_what_they_are_called():
     assert contrast.max() <= 2 / 3 + 1e-9
 
 
+def test_mixed_clients_are_of_five_domains_that_see_alike():
+    x = inputs("double", 40)
+    kinds = skew.parameters("mixed", (12, 10, 3), CLIENTS)["domain"]
+    assert np.unique(kinds, return_counts=True)[1].tolist() == [2] * 5
+
+    def as_seen(kind, images=x, **choices):
+        of_each = [
+            skew.apply("mixed", images, np.full(len(images), client), CLIENTS, **choices)
+            for client in np.flatnonzero(kinds == kind)
+        ]
+        np.testing.assert_array_equal(*of_each)  # two clients of a domain do the same
+        return of_each[0]
+
+    np.testing.assert_array_equal(as_seen("plain"), x)
+    point = np.zeros((1, 41, 41, 1))
+    point[0, 20, 30] = 1  # right of the middle; it goes up by a half turn of a right angle
+    y, across = np.unravel_index(np.argmax(as_seen("rotated", point)), (41, 41))
+    assert (y, across) == (20 - 7, 20 + 7)
+    wide = as_seen("blurred", point)[0, :, :, 0]
+    spread = np.sum(wide * np.square(np.arange(41) - 20)[:, None])
+    np.testing.assert_allclose([wide.sum(), spread], [1, np.square(41 / 14)], rtol=0.02)
+    turned = Rotation.from_rotvec(np.deg2rad(90) * np.ones(3) / np.sqrt(3)).apply(x.reshape(-1, 3))
+    np.testing.assert_allclose(as_seen("colored").reshape(-1, 3), np.clip(turned, 0, 1), atol=1e-12)
+    gray = inputs("gray", 5)
+    np.testing.assert_array_equal(as_seen("colored", gray), 255 - gray)
+    styles = skew.parameters("style", (12, 10, 3), CLIENTS)["style"]
+    edges = skew.apply("style", x, np.full(40, np.flatnonzero(styles == "edges")[0]), CLIENTS)
+    np.testing.assert_allclose(as_seen("restyled"), edges, atol=1e-12)
+    half = as_seen("colored", gray / 255, severity=0.5)
+    np.testing.assert_allclose(half, 0.5)  # half way to the negative everything is gray
+
+
 @pytest.mark.parametrize("name", ["vectors", "recordings"])
 def test_scale_has_a_gain_and_an_offset_per_client_and_quantity(name):
     x, owner = inputs(name), owners()
@@ -261,6 +293,7 @@ def test_memory_stays_near_that_of_the_result(kind, monkeypatch):
             r"severity must lie in \[0, inf\)",
         ),
         (lambda: skew.apply("style", inputs("gray"), owners(), CLIENTS, severity=2), r"severity must lie in \[0, 1\]"),
+        (lambda: skew.apply("mixed", inputs("gray"), owners(), CLIENTS, severity=2), r"severity must lie in \[0, 1\]"),
         (lambda: skew.apply("blur", inputs("gray"), owners(), CLIENTS, part="dev"), r"part must be one of"),
         (lambda: skew.parameters("blur", (8, 8, 1), 0), r"num_clients must be an integer of at least 1"),
     ],

@@ -21,6 +21,28 @@ def test_long_tail_has_the_sizes_of_the_paper():
     assert (splits.long_tail(labels, 100, seed=1)[:100] != rows[:100]).any()
 
 
+def test_a_tail_half_as_long():
+    labels = np.arange(50_000) % 10
+    sizes = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
+    np.testing.assert_array_equal(np.bincount(labels[splits.long_tail(labels, 50)]), sizes)
+
+
+def test_others_are_dealt_out_in_the_shares_in_which_clients_hold_their_strata():
+    rng = np.random.default_rng(0)
+    strata, others = rng.integers(0, 4, 900), np.append(rng.integers(0, 4, 301), [7, 7])
+    held = partition.dirichlet(strata, 6, alpha=0.5)
+    dealt = splits.deal(held, strata, others, seed=3)
+    assert len(dealt) == 6
+    np.testing.assert_array_equal(np.sort(dealt.rows), np.arange(301))  # nobody holds stratum 7
+    counts = [
+        [np.bincount(kind[rows], minlength=8)[:4] for rows in each] for kind, each in ((strata, held), (others, dealt))
+    ]
+    own, found = map(np.asarray, counts)
+    assert np.abs(found - own * found.sum(0) / own.sum(0)).max() < 1
+    assert splits.deal(held, strata, others, seed=3) == dealt
+    assert splits.deal(held, strata, others, seed=4) != dealt
+
+
 def test_long_tail_chooses_at_random_within_a_class():
     labels = np.repeat([0, 1], 1000)
     chosen = np.concatenate([splits.long_tail(labels, 10, seed=seed)[1000:] for seed in range(50)])

@@ -18,6 +18,7 @@ from pipelines.cli import commands
 from pipelines.common.progress import silent
 from pipelines.configuration.config import Config
 from pipelines.experiment import setup, views
+from pipelines.federation import splits
 from pipelines.results import early, history
 from pipelines.run import client_scores, train
 from tests.pages import assert_drawn_again
@@ -367,3 +368,40 @@ def test_runs_of_before_there_were_views_go_on_with_the_global_model(small, tmp_
     assert load_run(out, with_data=False).config.evaluation.evaluate == ("global",)
     found = train.train(config.replace(rounds=4, evaluate=()), out)["local_only"].history
     assert history.views_of(found) == ["global"]
+
+
+@pytest.mark.parametrize("test_share", [0.25, 0.0])
+def test_new_clients_adapt_on_a_part_of_their_examples_and_are_tested_on_the_rest(small, tmp_path, test_share):
+    config = small.replace(
+        methods=("fedavg_ft", "local_only"), new_clients=2, cohort_size=2, rounds=2, eval_every=2, seeds=1,
+        partition="iid", test_share=test_share,
+    )  # fmt: skip
+    results = train.train(config, tmp_path / "run")
+    found = results["fedavg_ft"].history
+    assert found["new/personal/accuracy"].shape == found["new/accuracy"].shape == (1, 2)
+    assert "new/personal/accuracy" not in results["local_only"].history  # no row of its own, nothing to adapt
+    run = load_run(tmp_path / "run")
+    with jax.enable_x64(False):
+        experiment = setup.prepare(config)
+        algorithm = experiment.algorithms["fedavg_ft"]
+        [scorer] = client_scores.of_new_clients(experiment, algorithm)
+        again = scorer.scores(jax.tree.map(jnp.asarray, run.methods["fedavg_ft"].state))
+        part = experiment.federation.parts["new"].assignment
+        share = test_share or 0.5
+        split = splits.split_clients(part, (0.0, share), labels=experiment.dataset.train["y"])
+        # By hand: each new client tunes the global model on what it keeps, and is tested on the rest.
+        assert (np.abs(split.test.sizes - share * part.sizes) <= 0.5).all()
+        held = {name: leaf[split.test[0]] for name, leaf in experiment.dataset.train.items()}
+        key = jax.random.fold_in(client_scores.key_of(experiment.keys[0]), 0)
+        own = fc.Population.from_clients(
+            [{name: leaf[split.train[client]] for name, leaf in experiment.dataset.train.items()} for client in (0, 1)]
+        )
+        tests = fc.Population.from_clients(
+            [held, {name: leaf[split.test[1]] for name, leaf in experiment.dataset.train.items()}]
+        )
+        state = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), run.methods["fedavg_ft"].state)
+        by_hand = fc.evaluate_view(experiment.metric_fn, algorithm.personal, state, tests, adapt_on=own, key=key)
+    np.testing.assert_array_equal(again["accuracy"], found["new/personal/accuracy"])
+    np.testing.assert_allclose(found["new/personal/accuracy"][0], by_hand["accuracy"], rtol=1e-5)
+    summary = (tmp_path / "run" / "summary.md").read_text()
+    assert "| new clients |" in summary
