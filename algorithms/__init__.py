@@ -36,6 +36,7 @@ from algorithms.personalization.fedper import fedper, lg_fedavg
 from algorithms.personalization.fedrep import fedrep
 from algorithms.personalization.ifca import ifca
 from algorithms.personalization.per_fedavg import per_fedavg
+from algorithms.personalization.pfedme import pfedme
 from algorithms.robustness.fal import fal
 from algorithms.robustness.frl import frl
 from algorithms.sharpness.fedgamma import fedgamma
@@ -103,6 +104,7 @@ __all__ = [
     "mofedsam",
     "moon",
     "per_fedavg",
+    "pfedme",
     "scaffold",
     "scaffold_m",
     "scaffold_m_vr",

@@ -900,6 +900,7 @@ def claims():
                 lambda task, optimizer, **local: with_statistics(algorithms.fedavg(task, optimizer, **local), "average")
             ),
         ),
+        "pfedme": own_model_beats_fedavg("pfedme"),
         "fedrep": own_model_beats_fedavg("fedrep"),
         "lg_fedavg": own_model_beats_fedavg("lg_fedavg"),
         "local_only": own_model_beats_fedavg("local_only"),

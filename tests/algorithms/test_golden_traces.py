@@ -13,6 +13,7 @@ SGD = optax.sgd(0.1)
 STEPS = {"batch_size": 1, "num_steps": 2}
 EPOCH = {"batch_size": 1, "num_epochs": 1}  # with repeated examples: K_i = number of copies
 HEAVY_BALL = optax.sgd(0.1, momentum=0.9)
+PROXIMAL = {"lam": 2.0, "inner_lr": 0.1, "inner_steps": 3, "mu": 0.1, "beta": 0.8}
 
 
 def make(name, *args, **kwargs):
@@ -160,6 +161,20 @@ TRACES = [
         FULL,
         (1, 1, 1),
         [(0.59377986, 0.77206459), (0.34195183, 0.60571620), (0.18940620, 0.48425745)],
+    ),
+    (
+        "pfedme full",
+        make("pfedme", SGD, num_clients=3, **PROXIMAL, **STEPS),
+        FULL,
+        (1, 1, 1),
+        [(0.86288102, 0.91470903), (0.74424075, 0.83821152), (0.64161210, 0.76956361)],
+    ),
+    (
+        "pfedme part",
+        make("pfedme", SGD, num_clients=3, **PROXIMAL, **STEPS),
+        PART,
+        (1, 1, 1),
+        [(0.87957041, 0.93931468), (0.69680665, 0.88476149), (0.64636827, 0.76041250)],
     ),
 ]
 
