@@ -30,11 +30,13 @@ from algorithms.participation.fedstale import fedstale, fedvarp
 from algorithms.participation.mifa import mifa
 from algorithms.personalization.apfl import apfl
 from algorithms.personalization.baselines import fedavg_ft, local_only
+from algorithms.personalization.cfl import cfl
 from algorithms.personalization.ditto import ditto
 from algorithms.personalization.fedbn import fedbn
 from algorithms.personalization.fedper import fedper, lg_fedavg
 from algorithms.personalization.fedrep import fedrep
 from algorithms.personalization.ifca import ifca
+from algorithms.personalization.ocfl import ocfl
 from algorithms.personalization.per_fedavg import per_fedavg
 from algorithms.personalization.pfedme import pfedme
 from algorithms.robustness.fal import fal
@@ -52,6 +54,7 @@ __all__ = [
     "afa_cs",
     "apfl",
     "autoflip",
+    "cfl",
     "ditto",
     "ewc",
     "fal",
@@ -103,6 +106,7 @@ __all__ = [
     "mimelite",
     "mofedsam",
     "moon",
+    "ocfl",
     "per_fedavg",
     "pfedme",
     "scaffold",

@@ -263,13 +263,14 @@ def own_digits(turned=False):
 OWN = "accuracy on the clients' own test examples, mean over clients"
 
 
-def own_accuracy(name, rounds=40, turned=False, **settings):
+def own_accuracy(name, rounds=40, turned=False, cohort=5, **settings):
     """Mean over clients of the accuracy on their own test examples, each with its model, for every seed.
 
     Args:
       name: the method.
-      rounds: of 5 of the 20 clients.
+      rounds: how many.
       turned: see `own_digits`.
+      cohort: clients of a round, out of 20.
       **settings: of the method.
     """
     training, test = own_digits(turned)
@@ -278,7 +279,7 @@ def own_accuracy(name, rounds=40, turned=False, **settings):
     settings |= {argument: 20 for argument, what in needs(factory).items() if what == "num_clients"}
     settings = {"batch_size": 10, "num_epochs": 2} | settings
     method = factory(losses.cross_entropy(model), optax.sgd(0.1), **settings)
-    run, view = continue_rounds(method, samplers.uniform(20, 5), rounds), method.personal
+    run, view = continue_rounds(method, samplers.uniform(20, cohort), rounds), method.personal
     adapts = view.adapt is not None
 
     def final(training, test, key):
@@ -325,6 +326,15 @@ def mixed(name, rounds=10):
 def own_model_beats_fedavg(name, **settings):
     text = "on clients that differ strongly its own models are better than FedAvg's"
     return lambda: Claim(text, OWN, False, own_accuracy(name, **settings), own_accuracy("fedavg"))
+
+
+def two_kinds(name, **settings):
+    """Of a method that wants all clients in every round."""
+    text = "finds two kinds of clients, and models for them that are better than FedAvg's one"
+    everybody = {"turned": True, "cohort": 20, "rounds": 30}
+    return lambda: Claim(
+        text, OWN, False, own_accuracy(name, **everybody, **settings), own_accuracy("fedavg", **everybody)
+    )
 
 
 def accuracy_with_normalization(make, rounds=40):
@@ -913,6 +923,8 @@ def claims():
             own_accuracy("ifca", turned=True),
             own_accuracy("fedavg", turned=True),
         ),
+        "cfl": two_kinds("cfl", num_models=4, eps1=0.3, eps2=0.5, wait=5),
+        "ocfl": two_kinds("ocfl", num_models=2),
         "sfprompt": lambda: Claim(
             "learns more from as many bytes at the cuts than split learning of all examples without phases alone",
             "test accuracy on digits, pretrained on flipped ones",

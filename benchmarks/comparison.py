@@ -67,6 +67,8 @@ LEFT_OUT = {
     "fedper": "makes a model for each client: the global one has no trained head",
     "fedrep": "makes a model for each client: the global one has no trained head",
     "ifca": "makes several models",
+    "cfl": "makes several models",
+    "ocfl": "makes several models",
     "pfedme": "makes a model for each client: the global one is a center for them",
     "lg_fedavg": "makes a model for each client: the global one has no trained representation",
     "local_only": "makes a model for each client, and no global one",

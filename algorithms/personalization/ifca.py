@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import fedjax_core as fc
+from algorithms.parts.clusters import model_of
 
 
 class IFCAState(NamedTuple):
@@ -115,11 +116,6 @@ def ifca(
 
 def _zeros(tree: fc.Params) -> fc.Params:
     return jax.tree.map(lambda leaf: np.zeros(np.shape(leaf)), tree)
-
-
-def model_of(models: fc.Params, j: fc.Array) -> fc.Params:
-    """Model j of leaves [k, ...]."""
-    return jax.tree.map(lambda leaf: leaf[j], models)
 
 
 def choice(loss_fn: fc.LossFn, num_models: int) -> fc.ClientProgram:

@@ -79,11 +79,13 @@ ORDER = {"fzoos": {"order": "shuffled"}}
 
 # What the checks have to know of a method.
 KNOWN = {
+    "cfl": {"rows_may_stay": True},  # a client stays in its cluster until that is split
     "fedamd": {"rows_may_stay": True},  # a participant that is no anchor keeps its row
     "fedlora": {"rows_may_stay": True},  # a client's rank is its own for good
     "fedsgd": {"random": False},  # the full gradient draws nothing
     "fzoos": {"undefined_if_empty": ("value",)},
     "ifca": {"rows_may_stay": True},  # a client may choose the same model again
+    "ocfl": {"rows_may_stay": True},  # clusters are made once
 }
 
 # Rankings change by whole places, if at all: not by a tenth of what moves a model.
