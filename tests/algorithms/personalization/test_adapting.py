@@ -8,6 +8,7 @@ import pytest
 
 import algorithms
 import fedjax_core as fc
+import models
 from algorithms.personalization.per_fedavg import parts_of
 from tests.algorithms.personalization import plain
 from tests.algorithms.personalization.plain import HELD_OUT, POPULATION, SIZES
@@ -35,14 +36,21 @@ def run(method, cohorts=COHORTS):
 
 
 @pytest.mark.parametrize(
-    ("form", "local", "mean"), [("FO", (0.045, -0.105), -0.03), ("HF", (0.0405, -0.0735), -0.0165)]
+    ("form", "delta", "local", "mean"),
+    [
+        ("FO", 1e-3, (0.045, -0.105), -0.03),
+        ("HF", 1e-3, (0.0405, -0.0735), -0.0165),
+        ("HF-difference", 1e-3, (0.0405, -0.0735), -0.0165),
+        ("HF-difference", 7.0, (0.0405, -0.0735), -0.0165),  # of a quadratic any difference is exact
+    ],
 )
-def test_golden_trace(form, local, mean):
-    method = algorithms.per_fedavg(curved_loss, optax.sgd(0.05), inner_lr=0.1, form=form, batch_size=1, num_steps=1)
+def test_golden_trace(form, delta, local, mean):
+    settings = {"inner_lr": 0.1, "form": form, "delta": delta, "batch_size": 1, "num_steps": 1}
+    method = algorithms.per_fedavg(curved_loss, optax.sgd(0.05), **settings)
     round = jax.jit(method.round)
     for ids, expected in (([0, -1], local[0]), ([1, -1], local[1]), ([0, 1], mean)):
         state, _ = round(method.init(jnp.zeros(())), TWO.cohort(ids), KEY)
-        assert float(method.params(state)) == pytest.approx(expected, abs=1e-14)
+        assert float(method.params(state)) == pytest.approx(expected, abs=1e-12 if form == "HF-difference" else 1e-14)
 
 
 @pytest.mark.parametrize(("form", "count"), [("FO", 2), ("HF", 3)])
@@ -65,6 +73,38 @@ def test_rounds_are_those_of_a_plain_loop(form, count):
             ends.append(y)
         x = plain.mean(ends)
     assert_trees_close(state.params, x, rtol=1e-11, atol=1e-13)
+
+
+def test_differences_of_gradients_lead_to_the_product_with_the_hessian():
+    def after(form, delta):
+        settings = {"inner_lr": 0.2, "form": form, "delta": delta}
+        return run(algorithms.per_fedavg(softmax_loss, optax.sgd(0.3), **settings, **LOCAL)).params["w"]
+
+    exact, near, far = (
+        after(form, delta) for form, delta in (("HF", 1e-3), ("HF-difference", 1e-4), ("HF-difference", 1.0))
+    )
+    np.testing.assert_allclose(near, exact, rtol=1e-6, atol=1e-8)
+    assert np.max(np.abs(far - exact)) > 100 * np.max(np.abs(near - exact))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("per_fedavg", {"form": "HF"}),
+        ("per_fedavg", {"form": "HF-difference"}),
+        ("pfedme", {"num_clients": 2}),
+    ],
+)
+def test_they_train_models_with_running_statistics(name, settings):
+    """By those of the first gradient of a step."""
+    task = models.task(models.cnn_bn((4, 4, 1), 3, channels=(2,), hidden=2))
+    examples = {"x": np.ones((5, 4, 4, 1), np.float32), "y": np.zeros(5, np.int32)}
+    population = fc.Population.from_sizes(examples, [2, 3])
+    method = getattr(algorithms, name)(task, optax.sgd(0.1), batch_size=2, **settings)
+    method = fc.with_statistics(method, "average")
+    state = method.init(task.init(KEY))
+    new, _ = jax.eval_shape(method.round, state, population.cohort([0, 1]), KEY)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_parts_of_a_batch_are_dealt_out():
@@ -147,6 +187,7 @@ def test_fine_tuning_leaves_fedavg_as_it_is():
     [
         (lambda: algorithms.per_fedavg(softmax_loss, optax.sgd(0.1), inner_lr=-1.0), "inner_lr must lie in"),
         (lambda: algorithms.per_fedavg(softmax_loss, optax.sgd(0.1), form="second"), "form must be"),
+        (lambda: algorithms.per_fedavg(softmax_loss, optax.sgd(0.1), delta=0.0), "delta must lie in"),
         (lambda: algorithms.per_fedavg(softmax_loss, optax.sgd(0.1), adapt_steps=0), "adapt_steps must be an integer"),
         (
             lambda: algorithms.fedavg_ft(softmax_loss, optax.sgd(0.1), tuning_epochs=0),
