@@ -8,8 +8,9 @@ from algorithms.drift import theory as drift
 from algorithms.participation import theory as participation
 from algorithms.parts.claims import Claim as Claim
 from algorithms.parts.claims import Theory as Theory
+from algorithms.zeroth_order import theory as zeroth_order
 
-ALL: dict[str, Theory] = {**averaging.THEORY, **drift.THEORY, **participation.THEORY}
+ALL: dict[str, Theory] = {**averaging.THEORY, **drift.THEORY, **participation.THEORY, **zeroth_order.THEORY}
 """Name of a method to what is known of it."""
 
 

@@ -34,12 +34,12 @@ def test_every_file_is_read_and_no_method_twice():
 def test_propositions_that_are_named_are_proved():
     page = (ROOT / "docs" / "converge.md").read_text()
     cited = {number for own in theory.ALL.values() for claim in own for number in _propositions(claim.source)}
-    assert cited == {"1", "2", "3", "4"}
+    assert cited == {str(number) for number in range(1, 10)}
     assert all(f"**Proposition {number} (" in page for number in cited)
 
 
 def _propositions(source):
-    return re.findall(r"docs/converge.md, proposition (\d)", source)
+    return re.findall(r"docs/converge.md, proposition (\d+)", source)
 
 
 def test_a_method_without_claims():
@@ -51,6 +51,10 @@ def test_claims_in_words():
     assert str(Claim("floor", "drift", "A", "num_steps - 1", 2)) == "the floor goes with (num_steps - 1)^2"
     assert str(Claim("rate", "drift", "A", "zeta", 0)) == "the rate does not depend on zeta"
     assert str(Claim("floor", "drift", "A")) == "there is no floor"
+    assert str(Claim("floor", "drift", "A", measure="consensus")) == "there is no floor of the consensus error"
+    mean = Claim("mean", "nonconvex", "A", "rounds", -1, measure="gradient", relation="at most")
+    assert str(mean) == "the mean of the squared gradient goes with a power of rounds of at most -1"
+    assert str(Claim("rate", "drift", "A", "zeta", 0, relation="at least")).endswith("a power of zeta of at least 0")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,10 @@ def test_claims_in_words():
         (Claim("floor", "drift", "A", "", 1), "give both or neither"),
         (Claim("rate", "drift", "A"), "give both or neither"),
         (Claim("floor", "drift", ""), "no source"),
+        (Claim("floor", "drift", "A", measure="distanc"), "measure='distanc'"),
+        (Claim("floor", "drift", "A", "zeta", 2, relation="atmost"), "relation='atmost'"),
+        (Claim("floor", "drift", "A", relation="at most"), "a bound is one of an exponent"),
+        (Claim("floor", "drift", "A", "rounds", -1), "take the mean"),
     ],
 )
 def test_bad_claims(claim, said):

@@ -186,11 +186,30 @@ def power(errors: np.ndarray, *, rounding: float = 1e-20) -> Estimate:
     return over_seeds(np.array([-_slope(times, each) for each in logs]))
 
 
-def scaling(constant: Sequence[float], quantity: Sequence[Estimate]) -> Scaling:
+def mean(errors: np.ndarray) -> Estimate:
+    """The mean over all rounds, that before the first included.
+
+    Args:
+      errors: float64[R, T + 1].
+
+    Raises:
+      ValueError: if the shape is another one.
+    """
+    if (bad := _unfit(errors)) is not None:
+        return none(bad)
+    return over_seeds(errors.mean(1))
+
+
+def running_mean(errors: np.ndarray) -> np.ndarray:
+    """The mean over all rounds so far, float64[R, T + 1], of errors [R, T + 1]."""
+    return np.cumsum(errors, 1) / np.arange(1, errors.shape[1] + 1)
+
+
+def scaling(constant: Sequence[float] | np.ndarray, quantity: Sequence[Estimate]) -> Scaling:
     """The exponent p of quantity ~ constant^p, over settings that differ in that constant alone.
 
     Args:
-      constant: float[S], positive, such as zeta or the learning rate.
+      constant: positive, such as zeta or the learning rate; float[S], or float[S, R] where each seed has its own.
       quantity: what was fitted at each of them, such as a floor, of the same seeds.
 
     Raises:
@@ -198,26 +217,28 @@ def scaling(constant: Sequence[float], quantity: Sequence[Estimate]) -> Scaling:
         is not positive.
     """
     at = np.asarray(constant, np.float64)
-    if at.ndim != 1 or len(at) != len(quantity):
-        raise ValueError(f"constant has {at.size} values and quantity {len(quantity)}: give one for each")
+    if at.ndim not in (1, 2) or len(at) != len(quantity):
+        raise ValueError(f"constant has {len(at)} values and quantity {len(quantity)}: give one for each")
     if not (np.isfinite(at) & (at > 0)).all():
         raise ValueError(f"constant={at.tolist()} must be positive, its logarithm is taken: leave out others")
-    nothing = np.zeros(0)
-    for value, each in zip(at, quantity, strict=True):
+    nothing, names = np.zeros(0), at if at.ndim == 1 else at.mean(1)
+    for value, each in zip(names, quantity, strict=True):
         if each.value is None:
-            return Scaling(none(f"at {value:g}: {each.why}"), nothing)
-    if len({len(each.each) for each in quantity}) > 1:
+            return Scaling(none(f"at {value:.4g}: {each.why}"), nothing)
+    counts = {len(each.each) for each in quantity}
+    if len(counts) > 1 or (at.ndim == 2 and at.shape[1] not in counts):
         raise ValueError(f"quantity has {[len(each.each) for each in quantity]} seeds: fit the same seeds everywhere")
     values = np.stack([each.each for each in quantity])
     if not (values > 0).all():
-        zero = at[~(values > 0).all(1)]
-        return Scaling(none(f"at {', '.join(f'{value:g}' for value in zero)} it is 0, {quantity[0].why}"), nothing)
-    order = np.argsort(at)
-    at, values = np.log(at[order]), np.log(values[order])
-    if len(np.unique(at)) < 3 or at[-1] - at[0] < math.log(3):
+        zero = names[~(values > 0).all(1)]
+        return Scaling(none(f"at {', '.join(f'{value:.4g}' for value in zero)} it is 0, {quantity[0].why}"), nothing)
+    order = np.argsort(names)
+    at = np.log(np.broadcast_to(at.reshape(len(at), -1), values.shape)[order])
+    values, middle = np.log(values[order]), at.mean(1)
+    if len(np.unique(middle)) < 3 or middle[-1] - middle[0] < math.log(3):
         return Scaling(none("there are fewer than three values, or they lie within a factor of three"), nothing)
-    slopes = np.array([_slope(at, each) for each in values.T])
-    return Scaling(over_seeds(slopes), np.diff(values.mean(1)) / np.diff(at))
+    slopes = np.array([_slope(x, y) for x, y in zip(at.T, values.T, strict=True)])
+    return Scaling(over_seeds(slopes), np.diff(values.mean(1)) / np.diff(middle))
 
 
 def _unfit(errors: np.ndarray) -> str | None:

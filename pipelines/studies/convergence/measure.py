@@ -92,7 +92,8 @@ def method(name: str, *, num_steps: int | np.ndarray = 1, batch_size: int = 1, *
       **fixed: arguments of its factory that are the same in all cases.
 
     Returns:
-      `make(problem, hyper)`, where `hyper` has `client_lr` and may have real arguments of the factory.
+      `make(problem, hyper)`, where `hyper` has `client_lr` and may have real arguments of the factory, and K as
+      `num_steps`.
 
     Raises:
       ValueError: if there is no such method, it needs more than a loss, or an argument is wrong.
@@ -117,13 +118,17 @@ def method(name: str, *, num_steps: int | np.ndarray = 1, batch_size: int = 1, *
         if "client_lr" not in own:
             raise ValueError(f"hyper of {name} has no client_lr, the learning rate of the clients: give it one")
         sgd = optax.sgd(own.pop("client_lr"))
+        work = given
+        if "num_steps" in own:
+            steps = jnp.asarray(own.pop("num_steps"), jnp.int32)
+            work = given | {"num_steps": jnp.broadcast_to(steps, problem.data.population.num_clients)}
         for each in own:
             pick(f"hyper-parameter of {name}", each, [key for key in known if key not in _asked(name)])
         clients = problem.data.population.num_clients
         brought = {"loss": problem.loss_fn, "client optimizer": sgd, "num_clients": clients}
         asked = {argument: brought[what] for argument, what in _asked(name).items() if what in brought}
         plan = {"plan": Plan(lanes=clients)} if "plan" in local_options(factory) else {}
-        made: Algorithm = factory(**asked, **plan, **given, **own)
+        made: Algorithm = factory(**asked, **plan, **work, **own)
         return made
 
     return make
@@ -137,6 +142,7 @@ def measure(
     rounds: int,
     seeds: int,
     cohort_size: int | None = None,
+    probabilities: Sequence[float] | None = None,
     first_seed: int = 0,
 ) -> Curves:
     """Runs a method on all cases and seeds, as one compiled program.
@@ -148,6 +154,7 @@ def measure(
       rounds: T.
       seeds: R.
       cohort_size: clients that take part in a round, drawn uniformly; all unless given.
+      probabilities: of each client to take part in a round, independently of all else; instead of cohort_size.
       first_seed: the first of the seeds, which are consecutive.
 
     Raises:
@@ -169,7 +176,14 @@ def measure(
     clients = first.data.population.num_clients
     if cohort_size is not None and not 1 <= checks.positive_int("cohort_size", cohort_size, "at least one") <= clients:
         raise ValueError(f"cohort_size={cohort_size} is above the number of clients, {clients}: lower it")
-    sampler = samplers.full(clients) if cohort_size is None else samplers.uniform(clients, cohort_size)
+    if cohort_size is not None and probabilities is not None:
+        raise ValueError("cohort_size and probabilities are both given: give one of them, or neither for all clients")
+    if probabilities is not None:
+        if len(probabilities) != clients:
+            raise ValueError(f"probabilities has {len(probabilities)} values for {clients} clients: give one to each")
+        sampler = samplers.bernoulli(np.asarray(probabilities))
+    else:
+        sampler = samplers.full(clients) if cohort_size is None else samplers.uniform(clients, cohort_size)
     one = _curve(first, make, sampler, rounds)
     stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.data for p in row)) for row in made]
     data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)

@@ -56,6 +56,7 @@ class Constants(NamedTuple):
       sigma: see above; sqrt of the mean over the clients of the variance of the gradient of one example at x*.
       dissimilarity: delta, the greatest spectral norm of the difference of the Hessians of an f_i and F; None where it
         is not known.
+      curvature: the least eigenvalue of the Hessian of F at x*, but for flat directions.
     """
 
     smoothness: float
@@ -64,6 +65,7 @@ class Constants(NamedTuple):
     zeta: float
     sigma: float
     dissimilarity: float | None
+    curvature: float
 
 
 class Data(NamedTuple):
@@ -177,7 +179,8 @@ def quadratic(
     tilts, start, optimum = _draw(rng, basis, clients, 1, zeta, sigma, radius)
     examples = {"A": np.repeat(A, 2 * rank, 0), "optimum": _rows(optimum, tilts), "tilt": tilts}
     delta = max(float(np.linalg.norm(each - mean, 2)) for each in A)
-    known = Constants(smoothness, convexity if rank == dim else 0.0, convexity, zeta, sigma, delta)
+    flattest = float(np.linalg.eigvalsh(inner.mean(0))[0])
+    known = Constants(smoothness, convexity if rank == dim else 0.0, convexity, zeta, sigma, delta, flattest)
     whole = {"A": jnp.asarray(mean), "optimum": jnp.asarray(optimum)}
     return _problem(_quadratic_loss, _quadratic_excess, examples, clients, start, optimum, basis, whole, known)
 
@@ -200,7 +203,7 @@ def sine(
     Paper: Karimi, Nutini, Schmidt, "Linear Convergence of Gradient and Proximal-Gradient Methods Under the
     Polyak-Lojasiewicz Condition", 2016, which has the function of one variable with a constant of 1/32.
     """
-    known = Constants(smoothness, 0.0, SINE_PL * smoothness / 8, zeta, sigma, 0.0)
+    known = Constants(smoothness, 0.0, SINE_PL * smoothness / 8, zeta, sigma, 0.0, smoothness)
     return _separable(seed, dim, clients, radius, smoothness / 8, _sine_loss, _sine_excess, known)
 
 
@@ -220,7 +223,7 @@ def saturating(
     infinity no Polyak-Lojasiewicz inequality holds. All clients have this h; the tilts alone tell them apart, and a
     single f_i is not bounded below. Arguments and errors are those of `quadratic`.
     """
-    known = Constants(smoothness, 0.0, 0.0, zeta, sigma, 0.0)
+    known = Constants(smoothness, 0.0, 0.0, zeta, sigma, 0.0, smoothness)
     return _separable(seed, dim, clients, radius, smoothness / 2, _saturating_loss, _saturating_excess, known)
 
 
@@ -285,7 +288,10 @@ def logistic(
     }
     natural = np.sqrt(np.mean(np.sum(mean**2, -1))), np.sqrt(np.mean(np.sum((at - mean) ** 2, -1)))
     zeta, sigma = (float(own) if given is None else given for given, own in zip((zeta, sigma), natural, strict=True))
-    known = Constants(smoothness, convexity, convexity, zeta, sigma, None)
+    share = np.abs(slope)
+    hessian = (rows.T * (share * (1 - share))) @ rows / len(signs) + convexity * np.eye(dim)
+    flattest = float(np.linalg.eigvalsh(hessian)[0])
+    known = Constants(smoothness, convexity, convexity, zeta, sigma, None, flattest)
     whole = {"a": rows, "y": signs, "mu": np.float64(convexity), "least": np.float64(0)}
     whole = jax.tree.map(jnp.asarray, whole)
     least = float(_logistic_excess(jnp.asarray(optimum), whole))
@@ -347,7 +353,7 @@ def _saturating_excess(x: Array, whole: PyTree) -> Array:
 
 def _logistic_loss(x: Array, batch: Examples, key: Key) -> Array:
     _, tilt = _tilted(x, batch)
-    return jnp.logaddexp(0.0, -batch["y"] * (batch["a"] @ x)) + 0.5 * batch["mu"] * x @ x + tilt
+    return jnp.logaddexp(0.0, -batch["y"] * (batch["a"] @ x)) + 0.5 * batch["mu"] * (x @ x) + tilt
 
 
 def _logistic_excess(x: Array, whole: PyTree) -> Array:

@@ -3,19 +3,21 @@
     fedjax-core converge --method fedavg --method scaffold --out runs/theory
 
 Claims are data beside the methods (`algorithms.theory`). Each holds in a setting, for which `DESIGNS` says what is
-measured: quadratics of known constants, a base case, and for each constant the values that it takes while all others
+measured: a problem of known constants, a base case, and for each constant the values that it takes while all others
 stay. Cases that differ in real numbers are one compiled program, a unit, which is saved when it is done, so that the
 same command goes on where it was stopped; more methods may join. What comes out: summary.html and summary.md,
-claims.csv, a figure for each method and curves.png, each figure as .pdf too.
+claims.csv, a figure for each method, curves.png and consensus.png, each figure as .pdf too.
 
 A verdict takes the 95 % interval of an exponent over the seeds, and that of theory's exponent plus and minus the
-tolerance: confirmed if the first lies within the second, contradicted if they are apart, and else not decided. That
-there is no floor is confirmed if the error comes to rounding, and contradicted if it stays at a plateau above it.
+tolerance: confirmed if the first lies within the second, contradicted if they are apart, and else not decided. Of a
+bound on the exponent one side counts. That there is no floor is confirmed if the error comes to rounding, and
+contradicted if it stays at a plateau above it.
 """
 
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +38,17 @@ from pipelines.run import identity, run_directory, trials
 from pipelines.run.run_directory import Kind, Work
 from pipelines.studies.convergence import fit, problems
 from pipelines.studies.convergence.config import ALL, Converge
-from pipelines.studies.convergence.fit import Estimate, Scaling
+from pipelines.studies.convergence.fit import Estimate
 from pipelines.studies.convergence.measure import Case, Curves, Make, measure, method
 
 KIND = Kind("converge", Converge.from_values, "study.json", "unit")
 
 CONFIRMED, CONTRADICTED, UNDECIDED = "confirmed", "contradicted", "not decided"
 WORDS = (CONFIRMED, CONTRADICTED, UNDECIDED)
+COLUMNS = (
+    *("method", "setting", "quantity", "measure", "constant", "theory", "measured", "low", "high", "verdict", "why"),
+    "source",
+)
 
 _GROWS = {"methods": growth.contains}
 
@@ -55,9 +61,13 @@ class Design(NamedTuple):
       num_steps: K there.
       clients: N there.
       client_lr: there.
-      values: constant to the values that it takes, of problem and methods; num_steps too means K.
+      values: constant to the values that it takes, of problem and methods; of `_VARIED`, what is varied takes them.
       cohort: clients that take part in a round, or None for all.
       unequal: whether clients take 1, K and 2 K - 1 steps in turn.
+      problem: of `problems.KINDS`.
+      probabilities: of clients to take part in a round, in turn; instead of a cohort.
+      whole: whether a step takes all of a client's examples, and not one.
+      share: rounds that are measured, as a share of those of the study.
     """
 
     constants: Mapping[str, Any]
@@ -67,17 +77,39 @@ class Design(NamedTuple):
     values: Mapping[str, tuple[float, ...]]
     cohort: int | None = None
     unequal: bool = False
+    problem: str = "quadratic"
+    probabilities: tuple[float, ...] | None = None
+    whole: bool = False
+    share: float = 1.0
 
 
-_OF_METHODS = {"beta": (0.25, 0.5, 1.0), "mu": (0.1, 0.3, 1.0)}
-_BASE = {"beta": 0.5, "mu": 0.3}
+_VARIED: Mapping[str, tuple[str, Callable[[float], float]]] = {
+    "num_steps - 1": ("num_steps", lambda steps: steps - 1),
+    "1 - beta": ("beta", lambda beta: 1 - beta),
+    "curvature": ("convexity", lambda convexity: convexity),  # and what comes of it is looked up in the problems
+}
+"""Constants that are made of another one: that one, and how."""
+
+_OF_METHODS = {"beta": (0.25, 0.5, 1.0), "mu": (0.1, 0.3, 1.0), "rho": (0.0003, 0.001, 0.003)}
+_BASE = {"beta": 0.5, "mu": 0.3, "rho": 0.001}
 """What these are in the base case of a method that has a claim about them."""
-OWN: Mapping[str, Mapping[str, float]] = {"feddyn": {"alpha": 0.5}}
+OWN: Mapping[str, Mapping[str, float]] = {
+    "feddyn": {"alpha": 0.5},
+    "fedspeed": {"lam": 2.0},
+    "mime": {"momentum": 0.5},
+    "fedamd": {"probability": 0.5},
+    "afa_cd": {"server_lr": 3.0},
+    "afa_cs": {"server_lr": 3.0},
+}
 """Hyper-parameters of methods other than their defaults.
 
-The linear terms of FedDyn are forgotten by 1 - lr K alpha in a round: with its default of 0.1 it has not come to
-rounding after 4,000 rounds.
+The linear terms of FedDyn and FedSpeed are forgotten by 1 - lr K alpha in a round: with the default of 0.1 FedDyn has
+not come to rounding after 4,000 rounds. Leading terms are those of rates that are small beside what Mime forgets of its
+momentum in a round, and beside how often FedAMD's anchors are renewed. The server of AFA steps by server_lr local
+steps, by default one.
 """
+_RATES = {"client_lr": (0.01, 0.02, 0.04)}
+_ZETAS = {"zeta": (0.001, 0.01, 0.1)}
 
 # Rates are small where leading terms are asked for, and large where noise has to be averaged over rounds.
 DESIGNS: Mapping[str, Design] = {
@@ -86,7 +118,8 @@ DESIGNS: Mapping[str, Design] = {
         5,
         6,
         0.02,
-        {"zeta": (0.001, 0.01, 0.1), "client_lr": (0.01, 0.02, 0.04), "num_steps": (2, 5, 9), **_OF_METHODS},
+        {**_ZETAS, **_RATES, "num_steps": (2, 5, 9), "convexity": (0.02, 0.2, 0.8), **_OF_METHODS},
+        share=0.6,
     ),
     "equal": Design({"hessians": "equal", "convexity": 0.2, "zeta": 0.01}, 5, 6, 0.02, {}),
     "noise": Design(
@@ -100,17 +133,77 @@ DESIGNS: Mapping[str, Design] = {
         {"hessians": "different", "convexity": 0.5, "zeta": 0.01},
         3,
         6,
-        0.05,
-        {"zeta": (0.001, 0.01, 0.1), "client_lr": (0.025, 0.05, 0.1)},
+        0.025,
+        {**_ZETAS, "client_lr": (0.0125, 0.025, 0.05), "1 - beta": (0.0, 0.5, 0.75)},
         cohort=3,
+        share=2.0,
+    ),
+    "irregular": Design(
+        {"hessians": "different", "convexity": 0.5, "zeta": 0.01},
+        3,
+        6,
+        0.025,
+        {**_ZETAS, "client_lr": (0.0125, 0.025, 0.05)},
+        probabilities=(0.25, 0.5, 1.0),
+        share=4.0,
     ),
     "unequal": Design(
         {"hessians": "different", "convexity": 0.2, "zeta": 0.01},
         3,
         6,
         0.02,
-        {"zeta": (0.001, 0.01, 0.1), "client_lr": (0.01, 0.02, 0.04)},
+        {**_ZETAS, **_RATES},
         unequal=True,
+        share=0.5,
+    ),
+    "apart": Design(
+        {"hessians": "different", "convexity": 0.5, "zeta": 100.0},
+        5,
+        6,
+        0.02,
+        {"zeta": (30.0, 100.0, 300.0), **_RATES, "num_steps": (2, 5, 9)},
+        share=4.0,
+    ),
+    "values": Design(
+        {"hessians": "equal", "convexity": 0.5, "zeta": 0.1},
+        5,
+        6,
+        0.4,
+        {
+            "zeta": (0.01, 0.1, 1.0),
+            "client_lr": (0.2, 0.4, 0.8),
+            "clients": (3, 6, 12),
+            "num_steps": (4, 5, 12),
+            "mu": _OF_METHODS["mu"],
+        },
+    ),
+    "logistic": Design(
+        {"convexity": 0.15, "zeta": 0.1, "copies": 2},
+        5,
+        6,
+        0.02,
+        {"zeta": (0.03, 0.1, 0.3), **_RATES, "num_steps": (2, 5, 9), "convexity": (0.05, 0.15, 0.5)},
+        problem="logistic",
+        whole=True,
+    ),
+    "pl": Design(
+        {"zeta": 1.0, "radius": 3.0},
+        5,
+        6,
+        0.01,
+        {"zeta": (0.5, 1.0, 2.0), "client_lr": (0.005, 0.01, 0.02), "num_steps": (2, 5, 9)},
+        problem="sine",
+    ),
+    "nonconvex": Design(
+        {"zeta": 0.1, "radius": 2.0}, 5, 6, 0.02, {**_RATES, "num_steps": (2, 5, 9)}, problem="saturating", share=0.5
+    ),
+    "nonconvex noise": Design(
+        {"zeta": 0.0, "sigma": 0.1, "radius": 1.0},
+        5,
+        6,
+        0.1,
+        {"sigma": (0.03, 0.1, 0.3), "client_lr": (0.05, 0.1, 0.2), "clients": (3, 6, 12)},
+        problem="saturating",
     ),
 }
 
@@ -121,9 +214,9 @@ class Unit(NamedTuple):
     Attributes:
       method: its name.
       setting: of `DESIGNS`.
-      num_steps: K.
+      num_steps: K in the base case.
       clients: N.
-      cases: the settings; the first is the base case, but for K and N.
+      cases: the settings; the first is the base case, but for N.
     """
 
     method: str
@@ -135,9 +228,11 @@ class Unit(NamedTuple):
     @property
     def of(self) -> dict[str, Any]:
         """What tells it from others, for its file."""
-        cases = [{"constants": dict(case.constants), "hyper": dict(case.hyper)} for case in self.cases]
+        design = DESIGNS[self.setting]
+        cases = [{"constants": dict(c.constants), "hyper": dict(c.hyper)} for c in self.cases]
+        said = {"cases": cases, "design": repr(design[5:])}
         own = {name: getattr(self, name) for name in ("method", "setting", "num_steps", "clients")}
-        return {**own, "cases": growth.digest({"cases": cases})}
+        return {**own, "cases": growth.digest(said)}
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -146,7 +241,8 @@ class Unit(NamedTuple):
 
     def path(self, out: Path) -> Path:
         """Its file."""
-        return out / "curves" / f"{self.method}-{self.setting}-{self.num_steps}-{self.clients}.npz"
+        setting = self.setting.replace(" ", "_")
+        return out / "curves" / f"{self.method}-{setting}-{self.num_steps}-{self.clients}.npz"
 
 
 class Verdict(NamedTuple):
@@ -158,7 +254,7 @@ class Verdict(NamedTuple):
       word: `CONFIRMED`, `CONTRADICTED` or `UNDECIDED`.
       found: the exponent; or the floor, of a claim that there is none.
       why: the reason of a verdict that is not decided, in words; what tells against a claim beside the interval.
-      values: of the constant.
+      values: of the constant, in the mean over the seeds; none if it is the number of rounds.
       quantities: at each of them, or of the base case.
       local: slopes between neighboring values.
     """
@@ -177,32 +273,44 @@ Measured = dict[tuple[str, str, int, int], Curves]
 """Curves by method, setting, K and N of a unit."""
 
 
+def varied(constant: str) -> str:
+    """The argument that is varied for a constant: itself, or what it is made of."""
+    return _VARIED[constant][0] if constant in _VARIED else constant
+
+
+def values_of(setting: str, constant: str) -> tuple[float, ...]:
+    """The values that `varied(constant)` takes in a setting."""
+    values = DESIGNS[setting].values
+    return values.get(constant, values.get(varied(constant), ()))
+
+
 def units(name: str, dim: int) -> list[Unit]:
     """Everything that is measured for the claims about a method."""
     found = []
-    takes = {claim.constant for claim in theory.of(name)} & set(_BASE)
+    takes = {varied(claim.constant) for claim in theory.of(name)} & set(_BASE)
     for setting in dict.fromkeys(claim.setting for claim in theory.of(name)):
         design = DESIGNS[setting]
-        asked = {claim.constant for claim in theory.of(name) if claim.setting == setting}
+        own = [claim.constant for claim in theory.of(name) if claim.setting == setting]
+        asked = [constant for constant in dict.fromkeys(own) if constant not in ("", "rounds")]
         base = {"client_lr": design.client_lr, **{key: _BASE[key] for key in takes}, **OWN.get(name, {})}
         constants = {"dim": dim, "clients": design.clients, **design.constants}
-        cases = [Case(constants, base)]
-        for constant in (key for key in design.values if key in asked):
-            for value in design.values[constant]:
-                if constant in base and value != base[constant]:
-                    cases.append(Case(constants, {**base, constant: value}))
-                elif constant in constants and constant != "clients" and value != constants[constant]:
-                    cases.append(Case({**constants, constant: value}, base))
-        found.append(Unit(name, setting, design.num_steps, design.clients, tuple(cases)))
-        if asked & {"num_steps", "num_steps - 1"}:
-            for steps in design.values["num_steps"]:
-                if steps != design.num_steps:
-                    found.append(Unit(name, setting, int(steps), design.clients, (cases[0],)))
-        if "clients" in asked:
-            for clients in design.values["clients"]:
-                if clients != design.clients:
-                    alone = Case({**constants, "clients": int(clients)}, base)
-                    found.append(Unit(name, setting, design.num_steps, int(clients), (alone,)))
+        if "num_steps" in map(varied, asked):
+            base["num_steps"] = design.num_steps
+        cases, sizes = [Case(constants, base)], [design.clients]
+        for constant in asked:
+            argument = varied(constant)
+            for value in values_of(setting, constant):
+                if argument == "clients":
+                    sizes.append(int(value))
+                elif argument in base:
+                    cases.append(Case(constants, {**base, argument: value}))
+                else:
+                    cases.append(Case({**constants, argument: value}, base))
+        alone = [case for place, case in enumerate(cases) if case not in cases[:place]]
+        for clients in dict.fromkeys(sizes):
+            one = Case({**constants, "clients": clients}, base)
+            own_cases = tuple(alone) if clients == design.clients else (one,)
+            found.append(Unit(name, setting, design.num_steps, clients, own_cases))
     return found
 
 
@@ -220,7 +328,7 @@ def run(study: Converge, out: Path, say: Callable[[str], None] = print) -> tuple
     study = joined(study, out)
     todo = [unit for name in study.methods for unit in units(name, study.dim)]
     held = max(len(unit.cases) * unit.clients for unit in todo) * study.seeds * (2 * study.dim) * 8 * study.dim**2
-    curves = max(len(unit.cases) for unit in todo) * study.seeds * study.rounds * 32
+    curves = max(len(unit.cases) for unit in todo) * study.seeds * 4 * study.rounds * 32
     memory.refuse("the problems of a unit", {"seeds": held, "rounds": curves}, memory.available())
     pinned = identity.keys()
     claim(study, out, pinned)
@@ -256,28 +364,40 @@ def _curves(
             stop, f"after {place} of {len(todo)} units, which are saved", study.command(work.out)
         )
     say(f"unit {place + 1} of {len(todo)}: {unit.method}, {unit.setting}, K = {unit.num_steps}, N = {unit.clients}")
+    design = DESIGNS[unit.setting]
     with jax.enable_x64(True):
         found = measure(
-            problems.quadratic,
+            problems.KINDS[design.problem],
             maker(unit),
             unit.cases,
-            rounds=study.rounds,
+            rounds=max(64, round(study.rounds * design.share)),
             seeds=study.seeds,
             first_seed=study.first_seed,
-            cohort_size=DESIGNS[unit.setting].cohort,
+            cohort_size=design.cohort,
+            probabilities=in_turn(design.probabilities, unit.clients),
         )
     with files.explain_os_errors(work.out, saved):
         trials.save(unit.path(work.out), work.run, unit.of, found._asdict())
     return found
 
 
+def in_turn(values: Sequence[float] | None, clients: int) -> list[float] | None:
+    """A value for each client, or None."""
+    return None if values is None else np.resize(values, clients).tolist()
+
+
 def maker(unit: Unit) -> Make:
     """The method of a unit."""
-    steps = unit.num_steps
-    if DESIGNS[unit.setting].unequal:
-        in_turn = np.resize([1, steps, 2 * steps - 1], unit.clients)
-        return method(unit.method, num_steps=in_turn)
-    return method(unit.method, num_steps=steps)
+    design, steps = DESIGNS[unit.setting], unit.num_steps
+    own: dict[str, Any] = {}
+    constants = unit.cases[0].constants
+    if design.whole:
+        own |= {"batch_size": 2 * constants["dim"] * constants["copies"], "order": "sequential"}
+    elif not constants.get("sigma", 0):
+        own |= {"order": "sequential"}  # examples of a client are equal, and nothing has to be drawn
+    return method(
+        unit.method, num_steps=np.resize([1, steps, 2 * steps - 1], unit.clients) if design.unequal else steps, **own
+    )
 
 
 def joined(study: Converge, out: Path) -> Converge:
@@ -299,7 +419,7 @@ def claim(study: Converge, out: Path, pinned: Mapping[str, str]) -> None:
     def check(there: Any) -> None:
         check_grown(study, Converge.from_values(there), out, _GROWS, "study", "more methods")
 
-    run_directory.claim(out, KIND, json.loads(study.to_json()), check, pinned, "quadratics")
+    run_directory.claim(out, KIND, json.loads(study.to_json()), check, pinned, "problems")
 
 
 def slug(study: Converge) -> str:
@@ -314,53 +434,76 @@ def verdicts_on(study: Converge, measured: Measured) -> list[Verdict]:
 
 def judge(study: Converge, name: str, claim: Claim, measured: Measured) -> Verdict:
     """The verdict on a claim about a method."""
-    values, curves = _over(name, claim, study.dim, measured)
-    estimate = fit.floor if claim.quantity == "floor" else fit.linear_rate
-    found = tuple(estimate(each.distance[place]) for each, place in curves)
-    if claim.exponent is None:
-        floor = found[0]
-        word = UNDECIDED if floor.value is None else CONTRADICTED if floor.value else CONFIRMED
-        return Verdict(name, claim, word, floor, floor.why, (), found, np.zeros(0))
-    at = [value - 1 if claim.constant == "num_steps - 1" else value for value in values]
-    law: Scaling = fit.scaling(at, found)
-    exponent, why = law.exponent, law.exponent.why
+    values, curves = _over(study, name, claim, measured)
+    errors = [
+        getattr(each, "drift" if claim.measure == "consensus" else claim.measure)[place] for each, place in curves
+    ]
+    if claim.constant == "rounds":
+        power = fit.power(fit.running_mean(errors[0]))
+        exponent, local = _negative(power), np.zeros(0)
+        found: tuple[Estimate, ...] = (power,)
+    else:
+        estimate = {"floor": fit.floor, "rate": fit.linear_rate, "mean": fit.mean}[claim.quantity]
+        found = tuple(estimate(each) for each in errors)
+        if claim.exponent is None:
+            floor = found[0]
+            word = UNDECIDED if floor.value is None else CONTRADICTED if floor.value else CONFIRMED
+            return Verdict(name, claim, word, floor, floor.why, (), found, np.zeros(0))
+        exponent, local = fit.scaling(values, found)
+    names, why = tuple(values.reshape(len(values), -1).mean(1)) if len(values) else (), exponent.why
     if exponent.value is None:
         zero = any(each.value == 0 for each in found)
-        return Verdict(name, claim, CONTRADICTED if zero else UNDECIDED, exponent, why, tuple(at), found, law.local)
-    low, high = claim.exponent - study.tolerance, claim.exponent + study.tolerance
+        return Verdict(name, claim, CONTRADICTED if zero else UNDECIDED, exponent, why, names, found, local)
+    low, high = _bounds(claim, study.tolerance)
     if low <= exponent.low and exponent.high <= high:
         word = CONFIRMED
     elif exponent.high < low or exponent.low > high:
         word = CONTRADICTED
     else:
         word, why = UNDECIDED, "the interval is partly within the tolerance: more rounds or seeds would tell"
-    return Verdict(name, claim, word, exponent, why, tuple(at), found, law.local)
+    return Verdict(name, claim, word, exponent, why, names, found, local)
 
 
-def _over(name: str, claim: Claim, dim: int, measured: Measured) -> tuple[tuple[float, ...], list[tuple[Curves, int]]]:
-    """The values of the constant of a claim, and for each its curves and their place in a unit."""
+def _bounds(claim: Claim, tolerance: float) -> tuple[float, float]:
+    """Between what an exponent must lie."""
+    assert claim.exponent is not None
+    low = -math.inf if claim.relation == "at most" else claim.exponent - tolerance
+    return low, math.inf if claim.relation == "at least" else claim.exponent + tolerance
+
+
+def _negative(found: Estimate) -> Estimate:
+    if found.value is None:
+        return found
+    return Estimate(-found.value, -found.high, -found.low, -found.each, found.why)
+
+
+def _over(study: Converge, name: str, claim: Claim, measured: Measured) -> tuple[np.ndarray, list[tuple[Curves, int]]]:
+    """The values of the constant of a claim, [S] or [S, R], and for each its curves and their place in a unit."""
     design = DESIGNS[claim.setting]
-    of = {(u.num_steps, u.clients): u for u in units(name, dim) if u.setting == claim.setting}
     base = (design.num_steps, design.clients)
-    if not claim.constant:
-        return (), [(measured[(name, claim.setting, *base)], 0)]
-    constant = claim.constant.removesuffix(" - 1")
-    values = design.values[constant]
-    found = []
+    if claim.constant in ("", "rounds"):
+        return np.zeros(0), [(measured[(name, claim.setting, *base)], 0)]
+    argument, values = varied(claim.constant), values_of(claim.setting, claim.constant)
+    cases = next(unit.cases for unit in units(name, study.dim) if unit.key == (name, claim.setting, *base))
+    first, found = cases[0], []
     for value in values:
-        if constant == "num_steps":
-            found.append((measured[(name, claim.setting, int(value), base[1])], 0))
-        elif constant == "clients":
+        if argument == "clients":
             found.append((measured[(name, claim.setting, base[0], int(value))], 0))
         else:
-            first = of[base].cases[0]
-            wanted = [
-                place
-                for place, case in enumerate(of[base].cases)
-                if {**case.constants, **case.hyper} == {**first.constants, **first.hyper, constant: value}
-            ]
-            found.append((measured[(name, claim.setting, *base)], wanted[0]))
-    return values, found
+            asked = {**first.constants, **first.hyper, argument: value}
+            place = [{**case.constants, **case.hyper} for case in cases].index(asked)
+            found.append((measured[(name, claim.setting, *base)], place))
+    if claim.constant == "curvature":
+        return np.array([_curvatures(study, design, {**first.constants, argument: value}) for value in values]), found
+    made = _VARIED[claim.constant][1] if claim.constant in _VARIED else float
+    return np.array([made(value) for value in values]), found
+
+
+def _curvatures(study: Converge, design: Design, constants: Mapping[str, Any]) -> list[float]:
+    """Of the problem of each seed."""
+    with jax.enable_x64(True):
+        made = [problems.KINDS[design.problem](study.first_seed + seed, **constants) for seed in range(study.seeds)]
+    return [each.constants.curvature for each in made]
 
 
 def again(out: Path, target: Path, say: Callable[[str], None]) -> list[str]:
@@ -412,7 +555,7 @@ def write(study: Converge, verdicts: Sequence[Verdict], measured: Measured, out:
     with figures.style():
         shown = {name: figure(study, [each for each in verdicts if each.method == name]) for name in study.methods}
         drawn = {f"{name}.png": each for name, each in shown.items() if each is not None}
-        drawn["curves.png"] = curves_figure(study, measured)
+        drawn |= {"curves.png": curves_figure(study, measured), "consensus.png": consensus_figure(study, measured)}
         pages.write(out, summary(study, verdicts, [name.removesuffix(".png") for name in drawn], run), drawn)
     files.write_text(out / "claims.csv", table(verdicts))
     return ["summary.html", "summary.md", "claims.csv", *drawn]
@@ -422,18 +565,18 @@ def table(verdicts: Sequence[Verdict]) -> str:
     """A row for every claim, as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["method", "setting", "quantity", "constant", "theory", "measured", "low", "high", "verdict", "why", "source"]
-    )
+    writer.writerow(COLUMNS)
     for each in verdicts:
         claim, found = each.claim, each.found
         ends = ["", "", ""] if found.value is None else [found.value, found.low, found.high]
         stated = "no floor" if claim.exponent is None else f"{claim.exponent:g}"
+        stated = stated if claim.relation == "equal" else f"{claim.relation} {stated}"
         writer.writerow(
             [
                 each.method,
                 claim.setting,
                 claim.quantity,
+                claim.measure,
                 claim.constant,
                 stated,
                 *ends,
@@ -455,9 +598,10 @@ def summary(study: Converge, verdicts: Sequence[Verdict], drawn: Sequence[str], 
         "",
         f"An exponent is fitted to each of {study.seeds} problems by itself; its interval (95 %, Student's) is that "
         f"over them. A claim is confirmed if the interval lies within {study.tolerance:g} of theory's exponent, "
-        "contradicted if it lies wholly outside, and else not decided. Quantities are those of `||x - x*||^2`. Slopes "
-        "between neighboring values show whether there is one power over the whole range. What is marked as exact "
-        "holds at every rate, the rest to leading order for small ones.",
+        "contradicted if it lies wholly outside, and else not decided; a bound is compared on its side. Quantities are "
+        "those of the squared distance to the minimizer unless others are named. Slopes between neighboring values "
+        "show whether there is one power over the whole range. What is marked as exact holds at every rate, the rest "
+        "to leading order for small ones.",
     ]
     against = [each for each in verdicts if each.word == CONTRADICTED]
     if against:
@@ -490,10 +634,15 @@ def summary(study: Converge, verdicts: Sequence[Verdict], drawn: Sequence[str], 
     lines += [
         *(f"- {_title(name)} with {_listed(OWN[name])}" for name in study.methods if name in OWN),
         "",
-        f"Quadratics in {study.dim} dimensions, L = 1, `||x_0 - x*|| = 1`, {study.rounds} rounds; batches of one "
-        "example.",
+        f"Problems in {study.dim} dimensions, L = 1, `||x_0 - x*|| = 1` unless another radius is named; {study.rounds} "
+        "rounds; batches of one example unless whole ones are.",
         "",
         "![Squared distance to the minimizer in the base case of each setting](curves.png)",
+        "",
+        "The consensus error is the mean over the participants of the squared distance between where a client's local "
+        "training ends and where it began. Methods whose clients do not descend from one direction have none here.",
+        "",
+        "![Consensus error in the base case of each setting](consensus.png)",
         "",
         "## Once more",
         "",
@@ -514,11 +663,18 @@ def _title(name: str) -> str:
 
 
 def _words(design: Design) -> str:
-    steps = f"1, {design.num_steps} and {2 * design.num_steps - 1} in turn" if design.unequal else design.num_steps
-    return (
-        f"mu = {design.constants['convexity']:g}, zeta = {design.constants['zeta']:g}, sigma = "
-        f"{design.constants.get('sigma', 0):g}, lr = {design.client_lr:g}, K = {steps}, N = {design.clients}"
-    )
+    steps = f"1, {design.num_steps} and {2 * design.num_steps - 1} in turn" if design.unequal else f"{design.num_steps}"
+    real = {name: value for name, value in design.constants.items() if not isinstance(value, str | int)}
+    words = [
+        _listed(real),
+        f"{design.share:g} of the rounds",
+        f"lr = {design.client_lr:g}",
+        f"K = {steps}",
+        f"N = {design.clients}",
+    ]
+    if design.probabilities is not None:
+        words.append(f"probabilities {', '.join(f'{value:g}' for value in design.probabilities)} in turn")
+    return ", ".join(words)
 
 
 def _found(each: Verdict) -> str:
@@ -546,8 +702,13 @@ def figure(study: Converge, verdicts: Sequence[Verdict]) -> Figure | None:
         center = np.exp(np.mean(np.log(middle))), np.exp(np.mean(np.log(at)))
         line = center[0] * (at / center[1]) ** each.claim.exponent
         axis.plot(at, line, "--", color=figures.COLORS[1], label="slope of theory")
-        axis.set(xscale="log", yscale="log", xlabel=each.claim.constant, ylabel=each.claim.quantity)
-        axis.set_xticks(at, [f"{value:g}" for value in at])
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=each.claim.constant,
+            ylabel=f"{each.claim.quantity}, {each.claim.measure}",
+        )
+        axis.set_xticks(at, [f"{value:.3g}" for value in at])
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(f"{each.claim.setting}: {each.word}", fontsize=9)
     for axis in axes[len(shown) :]:
@@ -559,17 +720,31 @@ def figure(study: Converge, verdicts: Sequence[Verdict]) -> Figure | None:
 
 def curves_figure(study: Converge, measured: Measured) -> Figure:
     """Squared distance over rounds in the base case, a panel for each setting, geometric means over seeds."""
+    return _base_cases(study, measured, lambda curves: curves.distance, "||x - x*||^2")
+
+
+def consensus_figure(study: Converge, measured: Measured) -> Figure:
+    """Consensus error over rounds in the base case, of the methods whose clients descend by `local_descent`."""
+    return _base_cases(study, measured, lambda curves: curves.drift, "mean ||y_i - x||^2")
+
+
+def _base_cases(study: Converge, measured: Measured, errors: Callable[[Curves], np.ndarray], label: str) -> Figure:
     settings = [name for name in DESIGNS if any(key[1] == name for key in measured)]
-    drawn = Figure(figsize=(3.3 * len(settings), 3.2), layout="constrained")
-    axes = np.atleast_1d(drawn.subplots(1, len(settings))).ravel()
-    for axis, setting in zip(axes, settings, strict=True):
+    columns = min(4, len(settings))
+    rows = -(-len(settings) // columns)
+    drawn = Figure(figsize=(3.3 * columns, 2.8 * rows + 0.4), layout="constrained")
+    axes = np.atleast_1d(drawn.subplots(rows, columns)).ravel()
+    for axis, setting in zip(axes, settings, strict=False):
         design = DESIGNS[setting]
         for place, name in enumerate(study.methods):
             key = (name, setting, design.num_steps, design.clients)
-            if key in measured:
-                errors = np.maximum(measured[key].distance[0], 1e-32)
-                axis.plot(np.exp(np.log(errors).mean(0)), label=_title(name), **figures.look(place))
+            if key in measured and np.isfinite(base := errors(measured[key])[0]).all():
+                middle = np.exp(np.log(np.maximum(base, 1e-32)).mean(0))
+                axis.plot(middle, label=_title(name), **figures.look(place))
         axis.set(yscale="log", xlabel="round", title=setting)
-    axes[0].set_ylabel("||x - x*||^2")
-    figures.legend_below(drawn, *axes)
+    for axis in axes[len(settings) :]:
+        axis.set_visible(False)
+    for place in range(0, len(settings), columns):
+        axes[place].set_ylabel(label)
+    figures.legend_below(drawn, *axes[: len(settings)])
     return drawn

@@ -158,3 +158,20 @@ def test_bad_input():
         fit.scaling([0.0, 1, 2], [one] * 3)
     with pytest.raises(ValueError, match=r"quantity has \[2, 2, 3\] seeds"):
         fit.scaling([1, 2, 3], [one, one, fit.over_seeds(np.ones(3))])
+
+
+def test_a_constant_of_each_seed():
+    """Seeds with values of their own: each has the exponent of its own line."""
+    at = np.array([[0.1, 0.2], [0.3, 0.9], [1.0, 2.5]])
+    found = fit.scaling(at, [fit.over_seeds(row**1.5) for row in at])
+    np.testing.assert_allclose(found.exponent.each, 1.5, rtol=1e-12)
+    np.testing.assert_allclose(found.local, 1.5, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"quantity has \[3, 3, 3\] seeds"):
+        fit.scaling(at, [fit.over_seeds(np.ones(3))] * 3)
+
+
+def test_means_over_rounds():
+    errors = np.array([[4.0, 2.0, 0.0], [1.0, 1.0, 4.0]])
+    np.testing.assert_array_equal(fit.running_mean(errors), [[4.0, 3.0, 2.0], [1.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(fit.mean(errors).each, [2.0, 2.0])
+    assert "diverged" in fit.mean(np.full((2, 9), np.nan)).why

@@ -115,3 +115,32 @@ def test_bad_cases(asked, said):
 def test_bad_methods(name, own, said):
     with pytest.raises(ValueError, match=said):
         method(name, **own)
+
+
+def test_clients_take_part_with_their_own_probabilities():
+    """Of equal clients that step to the minimizer at once, those that never take part do not matter."""
+    case = Case({**SMALL, "zeta": 0.0, "convexity": 1.0}, {"client_lr": 1.0})
+    curves = measure(problems.quadratic, method("fedavg"), [case], rounds=300, seeds=2, probabilities=(0.1, 0.0, 0.1))
+    present = np.isclose(curves.drift[0, :, 0], 1.0)  # the first round moves all the way, or nobody is there
+    assert np.all((curves.distance[0, :, 1] < 1e-20) == present)
+    first = [int(np.flatnonzero(row < 1e-20)[0]) for row in curves.distance[0]]
+    assert all(1 <= each < 60 for each in first)
+    assert max(first) > 1
+    for own, said in (
+        ({"probabilities": (0.1, 0.1)}, "probabilities has 2 values for 3 clients"),
+        ({"probabilities": (0.1,) * 3, "cohort_size": 2}, "cohort_size and probabilities are both given"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            measure(problems.quadratic, method("fedavg"), [case], rounds=2, seeds=1, **own)
+
+
+def test_local_steps_as_a_hyper_parameter():
+    """Cases of one program may differ in K; the curves are those of programs of their own."""
+    cases = [Case({**SMALL, "zeta": 1.0}, {"client_lr": 0.2, "num_steps": steps}) for steps in (3, 1)]
+    curves = measure(problems.quadratic, method("afa_cd", num_steps=9), cases, rounds=4, seeds=1)
+    for found, case in zip(curves.distance, cases, strict=True):
+        alone = Case(case.constants, {"client_lr": 0.2})
+        own = measure(
+            problems.quadratic, method("afa_cd", num_steps=case.hyper["num_steps"]), [alone], rounds=4, seeds=1
+        )
+        np.testing.assert_allclose(found, own.distance[0], rtol=1e-10)

@@ -227,3 +227,21 @@ def test_bad_input(make, own, said):
 def test_single_precision_is_refused():
     with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64 is off: call this within"):
         problems.quadratic()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_curvature_at_the_minimizer(name):
+    problem = made(name)
+    hessian = each(problem, problem.data.optimum)[2].mean((0, 1))
+    basis = np.asarray(problem.data.basis)
+    found = np.linalg.eigvalsh(basis.T @ hessian @ basis)[0]
+    np.testing.assert_allclose(problem.constants.curvature, found, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_loss_of_a_batch_is_that_of_its_examples(name):
+    problem = made(name)
+    x = problem.data.start
+    rows = jax.tree.map(lambda a: a[: len(x)], problem.data.population.examples)  # as many as dimensions, or fewer
+    alone = each(problem, x)[0].ravel()[: len(x)]
+    np.testing.assert_allclose(problem.loss_fn(x, rows, jax.random.key(0)), alone, rtol=1e-12, atol=1e-14)
