@@ -33,8 +33,12 @@ from algorithms.personalization.baselines import fedavg_ft, local_only
 from algorithms.personalization.cfl import cfl
 from algorithms.personalization.ditto import ditto
 from algorithms.personalization.fedbn import fedbn
+from algorithms.personalization.fedetf import fedetf
+from algorithms.personalization.fedgela import fedgela
+from algorithms.personalization.fedloge import fedloge
 from algorithms.personalization.fedper import fedper, lg_fedavg
 from algorithms.personalization.fedrep import fedrep
+from algorithms.personalization.fedrod import fedrod
 from algorithms.personalization.ifca import ifca
 from algorithms.personalization.ocfl import ocfl
 from algorithms.personalization.per_fedavg import per_fedavg
@@ -73,12 +77,15 @@ __all__ = [
     "fedcm",
     "feddf",
     "feddyn",
+    "fedetf",
     "fedexp",
     "fedfix",
     "fedgamma",
+    "fedgela",
     "fedgh",
     "fedld",
     "fedlex",
+    "fedloge",
     "fedlora",
     "fednova",
     "fedopt",
@@ -86,6 +93,7 @@ __all__ = [
     "fedprox",
     "fedprox_zo",
     "fedrep",
+    "fedrod",
     "fedsam",
     "fedsgd",
     "fedsmoo",

@@ -278,7 +278,7 @@ def own_accuracy(name, rounds=40, turned=False, cohort=5, **settings):
     factory = getattr(algorithms, name)
     settings |= {argument: 20 for argument, what in needs(factory).items() if what == "num_clients"}
     settings = {"batch_size": 10, "num_epochs": 2} | settings
-    method = factory(losses.cross_entropy(model), optax.sgd(0.1), **settings)
+    method = factory(risk_of(model, factory), optax.sgd(0.1), **settings)
     run, view = continue_rounds(method, samplers.uniform(20, cohort), rounds), method.personal
     adapts = view.adapt is not None
 
@@ -289,6 +289,11 @@ def own_accuracy(name, rounds=40, turned=False, cohort=5, **settings):
 
     keys = jax.random.split(jax.random.key(1), SEEDS)
     return np.asarray(jax.jit(jax.vmap(final, (None, None, 0)))(training, test, keys))
+
+
+def risk_of(model, factory):
+    """What a method is given to learn: a task if it asks for one, else a loss."""
+    return models.task(model) if "task" in needs(factory).values() else losses.cross_entropy(model)
 
 
 NETS = (50,), (30, 50)
@@ -912,6 +917,10 @@ def claims():
         ),
         "pfedme": own_model_beats_fedavg("pfedme"),
         "fedrep": own_model_beats_fedavg("fedrep"),
+        "fedrod": own_model_beats_fedavg("fedrod"),
+        "fedetf": own_model_beats_fedavg("fedetf", alternations=2),
+        "fedgela": own_model_beats_fedavg("fedgela", temperature=5.0),
+        "fedloge": own_model_beats_fedavg("fedloge", etf_norm=1.0, etf_steps=1_000),
         "lg_fedavg": own_model_beats_fedavg("lg_fedavg"),
         "local_only": own_model_beats_fedavg("local_only"),
         "fedavg_ft": own_model_beats_fedavg("fedavg_ft"),

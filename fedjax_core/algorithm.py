@@ -73,10 +73,20 @@ class Adaptation(NamedTuple):
       program: gets `view.shared(state)` as what is shared and the client's row as its input, and gives as output what
         the view's `model(shared, row)` takes in the place of the row. It uploads nothing.
       work: local steps and batches.
+      first: what is done before, or None; its output is the row that the program gets.
     """
 
     program: ClientProgram
     work: LocalWork
+    first: "Adaptation | None" = None
+
+    def phases(self) -> list["Adaptation"]:
+        """One pass over a client's examples after the other."""
+        return [*(self.first.phases() if self.first else []), self]
+
+    def changed(self, change: Callable[[ClientProgram], ClientProgram]) -> "Adaptation":
+        """The same with every program changed."""
+        return self._replace(program=change(self.program), first=self.first and self.first.changed(change))
 
 
 Phase = Literal["before", "task", "after"]

@@ -282,17 +282,22 @@ def evaluate_view(
             f"adapt_on has {adapt_on.num_clients} clients and population {population.num_clients}: pass the same "
             "clients' examples"
         )
-    program, work = view.adapt
+    phases = view.adapt.phases()
     own_examples, key = adapt_on, keys.one(key)
 
     # What is shared is passed on: on a mesh it may not be closed over.
     def unadapted(shared: PyTree, row: PyTree, client_key: Key) -> PyTree:
-        return program.final(shared, program.init(shared, row, client_key))[1]
+        for phase in phases:
+            row = phase.program.final(shared, phase.program.init(shared, row, client_key))[1]
+        return row
 
     def some(ids: Array) -> PyTree:
         training, testing = own_examples.cohort(ids), population.cohort(ids)
-        rows = rows_of(testing)
-        adapted = for_each_client(program, shared, training, key, rows, work=work, plan=plan).outputs
+        adapted = rows = rows_of(testing)
+        for number, phase in enumerate(phases):
+            own_key = key if len(phases) == 1 else keys.derive(key, number)
+            done = for_each_client(phase.program, shared, training, own_key, adapted, work=phase.work, plan=plan)
+            adapted = done.outputs
         client_keys = keys.derive(key, jnp.maximum(ids, 0))
 
         def model(shared: PyTree, own: PyTree) -> Params:

@@ -63,6 +63,8 @@ GroupsOfClients = Annotated[Groups, Need("groups")]
 """Which architecture each client has."""
 TaskOfEachGroup = Annotated[Sequence[Task], Need("tasks")]
 """A task for each group of clients, whose models differ in architecture."""
+TaskWithHead = Annotated[Task, Need("task")]
+"""A `Task` with features [B, d] and a head that is one dense layer of them."""
 
 _NEVER_OPTIONAL = ("loss", "client optimizer")
 

@@ -182,7 +182,7 @@ def _shared_view(view: View, of_server: Callable[[StatisticsState], PyTree], fro
         shared=lambda state: (view.shared(state.method), of_server(state)),
         model=lambda shared, row: Variables(view.model(shared[0], row), shared[1]),
         rows=lambda state: view.rows(state.method),
-        adapt=view.adapt and view.adapt._replace(program=adapted(view.adapt.program)),
+        adapt=view.adapt and view.adapt.changed(adapted),
     )
 
 
@@ -217,7 +217,7 @@ def _own_view(view: View) -> View:
         shared=lambda state: view.shared(state.method),
         model=lambda shared, row: Variables(view.model(shared, row[0]), row[1]),
         rows=rows,
-        adapt=view.adapt and view.adapt._replace(program=adapted(view.adapt.program)),
+        adapt=view.adapt and view.adapt.changed(adapted),
     )
 
 

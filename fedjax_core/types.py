@@ -31,7 +31,7 @@ class Need(NamedTuple):
 
     Attributes:
       what: "loss", "adapter loss", "split", "client optimizer", "num_clients", "num_classes", "features", "logits",
-        "inputs", "layers", "public", "personal", "groups" or "tasks"; a factory of one's own may name others.
+        "inputs", "layers", "public", "personal", "groups", "task" or "tasks"; a factory of one's own may name others.
       values_only: of a loss, whether values of it are enough, and no gradient is taken.
     """
 

@@ -33,7 +33,7 @@ def advice(name: str, parameters: int) -> str:
     )
 
 
-_LEARNS = ("loss", "tasks", "adapter loss", "split")
+_LEARNS = ("loss", "task", "tasks", "adapter loss", "split")
 """What a method is about; every method asks for one of these."""
 
 _NOT_IN_RUNS = {"split": "a model in three pieces"}
@@ -51,6 +51,7 @@ _WORDS = {
     "logits": "logits of the model",
     "inputs": "inputs of its layers",
     "layers": "widths of its layers",
+    "task": "features of the model and a head that is a dense layer",
     "tasks": "a model for each group of clients (--models)",
     "groups": "the groups of clients",
     "num_classes": "the number of classes",

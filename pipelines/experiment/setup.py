@@ -266,7 +266,8 @@ def prepare(config: Config, federation: Federation | None = None, *, plan: Plan 
         if config.models:
             functions |= {"tasks": of_models, "groups": groups}
         else:
-            functions |= {"features": loss_fn.features, "inputs": layer_inputs, "logits": loss_fn.outputs}
+            functions |= {"task": loss_fn, "features": loss_fn.features, "logits": loss_fn.outputs}
+            functions["inputs"] = layer_inputs
         if methods.asks_for(name, "layers"):  # traces the model, which takes half a second for a deep one
             functions["layers"] = layer_widths()
         method = methods.build(

@@ -60,6 +60,8 @@ def a_third(methods):
 # more than their rounding, and more noise than that of a solve.
 SETTINGS = {
     "fedrep": {"head_epochs": 2},
+    "fedetf": {"alternations": 1, "alternation_epochs": 1},
+    "fedloge": {"etf_steps": 3},
     "lg_fedavg": {"shared": "w"},
     # Of a linear model the student is taught from the start, and Adam would make long steps of rounding.
     "feddf": {
@@ -102,6 +104,8 @@ def params_of(name):
     params = softmax_params()
     if "tasks" in needs(getattr(algorithms, name)).values():
         return tuple(jax.tree.map(jnp.float64, task.init(jax.random.key(5))) for task in TASKS)
+    if "task" in needs(getattr(algorithms, name)).values():
+        return jax.tree.map(jnp.float64, TASKS[0].init(jax.random.key(5)))
     if "split" in needs(getattr(algorithms, name)).values():
         return {**params, "prompt": jnp.zeros(params["w"].shape[0], params["w"].dtype)}
     if "adapter loss" not in needs(getattr(algorithms, name)).values():
@@ -163,6 +167,7 @@ BROUGHT = {
     "layers": {"w": 5},
     "personal": "b",
     "public": lambda public: public,
+    "task": TASKS[0],
     "tasks": TASKS,
     "groups": Groups([0, 1, 1, 0, 0, 1, 0]),
 }

@@ -51,7 +51,7 @@ def test_every_method_asks_for_a_loss_and_declares_its_clients():
     for name in algorithms.__all__:
         factory = getattr(algorithms, name)
         asked = fc.needs(factory)
-        assert {"loss", "adapter loss", "split", "tasks"} & set(asked.values())
+        assert {"loss", "adapter loss", "split", "task", "tasks"} & set(asked.values())
         if "num_clients" in asked.values():
             hint = factory.__annotations__[next(a for a, what in asked.items() if what == "num_clients")]
             assert hint in (fc.NumClients, "fc.NumClients")

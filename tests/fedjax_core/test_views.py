@@ -138,6 +138,33 @@ def test_a_view_adapts_before_it_predicts(at_once):
         assert found["loss"][i] == pytest.approx(expected, rel=1e-11, nan_ok=True)
 
 
+def bias_alone(num_epochs, first=None):
+    """Fine-tuning of the bias, by the client's own examples in their order."""
+
+    def step(shared, b, batch):
+        loss, gradient = fc.value_and_grad(lambda b, *rest: softmax_loss(joined(shared, b), *rest))(b, batch)
+        return b - 0.1 * gradient, loss
+
+    program = fc.ClientProgram(lambda shared, b, key: b, step, lambda shared, b: ((), b))
+    return fc.Adaptation(program, fc.local_work(batch_size=2, num_epochs=num_epochs, order="sequential"), first)
+
+
+def test_a_client_may_make_several_passes_before_it_predicts():
+    """What one gives is the row of the next; a client without examples predicts as it is."""
+    method = personal()
+    state, held_out = trained(method), softmax_population((2, 0, 4, 1, 3, 2), seed=5)
+    chain = bias_alone(1, bias_alone(2, bias_alone(1)))
+    assert [phase.work.num_epochs for phase in chain.phases()] == [1, 2, 1]
+    found, expected = (
+        fc.evaluate_view(accuracy, method.personal._replace(adapt=adapt), state, held_out, adapt_on=POPULATION, key=KEY)
+        for adapt in (chain, bias_alone(4))
+    )
+    chex.assert_trees_all_equal(found, expected)
+    plain = fc.evaluate_view(accuracy, method.personal, state, held_out)
+    assert found["loss"][2] == plain["loss"][2]
+    assert found["loss"][0] != plain["loss"][0]
+
+
 def test_evaluation_holds_one_body_and_a_row_for_each_client():
     clients, dim = 50, 128
 

@@ -28,6 +28,13 @@ TASK = dataclasses.replace(
     head=lambda params, z: z,
 )
 
+# Of a body without parameters and a dense layer.
+HEADED = dataclasses.replace(
+    TASK,
+    init=lambda key: {"head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}},
+    head=lambda params, z: z @ params["head"]["kernel"] + params["head"]["bias"],
+)
+
 
 def build(name, settings=None, **local):
     return methods.build(
@@ -38,7 +45,7 @@ def build(name, settings=None, **local):
         settings=settings or {},
         local={"batch_size": 2, **local},
         model_functions=dict.fromkeys(["features", "inputs", "logits"], lambda params, batch, key: params * batch["x"])
-        | {"layers": {}, "num_classes": 2, "tasks": (TASK,) * 2, "groups": Groups.by_modulo(4, 2)},
+        | {"layers": {}, "num_classes": 2, "task": HEADED, "tasks": (TASK,) * 2, "groups": Groups.by_modulo(4, 2)},
     )
 
 
@@ -55,6 +62,7 @@ def test_every_method_describes_itself_and_builds(name):
     assert "batch_size" not in method.hyperparameters
     algorithm = build(name, num_epochs=2, num_steps=None, order="shuffled", weights="uniform")
     params = {"head": jnp.zeros((3, 2))}
+    params = HEADED.init(None) if methods.asks_for(name, "task") else params
     params = (params, params) if methods.asks_for(name, "tasks") else params
     state = jax.eval_shape(algorithm.init, params, jax.random.key(0))
     assert state.round.dtype == jnp.int32
