@@ -44,6 +44,7 @@ from algorithms.personalization.ocfl import ocfl
 from algorithms.personalization.per_fedavg import per_fedavg
 from algorithms.personalization.pfedme import pfedme
 from algorithms.robustness.fal import fal
+from algorithms.robustness.fedagain import fedagain
 from algorithms.robustness.frl import frl
 from algorithms.sharpness.fedgamma import fedgamma
 from algorithms.sharpness.fedsam import fedasam, fedsam, mofedsam
@@ -64,6 +65,7 @@ __all__ = [
     "fal",
     "fedadagrad",
     "fedadam",
+    "fedagain",
     "fedamd",
     "fedasam",
     "fedau",

@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 LEFT_OUT = {
     "apfl": "is FedAvg, and every client's own model beside it",
     "ditto": "is FedAvg, and every client's own model beside it",
+    "fedagain": "distrusts clients that differ",
     "fedavg_ipw": "is FedAvg where all clients are equally likely",
     "local_sgd": "is FedAvg without a server rate",
     "fedopt": "has no server optimizer of its own: see FedAdagrad, FedAdam and FedYogi",

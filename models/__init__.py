@@ -1,8 +1,21 @@
 """Flax models as pure functions, with their losses and metrics; nothing here knows a client or a round."""
 
-from models import adapters, attention, capture, convolution, groups, heads, initialization, losses, metrics, pretrained
+from models import (
+    adapters,
+    attention,
+    capture,
+    convolution,
+    detection,
+    groups,
+    heads,
+    initialization,
+    losses,
+    metrics,
+    pretrained,
+)
 from models._common import Model, Tokens, map_inputs, num_parameters
 from models.adapters import adapted
+from models.autoencoder import autoencoder
 from models.batch_norm import StatisticsModel, cnn_bn
 from models.cnn import cnn
 from models.dense import logistic_regression, mlp
@@ -19,11 +32,13 @@ __all__ = [
     "adapted",
     "adapters",
     "attention",
+    "autoencoder",
     "capture",
     "char_lstm",
     "cnn",
     "cnn_bn",
     "convolution",
+    "detection",
     "groups",
     "heads",
     "initialization",

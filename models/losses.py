@@ -78,6 +78,33 @@ def squared_error(model: Model) -> LossFn:
     return loss_fn
 
 
+def reconstruction(model: Model) -> LossFn:
+    """Squared error of an autoencoder's outputs and its inputs, averaged over all axes but B; batch["x"] is enough."""
+
+    def loss_fn(params: Params, batch: Batch, key: Key | None = None) -> Array:
+        x = inputs_of(batch)
+        return reconstruction_error(model.apply(params, x, key), x)
+
+    return loss_fn
+
+
+def reconstruction_error(outputs: Array, x: Array) -> Array:
+    """Mean squared difference of each example, [B] of [B, ...]."""
+    if jnp.shape(x) != outputs.shape:
+        raise ValueError(
+            f"the model's outputs have shape {outputs.shape} and its inputs {jnp.shape(x)}; take a model that gives "
+            "back what it is given, such as models.autoencoder."
+        )
+    return jnp.mean(jnp.square(outputs - x).reshape(outputs.shape[0], -1), axis=1)
+
+
+def inputs_of(batch: Batch) -> Any:
+    """Return batch["x"]: what predicts, or is its own target, needs no targets."""
+    if isinstance(batch, Mapping) and "x" in batch:
+        return batch["x"]
+    return split_batch(batch)[0]
+
+
 def split_batch(batch: Batch) -> tuple[Any, Any]:
     """Return (batch["x"], batch["y"]), or raise ValueError saying what a batch is."""
     if not isinstance(batch, Mapping) or "x" not in batch or "y" not in batch:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from fedjax_core import Array, Params, Weighted
+from models import losses
 from models._common import Model
 from models.losses import Batch, check_labels, label_loss, split_batch, token_mean
 
@@ -49,6 +50,12 @@ def sequence(model: Model, pad_id: int | None = None) -> MetricFn:
         }
 
     return metric_fn
+
+
+def reconstruction(model: Model) -> MetricFn:
+    """Squared error of what an autoencoder makes of its inputs: {"loss": [B]}; batch["x"] is enough."""
+    loss_fn = losses.reconstruction(model)
+    return lambda params, batch: {"loss": loss_fn(params, batch, None)}
 
 
 def _hits(logits: Array, y: Array) -> Array:

@@ -1,15 +1,14 @@
 """Tasks: a model with its loss and its metrics, as one object (`fedjax_core.Task`)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from fedjax_core import Array, Examples, Key, Params, Task, checks, tasks
 from models import losses, metrics
 from models._common import Model
 from models.batch_norm import StatisticsModel
-from models.losses import split_batch
+from models.losses import inputs_of
 
-KINDS = ("classification", "sequence", "regression")
+KINDS = ("classification", "sequence", "regression", "reconstruction")
 
 # Losses and metrics of a model, applied to outputs that are there already.
 _OUTPUTS = Model(lambda key: {}, lambda outputs, x, key=None: outputs, lambda outputs, x, key=None: outputs)
@@ -27,8 +26,8 @@ def task(
     Args:
       model: any model of this package, with running statistics or without.
       kind: "classification" (logits [B, K], labels int[B]), "sequence" (logits [B, T, V], next tokens int[B, T]; its
-        metrics count tokens) or "regression" (targets of the shape of the outputs); see `models.losses` and
-        `models.metrics`.
+        metrics count tokens), "regression" (targets of the shape of the outputs) or "reconstruction" (of the inputs, as
+        an autoencoder does it, without targets); see `models.losses` and `models.metrics`.
       pad_id: for "sequence", the target that is left out.
       label_smoothing: for "classification", see `losses.cross_entropy`; metrics are without.
 
@@ -45,7 +44,7 @@ def task(
     elif kind == "sequence":
         loss_fn, metric_fn = losses.sequence_cross_entropy(_OUTPUTS, pad_id), metrics.sequence(_OUTPUTS, pad_id)
     else:
-        loss_fn = losses.squared_error(_OUTPUTS)
+        loss_fn = losses.squared_error(_OUTPUTS) if kind == "regression" else _of_inputs
 
         def metric_fn(outputs: Params, batch: Examples) -> dict[str, Any]:
             return {"loss": loss_fn(outputs, batch, None)}
@@ -62,12 +61,12 @@ def task(
         def forward_with(
             variables: Any, examples: Examples, *, key: Key | None, mask: Array | None, frozen: bool = False
         ) -> tuple[Any, Any]:
-            return with_statistics.apply(variables, _inputs(examples), key, mask, frozen)
+            return with_statistics.apply(variables, inputs_of(examples), key, mask, frozen)
 
         def features_with(
             variables: Any, examples: Examples, key: Key | None = None, mask: Array | None = None
         ) -> Array:
-            x, frozen = _inputs(examples), tasks.is_frozen()
+            x, frozen = inputs_of(examples), tasks.is_frozen()
             return with_statistics.features(tasks.model_of(variables), x, key, mask, frozen)[0]
 
         return Task(
@@ -76,17 +75,14 @@ def task(
     plain: Model = model
 
     def forward(params: Params, examples: Examples, *, key: Key | None, mask: Array | None) -> tuple[Any, Any]:
-        return plain.apply(params, _inputs(examples), key), ()
+        return plain.apply(params, inputs_of(examples), key), ()
 
     def features(params: Params, examples: Examples, key: Key | None = None, mask: Array | None = None) -> Array:
-        return plain.features(params, _inputs(examples), key)
+        return plain.features(params, inputs_of(examples), key)
 
     head = (lambda params, z: plain.run(params, z, "head")) if plain.stages else None
     return Task(plain.init, forward, loss, of_outputs, features, head, plain.paths)
 
 
-def _inputs(examples: Examples) -> Any:
-    """examples["x"]: predictions need no targets."""
-    if isinstance(examples, Mapping) and "x" in examples:
-        return examples["x"]
-    return split_batch(examples)[0]
+def _of_inputs(outputs: Any, examples: Examples, key: Key | None) -> Array:
+    return losses.reconstruction_error(outputs, inputs_of(examples))

@@ -19,6 +19,7 @@ CASES = {
     "logistic_regression": (models.logistic_regression((4, 4, 1), 3), (4, 4, 1), 0.1),
     "mlp": (models.mlp((4, 4, 1), 3, hidden=(16, 8)), (4, 4, 1), 0.01),
     "cnn": (models.cnn((4, 4, 1), 3, channels=(4, 4), hidden=8), (4, 4, 1), 0.01),
+    "autoencoder": (models.autoencoder((4, 4, 1), channels=(4,), latent=8), (4, 4, 1), 0.01),
     "char_lstm": (models.char_lstm(VOCAB, embed_dim=4, hidden=16), None, 0.02),
     "transformer": (
         models.transformer(VOCAB, LENGTH, num_layers=1, dim=16, num_heads=2, dropout=0.1),
@@ -45,6 +46,8 @@ def batch(shape, size=8, dtype=jnp.float32):
 
 
 def loss_of(model, shape):
+    if model is CASES["autoencoder"][0]:
+        return losses.reconstruction(model)
     return losses.sequence_cross_entropy(model) if shape is None else losses.cross_entropy(model)
 
 
@@ -92,7 +95,8 @@ def test_head_applied_to_features_is_apply(name):
     params, x = model.init(jax.random.key(0)), batch(shape)["x"]
     params["head"] = jax.tree.map(lambda leaf: leaf + 0.1, params["head"])  # also where it starts at zero
     out, features = jax.jit(lambda p, x: (model.apply(p, x), model.features(p, x)))(params, x)
-    assert features.shape[:-1] == (x.shape if shape is None else x.shape[:1])
+    rows = x.shape if shape is None else x.shape[:1]
+    assert features.shape[:-1] == (x.shape[:-1] if name == "autoencoder" else rows)
     head = features @ params["head"]["kernel"] + params["head"]["bias"]
     np.testing.assert_allclose(head, out, rtol=1e-5, atol=1e-6)
 

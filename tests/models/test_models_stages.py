@@ -20,6 +20,7 @@ MODELS = {
     "logistic_regression": (models.logistic_regression((8, 8, 1), 3), IMAGES),
     "mlp": (models.mlp((8, 8, 1), 3, hidden=(6, 5), dropout=(0.5, 0.5)), IMAGES),
     "cnn": (models.cnn((8, 8, 1), 3, channels=(2, 3), hidden=4), IMAGES),
+    "autoencoder": (models.autoencoder((8, 8, 1), channels=(2, 3), latent=4), IMAGES),
     "cnn_bn": (with_frozen_statistics(models.cnn_bn((8, 8, 1), 3, channels=(2, 3), hidden=4)), IMAGES),
     "resnet18_gn": (models.resnet18_gn((8, 8, 1), 3, width=2), IMAGES),
     "char_lstm": (models.char_lstm(5, embed_dim=3, hidden=4), TOKENS),

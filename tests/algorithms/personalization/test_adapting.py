@@ -93,6 +93,7 @@ def test_differences_of_gradients_lead_to_the_product_with_the_hessian():
         ("per_fedavg", {"form": "HF"}),
         ("per_fedavg", {"form": "HF-difference"}),
         ("pfedme", {"num_clients": 2}),
+        ("fedagain", {"num_clients": 2}),
     ],
 )
 def test_they_train_models_with_running_statistics(name, settings):
