@@ -30,6 +30,7 @@ from algorithms.participation.fedstale import fedstale, fedvarp
 from algorithms.participation.mifa import mifa
 from algorithms.personalization.apfl import apfl
 from algorithms.personalization.baselines import fedavg_ft, local_only
+from algorithms.personalization.ccvr import ccvr
 from algorithms.personalization.cfl import cfl
 from algorithms.personalization.ditto import ditto
 from algorithms.personalization.fedbn import fedbn
@@ -59,6 +60,7 @@ __all__ = [
     "afa_cs",
     "apfl",
     "autoflip",
+    "ccvr",
     "cfl",
     "ditto",
     "ewc",

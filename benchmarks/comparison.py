@@ -65,6 +65,7 @@ LEFT_OUT = {
     "fedopt": "has no server optimizer of its own: see FedAdagrad, FedAdam and FedYogi",
     "fedavg_ft": "is FedAvg, and every client's own model beside it",
     "fedbn": "keeps normalizations at home, of which these models have none",
+    "ccvr": "is FedAvg, whose head is calibrated at the end",
     "fedetf": "balances the classes of each client, and is tuned to it",
     "fedgela": "is for clients that lack classes, and scales them for each",
     "fedloge": "is for long tails, and makes heads for each client",
