@@ -100,7 +100,8 @@ def pfedme(
 
         def client_step(x, now, batch):
             loss, theta = proximal(now.theta if warm_start else now.w, now.w, batch)
-            d = fc.scale(lam, optax.tree.sub(now.w, theta))
+            # Compilers make one factor of two that they know, lr lam, and round otherwise than where they do not.
+            d = jax.lax.optimization_barrier(fc.scale(lam, optax.tree.sub(now.w, theta)))
             return _Client(*fc.optimizer_step(optimizer, now.w, now.opt_state, d), theta), loss
 
         def client_final(x, done):
