@@ -130,6 +130,7 @@ def for_each_client(
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}: pass for example Plan(lanes=4)")
     plan = plan or Plan()
+    plan.check_batch(work.batch_size)
     weight = client_weights(weights, cohort)
     client_keys = keys.derive(key, jnp.maximum(cohort.ids, 0))
     steps = work.steps(cohort.ids, cohort.sizes)
@@ -186,6 +187,9 @@ def for_each_client(
     init_fn, carry = execution.close_convert(init, client, shared, first.input, first.key)
     step_fn, stepped = execution.close_convert(step, client, shared, carry, batch)
     _check_step(carry, stepped)
+    if plan.batch_parts > 1 and lanes.lanes_of(plan, carry, -(-cohort.ids.shape[0] // plan.num_devices)) == 1:
+        # Under `vmap` of several lanes every part would be computed.
+        step_fn = _by_rows(step, step_fn, plan.batch_parts, (client, shared, carry), batch)
     final_fn, (summand, output) = execution.close_convert(final, client, shared, carry, first.weight)
     if asked:  # the client's id is carried along
         slots = slots._replace(input=(jnp.maximum(cohort.ids, 0), client_inputs))
@@ -378,6 +382,45 @@ def current_population_size() -> int | None:
     """Number of clients of the population that the client is of whose program is being called, if it is known."""
     current = _CLIENT.get()
     return None if current is None else current[2]
+
+
+def _by_rows(
+    step: Callable[..., Any], whole: execution.ClosedFunction, parts: int, others: tuple[PyTree, ...], batch: Batch
+) -> execution.ClosedFunction:
+    """A step that is computed on the first parts of its batch, those that have an example.
+
+    Args:
+      step: `step(*others, batch) -> (carry, loss)`.
+      whole: the same, traced on a whole batch.
+      parts: equal parts of a batch; padding is at its end.
+      others: shapes of the arguments before the batch.
+      batch: shapes of a batch.
+    """
+    rows = batch.mask.shape[0] // parts
+
+    def first(batch: Batch, count: int) -> Batch:
+        cut = jax.tree.map(lambda leaf: leaf[: count * rows], (batch.examples, batch.mask))
+        return batch._replace(examples=cut[0], mask=cut[1])
+
+    shorter = [
+        execution.close_convert(step, *others, jax.eval_shape(partial(first, count=count), batch))[0]
+        for count in range(1, parts)
+    ]
+    steps = [*shorter, whole]
+    ends = np.cumsum([len(each.consts) for each in steps])
+
+    def call(consts: list[Array], *args: PyTree) -> PyTree:
+        *rest, batch = args
+
+        def branch(count: int, consts: list[Array], rest: list[PyTree], batch: Batch) -> PyTree:
+            own = consts[ends[count] - len(steps[count].consts) : ends[count]]
+            return steps[count].call(own, *rest, first(batch, count + 1))
+
+        needed = (jnp.sum(batch.mask, dtype=jnp.int32) + (rows - 1)) // rows
+        branches = [partial(branch, count) for count in range(parts)]
+        return jax.lax.switch(needed - 1, branches, consts, rest, batch)
+
+    return whole._replace(call=call, consts=[const for each in steps for const in each.consts])
 
 
 def _with_client(

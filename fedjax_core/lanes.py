@@ -184,7 +184,7 @@ def run_on_device(
       executed steps [G].
     """
     num_slots = slots.steps.shape[0]
-    num_lanes = _num_lanes(run, num_slots)
+    num_lanes = lanes_of(run.plan, run.carry, num_slots)
     busy = slots.steps > 0
     num_active = jnp.sum(busy, dtype=jnp.int32)
     # The longest first, so that all lanes end at about the same time. With one lane the order is free, and stays.
@@ -226,15 +226,15 @@ def run_on_device(
     return [sums.value(t) for t in total], outputs, losses, jnp.full((num_groups,), state.executed)
 
 
-def _num_lanes(run: Run, num_slots: int) -> int:
+def lanes_of(plan: Plan, carry: PyTree, num_slots: int) -> int:
     """Lanes of one device: those of the plan; where it leaves them open, more for a program of next to nothing.
 
     There the operations of a step cost their launch and no more, and so for many clients at once as for one.
     """
-    lanes = run.plan.lanes_per_device(num_slots)
-    if run.plan.lanes is not None:
+    lanes = plan.lanes_per_device(num_slots)
+    if plan.lanes is not None:
         return lanes
-    return max(lanes, min(num_slots, TINY_LANES)) if num_bytes(run.carry) <= TINY_BYTES else lanes
+    return max(lanes, min(num_slots, TINY_LANES)) if num_bytes(carry) <= TINY_BYTES else lanes
 
 
 def _is_unfinished(device: _Device, state: _State) -> Array:

@@ -19,12 +19,16 @@ class Plan:
       axis: the mesh axis the clients are spread over.
       fast_convolutions: whether convolutions and pooling of the clients are rewritten, on a CPU, to what its compiler
         is fast at; see `fedjax_core.convolutions`. Without, they are compiled as the model has them.
+      batch_parts: equal parts of a batch, of which those at its end that are all padding are not computed where a
+        device trains one client at a time. It saves time with long steps of clients whose examples do not fill their
+        batches, and costs the compilation of the step once more for each part. 1 computes every batch whole.
     """
 
     lanes: int | None = None
     mesh: Mesh | None = None
     axis: str = "clients"
     fast_convolutions: bool = True
+    batch_parts: int = 1
 
     def __post_init__(self) -> None:
         if self.lanes is not None:
@@ -34,6 +38,7 @@ class Plan:
                 f"fast_convolutions must be True or False, got {self.fast_convolutions!r}: False compiles convolutions "
                 "as the model has them"
             )
+        checks.positive_int("batch_parts", self.batch_parts, "1 computes every batch whole, its padding too")
         if self.mesh is None:
             return
         if not isinstance(self.mesh, Mesh):
@@ -58,6 +63,14 @@ class Plan:
     def num_devices(self) -> int:
         """Number of devices the clients are spread over."""
         return 1 if self.mesh is None else self.mesh.shape[self.axis]
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises ValueError if a batch cannot be cut into equal parts."""
+        if batch_size % self.batch_parts:
+            raise ValueError(
+                f"batch_size={batch_size} cannot be cut into batch_parts={self.batch_parts} equal parts: take a "
+                "divisor of the batch size"
+            )
 
     def lanes_per_device(self, num_slots: int) -> int:
         """Lanes on each device, at most the number of slots there."""

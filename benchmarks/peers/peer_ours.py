@@ -29,13 +29,17 @@ from fedjax_core import (
 )
 from fedjax_core.plans import default_lanes
 
+PARTS = 4
+"""Parts of a batch, of which those that are all padding are left out, in the long steps of models of text."""
+
 
 def run(task: Task, recorder: Recorder, num_devices: int | None = None) -> None:
     """Runs the task on so many devices, all unless given."""
     jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     mesh = client_mesh(num_devices)
-    plan = Plan(mesh=mesh)
     workload, federation = task.workload, task.federation
+    parts = PARTS if workload.is_text and workload.batch_size % PARTS == 0 else 1
+    plan = Plan(mesh=mesh, batch_parts=parts)
     model = jax_models.make_model(workload, task.dropout)
     fedavg = algorithms.fedavg(
         jax_models.make_loss(workload, model),

@@ -23,9 +23,10 @@ import pytest
 import algorithms
 from algorithms import messages
 from algorithms.parts.options import grouped, option_tuples
-from fedjax_core import Groups, Split, Task, aggregation, clients, needs, testing
+from fedjax_core import Groups, Plan, Split, Task, aggregation, clients, needs, testing
 from fedjax_core.messages import Admission, Part, with_part
 from tests.problems import (
+    assert_trees_close,
     assert_trees_equal,
     every_part,
     softmax_features,
@@ -441,6 +442,20 @@ def test_parts_without_effect_on_uploads_give_the_same_bits(name):
         state, told = rounds_with(name, without_effect_on_uploads)
         assert_trees_equal(state, subject(name).state)
         assert_trees_equal(told, [without_bytes(info.extra) for info in subject(name).done.metrics])
+
+
+@pytest.mark.parametrize("name", a_third(METHODS))
+def test_parts_of_a_batch_give_the_numbers_of_whole_batches(name):
+    """Parts that are all padding are left out of steps, whatever a step of the method is."""
+    alone, plan = subject(name), Plan(lanes=1, batch_parts=2)
+    cut = testing.Subject(
+        lambda **settings: make(name, **{**settings, "plan": plan}),
+        alone.problem,
+        floats=alone.floats,
+        **KNOWN.get(name, {}),
+    )
+    with jax.enable_x64(True):
+        assert_trees_close(by_method(cut.state), by_method(alone.state), **testing.EXACT)
 
 
 # Plans and meshes, seeds under vmap, staging and resuming with parts that keep rows, attack and take the mean's place.
