@@ -187,8 +187,9 @@ def for_each_client(
     init_fn, carry = execution.close_convert(init, client, shared, first.input, first.key)
     step_fn, stepped = execution.close_convert(step, client, shared, carry, batch)
     _check_step(carry, stepped)
-    if plan.batch_parts > 1 and lanes.lanes_of(plan, carry, -(-cohort.ids.shape[0] // plan.num_devices)) == 1:
-        # Under `vmap` of several lanes every part would be computed.
+    # Under `vmap` of several lanes every part would be computed. Where the caller vmaps over seeds there are more slots
+    # than those of the cohort.
+    if plan.batch_parts > 1 and lanes.lanes_of(plan, carry, lanes.TINY_LANES) == 1:
         step_fn = _by_rows(step, step_fn, plan.batch_parts, (client, shared, carry), batch)
     final_fn, (summand, output) = execution.close_convert(final, client, shared, carry, first.weight)
     if asked:  # the client's id is carried along

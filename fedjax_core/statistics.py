@@ -22,6 +22,7 @@ from fedjax_core.batching import Batch
 from fedjax_core.clients import ClientProgram, ClientResults, ClientTable, client_table, gather, scatter, takes_steps
 from fedjax_core.messages import Pass, through
 from fedjax_core.population import Cohort
+from fedjax_core.sizes import Message
 from fedjax_core.types import Array, Key, Metrics, PyTree, Variables
 
 RULES = ("average", "personal", "frozen")
@@ -265,6 +266,7 @@ class _Route:
         self.statistics = statistics
         self._updates = updates and not self.frozen
         self._updated = False
+        self._sent: PyTree = None
         self._trace = tasks.current_trace()
 
     def __call__(self, asked: Pass) -> ClientResults:
@@ -330,7 +332,10 @@ class _Averaged(_Route):
             # As a difference, as the model is sent: it is small where little has changed, for codecs and clipping.
             return ((upload, jax.tree.map(jnp.subtract, now, begun)) if update else upload), output
 
-        asked = asked._replace(program=ClientProgram(init, step, final), shared=(asked.shared, self.statistics))
+        # What clients have from an earlier pass of the round is not sent to them again.
+        sent = Message(self.statistics, 0) if self._sent is self.statistics else self.statistics
+        self._sent = self.statistics
+        asked = asked._replace(program=ClientProgram(init, step, final), shared=(asked.shared, sent))
         if not update:
             return asked.run()
         decode = asked.decode

@@ -67,8 +67,9 @@ def autoencoder(
     """A convolutional autoencoder: images through a narrow code, and back.
 
     Down: for each of the channels a 3x3 convolution, 2x2 max pooling, ReLU; then a dense layer to the code. Up: a dense
-    layer with ReLU; for each of the channels, the last first, pixels doubled, a 3x3 convolution, ReLU; then the head, a
-    dense layer of the channels of every pixel. Its outputs are any numbers: scale images as they are to come out.
+    layer with ReLU; for each of the channels, the last first, pixels doubled, a 3x3 convolution to the channels before
+    (the first again at the end), ReLU; then the head, a dense layer of the channels of every pixel. Its outputs are any
+    numbers: scale images as they are to come out.
 
     Train it by `losses.reconstruction`, or `task(model, "reconstruction")`. With the defaults it has 113,713
     parameters, and `run(params, x, stop="decode")` is the code of an image.

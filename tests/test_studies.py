@@ -153,7 +153,7 @@ def test_a_study_runs_in_part_and_is_told_as_that(tmp_path, monkeypatch):
     own = found["methods"]["fedavg"]
     assert own["accuracy"] == [round(summary[s]["test_accuracy"], 6) for s in "01"]
     assert [at for at, _, _ in own["curve"]] == [1, 2]
-    with pytest.raises(ValueError, match=r"the run is not one of synthetic_0_0: .*dataset is .*settings|epochs"):
+    with pytest.raises(ValueError, match=r"the run is not one of synthetic_0_0: (?=.*dataset is )(?=.*epochs is )"):
         collect.collected("synthetic_0_0", run)
     with pytest.raises(ValueError, match="there is no study 'synthetic'"):
         collect.collected("synthetic", run)

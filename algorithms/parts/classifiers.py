@@ -30,8 +30,9 @@ class Dense(NamedTuple):
     bias: Any
 
 
-def checked(task: fc.Task) -> fc.Task:
-    """The task, or TypeError unless it has features and a head."""
+def checked(task: fc.Task, labels: Labels) -> fc.Task:
+    """The task, or TypeError unless it has features and a head, and labels are a function of examples."""
+    fc.checks.takes("labels", labels, ("examples",), example='lambda examples: examples["y"]')
     if not isinstance(task, fc.Task) or task.features is None or task.head is None:
         raise TypeError(
             f"task must be a Task with features and a head, got {type(task).__name__}: make one by models.task(model), "
@@ -234,7 +235,14 @@ def classes_of(labels: Labels, examples: fc.Examples) -> fc.Array:
     Raises:
       ValueError: if labels are anything else.
     """
-    y = labels(examples)
+    try:
+        y = labels(examples)
+    except KeyError as error:
+        raise ValueError(
+            f"labels asks examples for {error}, and they have {sorted(examples)}: pass labels=, a function of a batch"
+            if isinstance(examples, dict)
+            else f"labels asks examples for {error}: pass labels=, a function of a batch"
+        ) from error
     if jnp.ndim(y) != 1 or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
         raise ValueError(
             f"labels must give one class for each example, int[B], got {jnp.result_type(y)}{list(jnp.shape(y))}: pass "

@@ -63,7 +63,8 @@ def ccvr(
       server_lr: 1 replaces the model by the average.
       **local: batch_size, num_epochs or num_steps, order, weights, plan; see `LocalOptions`.
 
-    S is exactly the covariance of all clients' features of a class together. The event "calibrate" is what is done
+    S is exactly the covariance of all clients' features of a class together, up to rounding, which in float32 hides
+    deviations below some 1e-3 of the means. The event "calibrate" is what is done
     after the last round; the body stays as it is.
 
     Differences: a re-implementation by others takes biased covariances, of which S is none.
@@ -71,7 +72,7 @@ def ccvr(
     Paper: Luo, Chen, Hu, Zhang, Liang, Feng, "No Fear of Heterogeneity: Classifier Calibration for Federated Learning
     with Non-IID Data", 2021, algorithm 1.
     """
-    classifiers.checked(task)
+    classifiers.checked(task, labels)
     fc.checks.positive_int("virtual_features", virtual_features, "features of each class that the server draws")
     fc.checks.positive_int("head_batch_size", head_batch_size, "features of a step of the server")
     head_epochs = fc.checks.count("head_epochs", head_epochs, "0 is FedAvg")

@@ -146,6 +146,8 @@ def cfl(
         shares = jax.vmap(fc.sums.shares)(jnp.where(belongs, weights, 0))
 
         def square(rows: fc.Array) -> fc.Array:
+            # Zero times what is not finite would reach the other clusters.
+            rows = jnp.where(jnp.isfinite(rows), rows, 0)
             mean = jnp.matmul(shares.astype(rows.dtype), rows, precision="highest")
             return jnp.sum(jnp.square(mean), axis=1).astype(shares.dtype)
 
@@ -154,7 +156,7 @@ def cfl(
             squares = columns.added(leaf, squares, square)
         taking = belongs & cohort.mask
         longest = jnp.max(jnp.where(taking, jnp.sqrt(jnp.diagonal(products)), 0), axis=1)
-        at_rest = (jnp.sqrt(squares) < eps1) & (longest > eps2)
+        at_rest = (jnp.sqrt(squares) < eps1) & (longest > eps2) & jnp.isfinite(longest)
         return there & (jnp.sum(taking, axis=1) > 2) & at_rest
 
     return fc.federated(

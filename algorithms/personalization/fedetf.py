@@ -43,7 +43,7 @@ def fedetf(
     Client, from (y, s) = x, with u = y(examples) in R^C, M a simplex ETF [C, C] and n its class counts:
              l = CE(s M' u / |u| + log n, c);  (y, s) <- (y, s) - lr grad l, K times.
     Server:  x <- x + server_lr sum_S w_i (x_i - x).
-    Before it predicts a client trains x as in a round, and then alternations times:
+    Before it predicts a client trains x as in the first round, and then alternations times:
              M <- M - etf_lr grad_M CE(s M' u / |u|, c), alternation_epochs epochs;
              y's head <- y's head - projection_lr grad CE(s M' u / |u|, c), alternation_epochs epochs.
 
@@ -72,7 +72,7 @@ def fedetf(
     Paper: Li, Shang, He, Lin, Wu, "No Fear of Classifier Biases: Neural Collapse Inspired Federated Learning with
     Synthetic and Fixed Classifier", 2023, sections 3 and 4.
     """
-    classifiers.checked(task)
+    classifiers.checked(task, labels)
     if alternations != 0:
         fc.checks.positive_int("alternations", alternations, "turns from M to the projection, or 0 for none")
     fc.checks.positive_int("alternation_epochs", alternation_epochs, "epochs on M, and as many on the projection")

@@ -26,7 +26,7 @@ def fedgela(
     Client, from y = x, with h = features of y, M a simplex ETF [d, C], n its class counts and phi_c = C n_c / sum n:
              l = CE(phi M' h / T, c);  y <- y - lr grad l, K times.
     Server:  x <- x + server_lr sum_S w_i (y_i - x).
-    All predict with M' h, a client with phi M' h after training x as in a round.
+    All predict with M' h, a client with phi M' h after training x as in the first round.
 
     Down: x (P less the head). M is drawn once. Up: y_i - x (the same).
 
@@ -53,7 +53,7 @@ def fedgela(
     Paper: Fan, Zhang, Yao, Han, Zhang, Wang, "Federated Learning with Bilateral Curation for Partially Class-Disjoint
     Data", 2023, section 3.
     """
-    classifiers.checked(task)
+    classifiers.checked(task, labels)
     fc.checks.scalar("temperature", temperature, low=0, low_open=True)
     fc.checks.scalar("server_lr", server_lr, low=0)
     clients = fc.local_training(**local)

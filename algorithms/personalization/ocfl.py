@@ -13,8 +13,8 @@ class OCFLState(NamedTuple):
     """The clusters' models, who is in which, the last temperature, and the number of rounds done.
 
     Attributes:
-      params: the models x_1 to x_k, leaves [k, ...]; those of no cluster are as the model began.
-      members: int32[k], clients of each cluster.
+      params: the models x_1 to x_k, leaves [k, ...]; those of no cluster are as the model was when clusters were made.
+      members: int32[k], clients of each cluster; those without examples stay in the first.
       clusters: rows, the cluster of each client, int32[].
       temperature: float[], of the last round that all clients took part in; 2 before the first, above all others.
       clustered: int32[], the round, from 1 on, in which clusters were made; 0 before.
@@ -95,6 +95,9 @@ def ocfl(
     k = fc.checks.positive_int("num_models", num_models, "one model is FedAvg")
     if not callable(clusterer):
         fc.checks.one_of("clusterer", clusterer, ("linkage", "medoids", "affinity"))
+    else:
+        example = "a function (distances, taking) -> int[C]"
+        fc.checks.takes("clusterer", clusterer, ("distances", "taking"), example=example)
     fc.checks.scalar("p", p, low=1)
     fc.checks.scalar("server_lr", server_lr, low=0)
     clients = fc.local_training(**local)

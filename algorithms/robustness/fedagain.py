@@ -149,7 +149,7 @@ def fedagain(
     def update(state: FedAgainState, cohort: fc.Cohort, key: fc.Key):
         displacements, r, results = signals(state, cohort, key)
         d = parts.divergences(displacements, state.params, divergence)
-        known = cohort.mask & jnp.isfinite(r) & jnp.isfinite(d)
+        known = cohort.mask & (results.weights > 0) & jnp.isfinite(r) & jnp.isfinite(d)
         log_s = parts.log_trust(r, d, a, b, known, reference)
         # In logarithms, for trust is soon too small for a float.
         log_tau = jnp.logaddexp(jnp.log1p(-rho) + fc.gather(state.log_trust, cohort), jnp.log(rho) + log_s)

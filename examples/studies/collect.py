@@ -25,7 +25,7 @@ from pipelines.run import train
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 RESULTS = HERE / "results"
-FREE = ("rounds", "seeds", "methods", "settings", "checkpoint_every", "target", "federation_digest")
+FREE = ("rounds", "seeds", "methods", "settings", "checkpoint_every")
 _MARK = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -174,6 +174,8 @@ def main() -> None:
         whole = list(result["methods"]) == list(planned(options.study).methods)
         if whole and (options.run / "curves.png").exists():
             shutil.copy(options.run / "curves.png", RESULTS / f"{options.study}.png")
+        else:  # an older figure would show another run
+            (RESULTS / f"{options.study}.png").unlink(missing_ok=True)
     PAGE.write_text(renewed(PAGE.read_text()))
     print(f"written: {PAGE}", file=sys.stdout)
 

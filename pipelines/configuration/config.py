@@ -174,7 +174,7 @@ class LocalConfig(Section):
         1.0, "Factor on the learning rate after every round.", low=0, high=1, low_open=True, metavar="F"
     )
     client_weight_decay: float = number(
-        0.0, "Weight decay of the clients: adds so many times the parameters to their gradients.", low=0, metavar="F"
+        0.0, "Weight decay of the clients, of their loss (adamw: of its own, 1e-4 where this is 0).", low=0, metavar="F"
     )
 
     def __post_init__(self) -> None:

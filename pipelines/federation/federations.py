@@ -307,8 +307,10 @@ def _deal_in_domains(parts: dict[str, Part], train: Assignment, dataset: Dataset
     """Deals the data set's own test examples out to clients of the domains that they are of."""
     if dataset.groups is None or dataset.test_groups is None:
         return
-    own = dataset.groups * dataset.num_classes + dataset.train["y"]
-    others = dataset.test_groups * dataset.num_classes + dataset.test["y"]
+    own, others = dataset.groups, dataset.test_groups
+    if not dataset.is_sequence:  # whose examples have no class
+        own = own * dataset.num_classes + dataset.train["y"]
+        others = others * dataset.num_classes + dataset.test["y"]
     parts["test"] = Part("test", splits.deal(train, own, others, seed=seed))
 
 

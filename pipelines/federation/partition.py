@@ -234,8 +234,8 @@ def lognormal_classes(
     a power law. (Li et al., "Federated Optimization in Heterogeneous Networks", 2020; the release leaves out what does
     not fit a class any more, here every example is held.)
 
-    Every holder of a class has `min_size` / `classes_per_client` of its examples, rounded up; the others are divided in
-    proportion to draws whose logarithms have the standard deviation sigma.
+    Every holder of a class has `min_size` / `classes_per_client` of its examples, rounded up, and one at least; the
+    others are divided in proportion to draws whose logarithms have the standard deviation sigma.
 
     Args:
       labels: int[n].
@@ -267,11 +267,12 @@ def lognormal_classes(
         if len(holders) * max(least, 1) > len(rows):
             raise ValueError(
                 f"class {labels[rows[0]]} has {len(rows)} examples for {len(holders)} clients with at least "
-                f"{max(least, 1)} each: ask for fewer than {num_clients} clients, or for a lower min_size"
+                f"{max(least, 1)} each: ask for fewer than {num_clients} clients"
+                + (", or for a lower min_size" if least > 1 else "")
             )
         logs = sigma * rng.standard_normal(len(holders))
-        shared = len(rows) - least * len(holders)
-        sizes[k, holders] = least + _apportion(np.exp(logs - logs.max()), shared, 0)
+        shared = len(rows) - max(least, 1) * len(holders)
+        sizes[k, holders] = max(least, 1) + _apportion(np.exp(logs - logs.max()), shared, 0)
     return _in_turn(np.concatenate([rng.permutation(rows) for rows in members]), sizes)
 
 

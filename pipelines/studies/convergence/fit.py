@@ -218,7 +218,7 @@ def scaling(constant: Sequence[float] | np.ndarray, quantity: Sequence[Estimate]
     """
     at = np.asarray(constant, np.float64)
     if at.ndim not in (1, 2) or len(at) != len(quantity):
-        raise ValueError(f"constant has {len(at)} values and quantity {len(quantity)}: give one for each")
+        raise ValueError(f"constant has {at.size} values and quantity {len(quantity)}: give one for each")
     if not (np.isfinite(at) & (at > 0)).all():
         raise ValueError(f"constant={at.tolist()} must be positive, its logarithm is taken: leave out others")
     nothing, names = np.zeros(0), at if at.ndim == 1 else at.mean(1)

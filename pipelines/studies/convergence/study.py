@@ -90,8 +90,8 @@ _VARIED: Mapping[str, tuple[str, Callable[[float], float]]] = {
 }
 """Constants that are made of another one: that one, and how."""
 
-_OF_METHODS = {"beta": (0.25, 0.5, 1.0), "mu": (0.1, 0.3, 1.0), "rho": (0.0003, 0.001, 0.003)}
-_BASE = {"beta": 0.5, "mu": 0.3, "rho": 0.001}
+_OF_METHODS = {"beta": (0.25, 0.5, 1.0), "mu": (0.1, 0.3, 1.0), "rho": (0.00003, 0.0001, 0.0003)}
+_BASE = {"beta": 0.5, "mu": 0.3, "rho": 0.0001}
 """What these are in the base case of a method that has a claim about them."""
 OWN: Mapping[str, Mapping[str, float]] = {
     "feddyn": {"alpha": 0.5},
@@ -202,7 +202,7 @@ DESIGNS: Mapping[str, Design] = {
         5,
         6,
         0.1,
-        {"sigma": (0.03, 0.1, 0.3), "client_lr": (0.05, 0.1, 0.2), "clients": (3, 6, 12)},
+        {"sigma": (0.03, 0.1, 0.3), "client_lr": (0.05, 0.1, 0.2)},
         problem="saturating",
     ),
 }
@@ -395,6 +395,8 @@ def maker(unit: Unit) -> Make:
         own |= {"batch_size": 2 * constants["dim"] * constants["copies"], "order": "sequential"}
     elif not constants.get("sigma", 0):
         own |= {"order": "sequential"}  # examples of a client are equal, and nothing has to be drawn
+    if unit.method == "fedzo":  # the proposition is about directions that span all
+        own |= {"num_directions": constants["dim"]}
     return method(
         unit.method, num_steps=np.resize([1, steps, 2 * steps - 1], unit.clients) if design.unequal else steps, **own
     )

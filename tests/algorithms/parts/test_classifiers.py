@@ -144,11 +144,15 @@ def test_a_head_is_read_and_replaced():
     with pytest.raises(ValueError, match="has one output"):
         classifiers.dense(TASK, {"head": {"kernel": kernel[:, :1], "bias": bias[:1]}})
     with pytest.raises(TypeError, match="task must be a Task with features and a head, got function"):
-        classifiers.checked(lambda params, batch, key: 0.0)
+        classifiers.checked(lambda params, batch, key: 0.0, lambda examples: examples["y"])
+    with pytest.raises(TypeError, match="labels"):
+        classifiers.checked(TASK, "y")
 
 
 def test_labels_are_one_for_each_example():
     with pytest.raises(ValueError, match=r"one class for each example, int\[B\], got int32\[2, 3\]: pass labels="):
         classifiers.classes_of(lambda batch: batch, jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"labels asks examples for 'y', and they have \['label', 'x'\]: pass labels="):
+        classifiers.classes_of(lambda batch: batch["y"], {"x": jnp.zeros(2), "label": jnp.zeros(2, jnp.int32)})
     with pytest.raises(ValueError, match=r"got float"):
         classifiers.classes_of(lambda batch: batch, jnp.zeros(2))

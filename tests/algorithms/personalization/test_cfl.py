@@ -169,6 +169,20 @@ def test_after_a_split_nothing_gets_from_one_cluster_to_another():
     assert not np.array_equal(*theirs)
 
 
+def test_what_is_not_finite_stays_in_its_cluster():
+    method = of_resting()
+    states, metrics = rounds(RESTING_ROUND, method.init(jnp.zeros(2)), RESTING, [np.arange(8)] * 24)
+    at = next(t for t, info in enumerate(metrics) if info.extra.splits)
+    rows = np.asarray(states[at + 1].clusters.rows)
+    spoiled = np.where((np.arange(8) == np.flatnonzero(rows == 1)[0])[:, None], np.inf, POINTS)
+    other = fc.Population.from_flat({"b": spoiled}, np.arange(9, dtype=np.int32), check_finite=False)
+    usual, _ = rounds(RESTING_ROUND, states[at + 1], RESTING, [np.arange(8)] * 12)
+    one, _ = rounds(RESTING_ROUND, states[at + 1], other, [np.arange(8)] * 12)
+    mine, theirs = (np.asarray(state[-1].clusters.rows) for state in (one, usual))
+    assert len(set(mine[rows == 0])) == len(set(theirs[rows == 0])) > 1
+    np.testing.assert_array_equal(mine[rows == 1], 1)
+
+
 def test_the_order_of_the_cohort_does_not_matter_where_clients_are_equally_near():
     """Four directions at right angles: all pairs are as near, and the first are joined."""
     square = fc.Population.from_clients([{"u": np.array([u])} for u in ([1.0, 0], [0, 1.0], [-1.0, 0], [0, -1.0])])
@@ -184,10 +198,11 @@ def test_the_order_of_the_cohort_does_not_matter_where_clients_are_equally_near(
 
 def test_without_a_split_it_is_fedavg():
     local = {"batch_size": 2, "num_epochs": 2}
-    cohorts = [[0, 3, -1, 5], [1, 0, 4, 2], [5, 4, 3, 1]]
-    for k, settings in ((1, {"eps1": 1e6, "eps2": 0.0, "wait": 0}), (3, {})):
+    some, every = [[0, 3, -1, 5], [1, 0, 4, 2], [5, 4, 3, 1]], [np.arange(len(SIZES))] * 3
+    for k, settings, cohorts in ((1, {"eps1": 1e6, "eps2": 0.0, "wait": 0}, every), (3, {}, some)):
         method = algorithms.cfl(softmax_loss, optax.sgd(0.1), num_clients=len(SIZES), num_models=k, **settings, **local)
-        states, _ = rounds(jax.jit(method.round), method.init(softmax_params()), POPULATION, cohorts)
+        states, metrics = rounds(jax.jit(method.round), method.init(softmax_params()), POPULATION, cohorts)
+        assert [int(info.extra.waiting) for info in metrics] == [k == 1] * 3  # for a model that is not there
         average = algorithms.fedavg(softmax_loss, optax.sgd(0.1), **local)
         expected, _ = rounds(jax.jit(average.round), average.init(softmax_params()), POPULATION, cohorts)
         assert_trees_close(method.params(states[-1]), expected[-1].params, rtol=1e-13, atol=1e-15)

@@ -134,5 +134,8 @@ def test_a_model_with_statistics_keeps_them_up_to_date():
     state = method.init(task.init(jax.random.key(0)))
     new, metrics = jax.jit(method.round)(state, population.cohort([0, 1]), jax.random.key(0))
     assert np.isfinite(metrics.loss)
+    # Clients get statistics once, although a pass counts their classes before.
+    begun = task.init(jax.random.key(0))
+    assert metrics.bytes_down == metrics.bytes_up == fc.num_bytes(begun)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.statistics, state.statistics)
     assert min(jax.tree.leaves(moved)) > 0

@@ -154,6 +154,21 @@ def test_test_examples_of_a_domain_are_dealt_out_to_its_clients():
     assert own.parts["test"].source == "train"
 
 
+def test_test_sequences_of_a_domain_are_dealt_out_without_classes():
+    """Each of their tokens has a target, and none has a class."""
+    dataset = two_domains()
+    parts = [
+        {name: np.repeat(np.asarray(each["y"])[:, None], 4, axis=1) for name in "xy"}
+        for each in (dataset.train, dataset.test)
+    ]
+    dataset = dataset._replace(train=parts[0], test=parts[1])
+    assert dataset.is_sequence
+    found = federations.build(Config(dataset="two", partition="domains", clients=5), dataset)
+    np.testing.assert_array_equal(np.sort(found.parts["test"].assignment.rows), np.arange(30))
+    for own, rows in zip(found.parts["train"].assignment, found.parts["test"].assignment, strict=True):
+        assert set(dataset.test_groups[rows]) == set(dataset.groups[own])
+
+
 def test_clients_are_of_a_domain_and_of_what_was_made_of_it(tmp_path):
     dataset = two_domains()
     config = Config(dataset="two", partition="domains", clients=10, feature_skew="mixed", new_clients=2)
