@@ -111,3 +111,13 @@ def every_part(malicious, *, top_k: float) -> dict[str, Part]:
         "observed": messages.observed(),
         "rank_reversal": messages.rank_reversal(malicious),
     }
+
+
+def rounds(round, state, population, cohorts):
+    """The states before, between and after rounds of one key, and their metrics."""
+    states, metrics = [state], []
+    for ids in cohorts:
+        state, info = round(states[-1], population.cohort(np.array(ids)), jax.random.key(0))
+        states.append(state)
+        metrics.append(info)
+    return states, metrics

@@ -14,6 +14,13 @@ _THEOREM = (
     "bound has no term of heterogeneity"
 )
 
+_LIKE_FEDAVG = (
+    Claim("floor", "drift", _FIXED_POINT, "zeta", 2, exact=True),
+    Claim("floor", "drift", _FIXED_POINT, "client_lr", 2),
+    Claim("floor", "drift", _FIXED_POINT, "num_steps - 1", 2),
+)
+"""Of methods that come to rest where FedAvg does, for heterogeneity and the length of local steps."""
+
 THEORY: dict[str, Theory] = {
     "scaffold": (
         Claim("floor", "drift", _THEOREM),
@@ -35,26 +42,20 @@ THEORY: dict[str, Theory] = {
         Claim("mean", "nonconvex", _BEYOND, "rounds", -1, measure="gradient", relation="at most"),
     ),
     "fedprox": (
-        Claim("floor", "drift", _FIXED_POINT, "zeta", 2, exact=True),
-        Claim("floor", "drift", _FIXED_POINT, "client_lr", 2),
-        Claim("floor", "drift", _FIXED_POINT, "num_steps - 1", 2),
+        *_LIKE_FEDAVG,
         Claim("floor", "drift", _FIXED_POINT, "mu", 0),
         Claim("rate", "drift", _FIXED_POINT, "zeta", 0, exact=True),
         Claim("floor", "equal", _FIXED_POINT),
     ),
     "fedavg_m": (
-        Claim("floor", "drift", _FIXED_POINT, "zeta", 2, exact=True),
-        Claim("floor", "drift", _FIXED_POINT, "client_lr", 2),
-        Claim("floor", "drift", _FIXED_POINT, "num_steps - 1", 2),
+        *_LIKE_FEDAVG,
         Claim("floor", "drift", _FIXED_POINT, "beta", 2),
         Claim("floor", "drift", _CONSENSUS, "beta", 2, measure="consensus"),
         Claim("rate", "drift", _FIXED_POINT, "zeta", 0, exact=True),
         Claim("floor", "equal", _FIXED_POINT),
     ),
     "fedavg_m_vr": (
-        Claim("floor", "drift", _FIXED_POINT, "zeta", 2, exact=True),
-        Claim("floor", "drift", _FIXED_POINT, "client_lr", 2),
-        Claim("floor", "drift", _FIXED_POINT, "num_steps - 1", 2),
+        *_LIKE_FEDAVG,
         Claim("floor", "drift", _FIXED_POINT, "beta", 0, exact=True),
         Claim("floor", "drift", _CONSENSUS, "beta", 2, exact=True, measure="consensus"),
         Claim("rate", "drift", _FIXED_POINT, "zeta", 0, exact=True),

@@ -23,17 +23,22 @@ def put(head: fc.Params, model: fc.Params) -> fc.Params:
     return jax.tree.map(lambda new, old: old if is_hole(new) else new, head, model, is_leaf=is_hole)
 
 
+def check_has_head(name: str, task: Any) -> None:
+    """Raises TypeError unless this is a task with features and a head."""
+    if not isinstance(task, fc.Task) or task.features is None or task.head is None:
+        raise TypeError(
+            f"{name} must be a Task with features and a head, got {type(task).__name__}: make one by "
+            "models.task(model), or give yours both"
+        )
+
+
 def checked_tasks(tasks: Any, num_groups: int) -> tuple[fc.Task, ...]:
     """The tasks of the groups, each with features and a head, and none with statistics; or an error that says which."""
     if not isinstance(tasks, list | tuple) or len(tasks) != num_groups:
         got = f"{len(tasks)} tasks" if isinstance(tasks, list | tuple) else type(tasks).__name__
         raise ValueError(f"tasks must be one for each of {num_groups} groups, got {got}: pass a tuple of them")
     for g, task in enumerate(tasks):
-        if not isinstance(task, fc.Task) or task.features is None or task.head is None:
-            raise TypeError(
-                f"tasks[{g}] must be a Task with features and a head, got {type(task).__name__}: make one by "
-                "models.task(model), or give yours both"
-            )
+        check_has_head(f"tasks[{g}]", task)
         if task.has_statistics:
             raise TypeError(
                 f"tasks[{g}] has statistics, and groups keep none: take a model without (group normalization in the "

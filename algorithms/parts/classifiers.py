@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import fedjax_core as fc
-from algorithms.parts.architectures import head_of, put
+from algorithms.parts.architectures import check_has_head, head_of, put
 
 Labels = Callable[[fc.Examples], fc.Array]
 """`labels(examples) -> int[B]`, the class of each example."""
@@ -30,15 +30,10 @@ class Dense(NamedTuple):
     bias: Any
 
 
-def checked(task: fc.Task, labels: Labels) -> fc.Task:
-    """The task, or TypeError unless it has features and a head, and labels are a function of examples."""
+def check(task: Any, labels: Labels) -> None:
+    """Raises TypeError unless the task has features and a head, and labels are a function of examples."""
     fc.checks.takes("labels", labels, ("examples",), example='lambda examples: examples["y"]')
-    if not isinstance(task, fc.Task) or task.features is None or task.head is None:
-        raise TypeError(
-            f"task must be a Task with features and a head, got {type(task).__name__}: make one by models.task(model), "
-            "or give yours both"
-        )
-    return task
+    check_has_head("task", task)
 
 
 def dense(task: fc.Task, params: fc.Params) -> Dense:

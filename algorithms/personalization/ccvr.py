@@ -72,7 +72,7 @@ def ccvr(
     Paper: Luo, Chen, Hu, Zhang, Liang, Feng, "No Fear of Heterogeneity: Classifier Calibration for Federated Learning
     with Non-IID Data", 2021, algorithm 1.
     """
-    classifiers.checked(task, labels)
+    classifiers.check(task, labels)
     fc.checks.positive_int("virtual_features", virtual_features, "features of each class that the server draws")
     fc.checks.positive_int("head_batch_size", head_batch_size, "features of a step of the server")
     head_epochs = fc.checks.count("head_epochs", head_epochs, "0 is FedAvg")

@@ -72,7 +72,7 @@ def fedetf(
     Paper: Li, Shang, He, Lin, Wu, "No Fear of Classifier Biases: Neural Collapse Inspired Federated Learning with
     Synthetic and Fixed Classifier", 2023, sections 3 and 4.
     """
-    classifiers.checked(task, labels)
+    classifiers.check(task, labels)
     if alternations != 0:
         fc.checks.positive_int("alternations", alternations, "turns from M to the projection, or 0 for none")
     fc.checks.positive_int("alternation_epochs", alternation_epochs, "epochs on M, and as many on the projection")

@@ -53,7 +53,7 @@ def fedgela(
     Paper: Fan, Zhang, Yao, Han, Zhang, Wang, "Federated Learning with Bilateral Curation for Partially Class-Disjoint
     Data", 2023, section 3.
     """
-    classifiers.checked(task, labels)
+    classifiers.check(task, labels)
     fc.checks.scalar("temperature", temperature, low=0, low_open=True)
     fc.checks.scalar("server_lr", server_lr, low=0)
     clients = fc.local_training(**local)

@@ -86,7 +86,7 @@ def fedloge(
     Paper: Xiao, Chen, Liu, Feng, Wu, Liu, Zhou, Yang, Liu, "FedLoGe: Joint Local and Generic Federated Learning under
     Long-tailed Data", 2024, algorithm 1.
     """
-    classifiers.checked(task, labels)
+    classifiers.check(task, labels)
     fc.checks.positive_int("num_clients", num_clients, "the size of the population")
     fc.checks.scalar("sparsity", sparsity, low=0, high=1, high_open=True)
     fc.checks.scalar("etf_norm", etf_norm, low=0, low_open=True)

@@ -51,7 +51,7 @@ def fedrod(
     Paper: Chen, Chao, "On Bridging Generic and Personalized Federated Learning for Image Classification", 2022, section
     4.
     """
-    classifiers.checked(task, labels)
+    classifiers.check(task, labels)
     fc.checks.positive_int("num_clients", num_clients, "the size of the population")
     fc.checks.scalar("server_lr", server_lr, low=0)
     clients = fc.local_training(**local)

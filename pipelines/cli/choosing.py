@@ -46,8 +46,6 @@ def choices(
 
 
 _VIEWS = ("global", "personal")
-_BASELINES = ("local_only", "fedavg")
-"""What clients do alone, and one model for all."""
 
 
 def _personal(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,10 +58,10 @@ def _personal(chosen: Mapping[str, Any]) -> dict[str, Any]:
         )
     if chosen.get("models"):
         raise ValueError(
-            f"--personal runs {' and '.join(_BASELINES)} too, which have one model for all, and --models names "
+            f"--personal runs {' and '.join(methods.BASELINES)} too, which have one model for all, and --models names "
             f"{', '.join(chosen['models'])}: give --evaluate {','.join(_VIEWS)} instead"
         )
-    missing = [name for name in _BASELINES if name not in chosen["methods"]]
+    missing = [name for name in methods.BASELINES if name not in chosen["methods"]]
     return {"evaluate": asked or _VIEWS, "methods": (*missing, *chosen["methods"])}
 
 

@@ -33,6 +33,9 @@ def advice(name: str, parameters: int) -> str:
     )
 
 
+BASELINES = ("local_only", "fedavg")
+"""What personal models are compared with: every client by itself, and one model for all."""
+
 _LEARNS = ("loss", "task", "tasks", "adapter loss", "split")
 """What a method is about; every method asks for one of these."""
 

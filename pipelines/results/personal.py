@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.configuration.methods import BASELINES
 from pipelines.experiment.views import GLOBAL, PERSONAL
 from pipelines.results.history import History, of_view
 from pipelines.results.subject import Subject
 
-ALONE, FEDAVG = "local_only", "fedavg"
-"""The methods that others are compared with: every client by itself, and one model for all."""
+ALONE, FEDAVG = BASELINES
 
 WORDS: Mapping[str, str] = {ALONE: "better off than alone", FEDAVG: "better off than with FedAvg"}
 """What is said of a client that another method has done more for."""

@@ -144,9 +144,9 @@ def test_a_head_is_read_and_replaced():
     with pytest.raises(ValueError, match="has one output"):
         classifiers.dense(TASK, {"head": {"kernel": kernel[:, :1], "bias": bias[:1]}})
     with pytest.raises(TypeError, match="task must be a Task with features and a head, got function"):
-        classifiers.checked(lambda params, batch, key: 0.0, lambda examples: examples["y"])
+        classifiers.check(lambda params, batch, key: 0.0, lambda examples: examples["y"])
     with pytest.raises(TypeError, match="labels"):
-        classifiers.checked(TASK, "y")
+        classifiers.check(TASK, "y")
 
 
 def test_labels_are_one_for_each_example():

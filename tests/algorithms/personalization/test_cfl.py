@@ -11,7 +11,7 @@ from scipy.spatial import distance
 import algorithms
 import fedjax_core as fc
 from tests.algorithms.personalization.plain import POPULATION, SIZES
-from tests.problems import assert_trees_close, softmax_loss, softmax_params
+from tests.problems import assert_trees_close, rounds, softmax_loss, softmax_params
 
 KEY = jax.random.key(0)
 LR = 0.5
@@ -45,15 +45,6 @@ def of_resting(**settings):
 
 
 RESTING_ROUND = jax.jit(of_resting().round)
-
-
-def rounds(round, state, population, cohorts):
-    states, metrics = [state], []
-    for ids in cohorts:
-        state, info = round(states[-1], population.cohort(np.array(ids)), KEY)
-        states.append(state)
-        metrics.append(info)
-    return states, metrics
 
 
 def by_hand(points, num_rounds, k, eps1, eps2, wait):

@@ -13,7 +13,7 @@ import fedjax_core as fc
 from algorithms.parts import clusters as parts
 from algorithms.personalization.ocfl import temperature
 from tests.algorithms.personalization.plain import POPULATION, SIZES
-from tests.problems import assert_trees_close, softmax_loss, softmax_params
+from tests.problems import assert_trees_close, rounds, softmax_loss, softmax_params
 
 KEY = jax.random.key(0)
 LR = 0.1
@@ -58,15 +58,6 @@ def of_drifting(**settings):
 
 
 DRIFTING_ROUND = jax.jit(of_drifting().round)
-
-
-def rounds(round, state, population, cohorts):
-    states, metrics = [state], []
-    for ids in cohorts:
-        state, info = round(states[-1], population.cohort(np.array(ids)), KEY)
-        states.append(state)
-        metrics.append(info)
-    return states, metrics
 
 
 def temperature_of(vectors, p=2.0, taking=None):
